@@ -1,0 +1,98 @@
+"""Pre-train a GPT-2-style model on SlimPajama, one document per step, everything visible.
+
+    accelerate launch run_clm_slimpajama.py --max_steps 10000
+    accelerate launch run_clm_slimpajama.py --config configs/laptop.yaml --seed 1
+    python run_clm_slimpajama.py --test
+    python run_clm_slimpajama.py --help
+
+This page is the table of contents: each line names the module where the thing is done.
+"""
+
+from __future__ import annotations
+
+from slimpajama_hf import cli
+
+
+def main(argv: list[str]) -> int:
+    settings = cli.parse(argv)
+
+    # Heavy imports come after the flags are known to be right.
+    from slimpajama_hf import corpora, devices, evaluation, model, resume, run_folder, session
+    from slimpajama_hf.callbacks import DrawViews, GenerateSamples, ShowProgress, StopOnSignal
+    from slimpajama_hf.ledger import Ledger
+    from slimpajama_hf.recorder import StepRecorder
+    from slimpajama_hf.samples import SampleStream
+    from slimpajama_hf.screen import Waiting
+    from slimpajama_hf.signals import StopSignals
+    from slimpajama_hf.tokenizer import Encoder, load_tokenizer
+    from slimpajama_hf.trainer import SlimPajamaTrainer
+    from slimpajama_hf.view_process import ViewProcess
+
+    training, data = settings.training, settings.data
+    session.quiet_libraries()
+    devices.choose_gpu(settings.run.gpu)
+
+    # Where the run lives, and where it goes on if it goes on.
+    checkpoint = resume.checkpoint_of(training.resume_from_checkpoint, settings.output_dir)
+    resuming = training.resume_from_checkpoint is not None
+    folder = run_folder.prepare(settings.output_dir, resume=resuming, overwrite=settings.run.overwrite_output_dir)
+    point = resume.go_on(folder, checkpoint)
+
+    # The corpus (a resumed run reads the one that it recorded), the tokenizer, the samples.
+    with Waiting("opening the corpus") as waiting:
+        if checkpoint is not None:
+            corpus = corpora.recorded(folder.read_record()["corpus"])
+        else:
+            corpus = corpora.open_corpus(
+                data.dataset,
+                text_column=data.text_column,
+                split=data.dataset_split,
+                config_name=data.dataset_config_name,
+                revision=data.dataset_revision,
+                waiting=waiting,
+            )
+        waiting("loading the tokenizer and building the model")
+        tokenizer_name = session.tokenizer_name(settings.model.tokenizer, corpus)
+        tokenizer = load_tokenizer(tokenizer_name)
+        encoder = Encoder(tokenizer)
+        config = model.model_config(
+            settings.model.model, settings.model.config_overrides, tokenizer, data.max_seq_length
+        )
+        gpt = model.build(config, training.seed)
+        precision = model.choose_precision(settings.model.precision, training.device)
+        training.bf16 = precision == "bfloat16"
+    stream = SampleStream(corpus, encoder, data.sample_mode, data.max_seq_length)
+    stream.start = point.cursor
+    record = session.record_run(
+        settings, folder, corpus, tokenizer_name, gpt, precision, resumed=checkpoint is not None
+    )
+
+    # What watches the run. Intervals that somebody typed are obeyed whatever they cost.
+    recorder = StepRecorder(Ledger(folder.ledger, point.chain), config.vocab_size)
+    progress = ShowProgress()
+    recorder.listeners.append(progress.on_row)
+    samples = GenerateSamples(
+        folder, encoder, settings.run.display_samples, "display_samples" in settings.typed, progress
+    )
+    views = ViewProcess(folder, *session.caption(record), max_steps=training.max_steps)
+    drawing = DrawViews(views, settings.run.viz_interval, "viz_interval" in settings.typed)
+
+    with StopSignals() as signals:
+        trainer = SlimPajamaTrainer(
+            model=gpt,
+            args=training,
+            processing_class=tokenizer,
+            stream=stream,
+            recorder=recorder,
+            about={"run_id": record["run_id"]},
+            callbacks=[samples, drawing, progress, StopOnSignal(signals)],
+            evaluate_model=evaluation.during_training(settings, corpus, encoder, folder),
+        )
+        samples.trainer = drawing.trainer = trainer
+        return session.train(
+            settings, trainer, folder, signals, samples, views, progress, precision, tokenizer_name, point
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

@@ -1,0 +1,143 @@
+"""The other commands: `python -m slimpajama_hf evaluate|generate|tokenizer|views --help`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from typing import NoReturn
+
+from slimpajama_hf import cli
+from slimpajama_hf.errors import UsageError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m slimpajama_hf", description="Look at what a run left, and make tokenizers.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    evaluate = commands.add_parser("evaluate", help="held-out loss, perplexity, accuracy, bits per byte, by domain")
+    evaluate.add_argument("checkpoint", help="a checkpoint-N, or a run folder (its newest one)")
+    evaluate.add_argument("--dataset", help="as for training; default: the validation part of the run's corpus")
+    evaluate.add_argument("--split", default="validation", help="split of a named corpus or Hub dataset [validation]")
+    evaluate.add_argument("--text_column", default="text", help="column that holds the text [text]")
+    evaluate.add_argument("--documents", type=_positive, default=500, help="documents scored [500]")
+    evaluate.add_argument("--max_seq_length", type=_positive, help="tokens of a document; default: those of the run")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+
+    generate = commands.add_parser("generate", help="let a model write")
+    generate.add_argument("checkpoint", help="a checkpoint-N, or a run folder (its newest one)")
+    generate.add_argument("--prompt", required=True, help="the text that it continues")
+    generate.add_argument("--new_tokens", type=_positive, default=40, help="tokens to write, fewer at end of text [40]")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token [0]")
+    generate.add_argument("--seed", type=int, default=0, help="of the draws when the temperature is above 0 [0]")
+
+    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer on a corpus")
+    tokenizer.add_argument("--dataset", required=True, help="as for training")
+    tokenizer.add_argument("--text_column", default="text", help="column that holds the text [text]")
+    tokenizer.add_argument(
+        "--kind",
+        choices=("sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe"),
+        default="sentencepiece-bpe",
+        help="[sentencepiece-bpe]",
+    )
+    tokenizer.add_argument("--vocab_size", type=_positive, default=8192, help="tokens of the vocabulary [8192]")
+    tokenizer.add_argument("--documents", type=_positive, default=10_000, help="documents read [10000]")
+    tokenizer.add_argument("--output", required=True, help="a new folder, for --tokenizer")
+
+    views = commands.add_parser("views", help="make metrics, samples and chart again from the ledger")
+    views.add_argument("run", help="a run folder")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
+    return number
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from slimpajama_hf import evaluation, session
+
+    session.quiet_libraries()
+    result = evaluation.of_checkpoint(
+        options.checkpoint,
+        options.dataset,
+        options.documents,
+        options.max_seq_length,
+        options.text_column,
+        options.split,
+    )
+    if options.json:
+        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+        return 0
+    lines = [
+        f"{result['checkpoint']} on {result['corpus']}, first {result['max_seq_length']} tokens of each document",
+        f"{'domain':<24}{'documents':>10}{'loss':>9}{'perplexity':>12}{'accuracy':>10}{'bits/byte':>11}",
+    ]
+    for domain, scores in result["scores"].items():
+        lines.append(
+            f"{domain:<24}{scores['samples']:>10,}{scores['loss']:>9.4f}{scores['perplexity']:>12,.1f}"
+            f"{scores['accuracy']:>10.1%}{scores['bits_per_byte']:>11.4f}"
+        )
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from slimpajama_hf import checkpoints, session
+
+    folder = checkpoints.resolve(options.checkpoint)
+    session.quiet_libraries()
+    from slimpajama_hf import generation
+    from slimpajama_hf.screen import Waiting
+
+    with Waiting("loading the model"):
+        text = generation.from_checkpoint(folder, options.prompt, options.new_tokens, options.temperature, options.seed)
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def _tokenizer(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from slimpajama_hf import corpora, screen
+    from slimpajama_hf.corpora import Cursor, Document
+    from slimpajama_hf.screen import Waiting
+    from slimpajama_hf.tokenizer import train_tokenizer
+
+    output = Path(options.output)
+    if output.exists() and any(output.iterdir()):
+        raise UsageError(f"--output {output}: there is something in it already; name a new folder")
+    with Waiting("opening the corpus") as waiting:
+        corpus = corpora.open_corpus(options.dataset, text_column=options.text_column, waiting=waiting)
+    records = corpus.records(Cursor())
+    texts = (record.text for record in records if isinstance(record, Document))
+    train_tokenizer(itertools.islice(texts, options.documents), options.kind, options.vocab_size, output, screen.say)
+    screen.say(f"trained on {corpus.name}; use it with --tokenizer {output}")
+    return 0
+
+
+def _views(options: argparse.Namespace) -> int:
+    from slimpajama_hf import views
+
+    return views.main(options.run)
+
+
+def main(argv: list[str]) -> int:
+    options = _parser().parse_args(argv)
+    commands = {"evaluate": _evaluate, "generate": _generate, "tokenizer": _tokenizer, "views": _views}
+    return commands[options.command](options)
+
+
+if __name__ == "__main__":
+    # `--help` of a command is argparse's own; cli.run would print the training page.
+    if any(flag in sys.argv[1:] for flag in ("-h", "--help")):
+        _parser().parse_args(sys.argv[1:])
+    raise SystemExit(cli.run(main))

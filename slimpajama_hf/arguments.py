@@ -1,0 +1,154 @@
+"""Every knob of ours, with its default and its one line of help. Imports nothing heavy: `--help` reads this file alone.
+
+The other knobs are those of `transformers.TrainingArguments`; `TRAINING_DEFAULTS` lists the ones that we change or
+that a newcomer will type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+SAMPLE_MODES = ("truncate", "window", "pack")
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def _knob(default: Any, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class DataArguments:
+    """The corpus, and how a document becomes a step"""
+
+    dataset: str = _knob(
+        "slimpajama",
+        "slimpajama (its mirrors in turn), slimpajama_6b, embedded, a file, a 'glob', or any Hub dataset id",
+    )
+    dataset_config_name: str | None = _knob(None, "configuration of a Hub dataset that has several")
+    dataset_revision: str | None = _knob(
+        None, "branch, tag or commit of a Hub dataset; default: its main branch, pinned at the start"
+    )
+    dataset_split: str = _knob("train", "split of a Hub dataset")
+    text_column: str = _knob("text", "column that holds the text")
+    sample_mode: str = _knob(
+        "truncate",
+        "truncate (a document's first tokens), window (all of it, window by window), pack (joined by EOS)",
+        choices=SAMPLE_MODES,
+    )
+    max_seq_length: int = _knob(256, "tokens kept of a document")
+    eval_dataset: str | None = _knob(
+        None, "held-out documents for --eval_steps; default: the corpus' own validation part"
+    )
+    eval_documents: int = _knob(200, "held-out documents scored at each evaluation")
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length < 2:
+            raise ValueError(f"--max_seq_length {self.max_seq_length}: a step needs at least 2 tokens; type 2 or more")
+        if self.eval_documents < 1:
+            raise ValueError(f"--eval_documents {self.eval_documents}: expected at least 1")
+
+
+@dataclass
+class ModelArguments:
+    """The model and its tokenizer"""
+
+    model: str = _knob("small", "tiny (5M, for a CPU), small (124M), medium (355M), or a config.json")
+    config_overrides: str | None = _knob(None, "changes to that configuration, as n_layer=6,n_embd=384")
+    tokenizer: str = _knob(
+        "auto",
+        "builtin, a folder, tokenizer.json, SentencePiece .model or Hub id; auto: gpt2 for a Hub corpus, else builtin",
+    )
+    precision: str = _knob(
+        "auto", "auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16", choices=PRECISIONS
+    )
+
+
+@dataclass
+class RunArguments:
+    """What is shown and kept"""
+
+    viz_interval: int = _knob(50, "steps between charts (thinned to stay under 5 % of the run unless typed)")
+    display_samples: int = _knob(5, "steps between generated samples (thinned likewise unless typed)")
+    no_checkpoint: bool = _knob(False, "save nothing but metrics")
+    overwrite_output_dir: bool = _knob(False, "start anew in a folder that holds a run, deleting that run")
+    gpu: int | None = _knob(None, "the only GPU to use; default: GPU 0 if there is one")
+    test: bool = _knob(False, "100 steps on the embedded corpus, charts every 25, samples every 10 (configs/test.yaml)")
+
+    def __post_init__(self) -> None:
+        for name in ("viz_interval", "display_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected a number of steps, 1 or more")
+
+
+OURS = (DataArguments, ModelArguments, RunArguments)
+
+#: Fields of `transformers.TrainingArguments`: our default, and a line for `--help` (None: not shown there).
+TRAINING_DEFAULTS: dict[str, tuple[Any, str | None]] = {
+    "max_steps": (10_000, "optimizer steps; one document each"),
+    "learning_rate": (1e-3, "the constant rate after warm-up"),
+    "warmup_steps": (1000, "steps of linear warm-up; step s trains at lr * min(1, (s+1)/warmup)"),
+    "output_dir": (None, "folder of the run; default: runs/<corpus>-<model>"),
+    "save_steps": (2000, "steps between checkpoints"),
+    "save_total_limit": (None, "checkpoints kept, the newest by step number; default: all"),
+    "resume_from_checkpoint": (
+        None,
+        "true (go on if there is something to go on from, else start) or a checkpoint folder",
+    ),
+    "eval_steps": (None, "steps between evaluations on held-out documents; default: none"),
+    "seed": (42, "of the initial weights and of every other random draw"),
+    "report_to": ("none", "tensorboard, trackio, wandb: as everywhere"),
+    "per_device_train_batch_size": (1, None),
+    "lr_scheduler_type": ("constant_with_warmup", None),
+    "logging_strategy": ("no", None),
+    # The ledger keeps every loss; the filter would show a NaN as 0 (trainer.py of transformers 5.23, line 1911).
+    "logging_nan_inf_filter": (False, None),
+    # The stream is resumed by its cursor; the Trainer would read everything again (same file, line 1843).
+    "ignore_data_skip": (True, None),
+    "remove_unused_columns": (False, None),
+    "disable_tqdm": (True, None),
+    "save_strategy": ("steps", None),
+}
+
+TRAINING_ARGUMENTS_PAGE = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
+
+#: Flags of the program that this one replaces, and what they are called now.
+OLD_FLAGS = {"steps": "max_steps", "checkpoint_interval": "save_steps"}
+
+#: Old flags that mean nothing any more, with the line that says what to type.
+REFUSED_FLAGS = {
+    "max_chunks": "--max-chunks is gone: a step is one document now; use --steps N",
+    "tokens_per_chunk": "--tokens-per-chunk is gone: a step is a document's first tokens; use --steps N",
+}
+
+
+def help_text() -> str:
+    """The short, grouped `--help`."""
+    lines = [
+        "usage: accelerate launch run_clm_slimpajama.py [--config FILE.yaml]... [--flag value]...",
+        "",
+        "Pre-train a GPT-2-style model on SlimPajama, one document per step. Defaults < config files in order < flags.",
+        "",
+        "  --config FILE.yaml           flags written down; may be given several times (see configs/)",
+        "  --help                       this page",
+    ]
+
+    def add(name: str, default: Any, text: str) -> None:
+        shown = "" if default is None or default is False or "default:" in text else f" [{default}]"
+        lines.append(f"  --{name:<26} {text}{shown}")
+
+    for group in OURS:
+        lines += ["", f"{group.__doc__}:"]
+        for knob in fields(group):
+            add(knob.name, knob.default, knob.metadata["help"])
+    lines += ["", "Training (fields of transformers.TrainingArguments; all of them are accepted):"]
+    for name, (default, text) in TRAINING_DEFAULTS.items():
+        if text is not None:
+            add(name, default, text)
+    lines += [
+        f"  the others: {TRAINING_ARGUMENTS_PAGE}",
+        "",
+        "Old flags still understood: --steps (--max_steps), --checkpoint-interval (--save_steps), and any flag written",
+        "with hyphens. Other commands (evaluate, generate, tokenizer): python -m slimpajama_hf --help",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,163 @@
+"""Callbacks: each decides when, calls a function, and never raises into the training loop."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from slimpajama_hf import generation, screen
+from slimpajama_hf.run_folder import RunFolder
+from slimpajama_hf.screen import TrainingBar
+from slimpajama_hf.signals import StopSignals
+from slimpajama_hf.view_process import ViewProcess
+
+if TYPE_CHECKING:
+    from slimpajama_hf.recorder import TrainingClock
+    from slimpajama_hf.tokenizer import Encoder
+    from slimpajama_hf.trainer import SlimPajamaTrainer
+
+#: Share of the run that an interval nobody typed may take for charts, and again for samples.
+BUDGET = 0.025
+
+
+class ShowProgress(TrainerCallback):
+    """The progress bar. Listens to the recorder, so that it shows what the ledger holds."""
+
+    def __init__(self) -> None:
+        self.bar: TrainingBar | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = TrainingBar(state.max_steps, state.global_step)
+
+    def on_row(self, row: dict[str, Any]) -> None:
+        """A new row of the ledger (null stands for what is not finite)."""
+        if self.bar is not None:
+            loss = float("nan") if row["loss"] is None else row["loss"]
+            self.bar.update(loss, row["accuracy"], row["learning_rate"], row["tokens"], row["step_seconds"])
+
+    def say(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.say(line)
+        else:
+            screen.say(line)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if metrics:
+            self.say(
+                f"held out @ {state.global_step}: loss {metrics['eval_loss']:.4f}, perplexity "
+                f"{metrics['eval_perplexity']:.1f}, accuracy {metrics['eval_accuracy']:.1%}, "
+                f"{metrics['eval_bits_per_byte']:.4f} bits per byte"
+            )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class GenerateSamples(TrainerCallback):
+    """Every so many steps the model continues the document of the step, with the weights that scored it.
+
+    Samples are appended to `samples.jsonl`; a generation that fails is recorded as failed.
+    """
+
+    def __init__(
+        self, folder: RunFolder, encoder: Encoder, interval: int, obeyed: bool, progress: ShowProgress
+    ) -> None:
+        self._path = folder.samples
+        self._encoder = encoder
+        self._interval, self._obeyed = interval, obeyed
+        self._progress = progress
+        self.trainer: SlimPajamaTrainer | None = None
+        self.seconds = 0.0
+        """Time that all samples have taken."""
+        self.taken = 0
+        self.failures: list[str] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Before the update: the weights are those of checkpoint-<step>, and the document is not learned yet.
+        trainer = self.trainer
+        if trainer is None or state.global_step % self._interval or not state.is_world_process_zero:
+            return
+        if not self._obeyed and self.seconds > BUDGET * trainer.clock.training_seconds:
+            return
+        before = trainer.clock._now()
+        with trainer.clock.paused():
+            sample = self._sample(trainer, state.global_step)
+            try:
+                with open(self._path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(sample, ensure_ascii=False, allow_nan=False) + "\n")
+            except OSError as error:
+                self.failures.append(f"step {state.global_step}: {error}")
+        self.seconds += trainer.clock._now() - before
+        self.taken += 1
+
+    def _sample(self, trainer: SlimPajamaTrainer, step: int) -> dict[str, Any]:
+        assert trainer.sample is not None
+        ids = trainer.sample.input_ids
+        prompt = ids[: generation.PROMPT_TOKENS]
+        sample: dict[str, Any] = {
+            "step": step,
+            "input": self._encoder.decode(prompt),
+            "output": None,
+            "accuracy": trainer.accuracy_now(),
+            "domain": trainer.sample.document.domain,
+            "input_ids": prompt,
+            "output_ids": None,
+        }
+        try:
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            written = generation.write_after(model, prompt)
+            sample["output_ids"] = written
+            # Decoded behind its prompt, so that the space between the two is right.
+            sample["output"] = self._encoder.decode(prompt + written)[len(sample["input"]) :]
+            shown = f"{_one_line(sample['input'], 60)} → {_one_line(sample['output'], 100)}"
+        except Exception as error:
+            sample["error"] = f"{type(error).__name__}: {error}"
+            self.failures.append(f"step {step}: {sample['error']}")
+            shown = f"{_one_line(sample['input'], 60)} → failed: {sample['error']}"
+        self._progress.say(f"sample @ {step}: {shown}")
+        return sample
+
+
+class DrawViews(TrainerCallback):
+    """Every so many steps: metrics JSON, samples JSON and the chart, drawn beside training from the ledger."""
+
+    def __init__(self, views: ViewProcess, interval: int, obeyed: bool) -> None:
+        self.views = views
+        self._interval, self._obeyed = interval, obeyed
+        self.trainer: SlimPajamaTrainer | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer is None or state.global_step % self._interval or not state.is_world_process_zero:
+            return
+        if not self._obeyed and not self._affordable(trainer.clock):
+            return
+        with trainer.clock.paused():
+            trainer.recorder.flush()
+            self.views.request(state.global_step)
+
+    def _affordable(self, clock: TrainingClock) -> bool:
+        self.views.collect()
+        return self.views.waiting == 0 and self.views.cpu_seconds <= BUDGET * clock.training_seconds
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM end the run after the step that is on, with a checkpoint."""
+
+    def __init__(self, signals: StopSignals) -> None:
+        self._signals = signals
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._signals.received is not None:
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != "no"
+
+
+def _one_line(text: str, width: int) -> str:
+    line = " ".join(text.split())
+    line = "".join(letter if letter.isprintable() else "·" for letter in line)
+    return line if len(line) <= width else line[: width - 1] + "…"

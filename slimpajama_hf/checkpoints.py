@@ -1,0 +1,126 @@
+"""Checkpoints that are whole or not there: staged, verified by a manifest, renamed; chosen by step number."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from slimpajama_hf import files
+from slimpajama_hf.errors import UserError
+
+MANIFEST = "manifest.json"
+DATA_STATE = "data_state.json"
+
+#: Folders under this prefix are being written or were set aside; uploads and the search for checkpoints pass them over.
+STAGING = "_staging"
+
+
+def path_of(run: Path, step: int) -> Path:
+    return run / f"checkpoint-{step}"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _members(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+@contextlib.contextmanager
+def staged(run: Path, step: int, about: dict[str, Any]) -> Iterator[Path]:
+    """A folder to write `checkpoint-<step>` into; on leaving it is synced, given its manifest and renamed into place.
+
+    Yields the parent of the folder (that is what transformers wants). On an error nothing of it stays.
+    """
+    parent = run / f"{STAGING}.{os.getpid()}"
+    shutil.rmtree(parent, ignore_errors=True)
+    parent.mkdir(parents=True)
+    try:
+        yield parent
+        folder = path_of(parent, step)
+        content = {}
+        for path in _members(folder):
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+            content[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files.write_json(folder / MANIFEST, {"step": step, **about, "files": content}, indent=1)
+        files.sync_folder(folder)
+        target = path_of(run, step)
+        if target.exists():
+            # The same step saved again: the old one leaves only when the new one is complete.
+            os.rename(target, parent / "replaced")
+        os.rename(folder, target)
+        files.sync_folder(run)
+    finally:
+        shutil.rmtree(parent, ignore_errors=True)
+
+
+def problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words, or None when every byte is as its manifest says."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "it has no manifest"
+    except (OSError, ValueError):
+        return "its manifest cannot be read"
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+        if _sha256(path) != expected["sha256"]:
+            return f"{name} is not what was saved (its SHA-256 differs)"
+    return None
+
+
+def steps(run: Path) -> list[int]:
+    """Steps of the checkpoints in a run folder, ascending."""
+    found = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in run.glob("checkpoint-*") if path.is_dir())
+    return sorted(int(match.group(1)) for match in found if match)
+
+
+def newest_good(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies (None if there is none), and what was wrong with the newer ones."""
+    complaints: list[str] = []
+    for step in reversed(steps(run)):
+        folder = path_of(run, step)
+        wrong = problem(folder)
+        if wrong is None:
+            return folder, complaints
+        complaints.append(f"{folder}: {wrong}")
+    return None, complaints
+
+
+def keep_newest(run: Path, limit: int | None) -> None:
+    """Remove all but the `limit` newest checkpoints, by step number."""
+    if limit is None or limit <= 0:
+        return
+    for step in steps(run)[:-limit]:
+        shutil.rmtree(path_of(run, step), ignore_errors=True)
+
+
+def resolve(place: str) -> Path:
+    """A checkpoint folder from a run folder (its newest good one) or a checkpoint folder. Raises UserError."""
+    folder = Path(place)
+    if not folder.is_dir():
+        raise UserError(f"{place}: no such folder; expected a run folder or one of its checkpoint-N")
+    if (folder / "config.json").is_file():
+        return folder
+    newest, complaints = newest_good(folder)
+    if newest is None:
+        found = "; ".join(complaints) or "it holds no checkpoint-N"
+        raise UserError(f"{place}: no checkpoint to load ({found})")
+    return newest

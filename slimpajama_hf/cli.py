@@ -1,0 +1,235 @@
+"""argv and YAML files -> argument dataclasses. A YAML file is flags written down: one parser checks everything."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from slimpajama_hf import screen
+from slimpajama_hf.arguments import (
+    OLD_FLAGS,
+    OURS,
+    REFUSED_FLAGS,
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    help_text,
+)
+from slimpajama_hf.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from slimpajama_hf.training_arguments import SlimPajamaTrainingArguments
+
+TEST_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "test.yaml"
+
+#: A configuration is a page of flags; anything larger is a mistake (or an alias bomb).
+LARGEST_CONFIG_BYTES = 100_000
+
+
+@dataclasses.dataclass
+class Settings:
+    """Everything that was asked for, resolved."""
+
+    data: DataArguments
+    model: ModelArguments
+    run: RunArguments
+    training: SlimPajamaTrainingArguments
+    typed: frozenset[str]
+    """Names that a configuration file or a flag set, as opposed to defaults."""
+
+    @property
+    def output_dir(self) -> str:
+        """Folder of the run."""
+        return str(self.training.output_dir)
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as flags written down; `--config` takes it back."""
+        from slimpajama_hf.training_arguments import changed_fields
+
+        values: dict[str, Any] = {}
+        for group in (self.data, self.model, self.run):
+            values |= dataclasses.asdict(group)
+        values |= changed_fields(self.training)
+        # What belongs to one start and not to the run is not written down.
+        for name in ("test", "overwrite_output_dir", "gpu", "resume_from_checkpoint"):
+            values.pop(name, None)
+        lines = ["# The resolved configuration of this run; `--config` takes it back."]
+        for name, value in values.items():
+            if value is None:
+                continue
+            if isinstance(value, float) and value.is_integer():
+                # transformers declares some counts as float: 1000 and 1000.0 are one configuration.
+                value = int(value)
+            line = f"{name}: {json.dumps(value, ensure_ascii=False)}"
+            # An interval that nobody typed stays a default: typed ones are obeyed whatever they cost.
+            default = name in ("viz_interval", "display_samples") and name not in self.typed
+            lines.append(f"# {line}" if default else line)
+        return "\n".join(lines) + "\n"
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises UsageError when it is missing, too large, or not a mapping."""
+    import yaml
+
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f"--config {path}: no such file; expected a YAML file such as configs/laptop.yaml")
+    if file.stat().st_size > LARGEST_CONFIG_BYTES:
+        raise UsageError(
+            f"--config {path}: {file.stat().st_size:,} bytes; a page of flags has at most {LARGEST_CONFIG_BYTES:,}"
+        )
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--config {path}: not YAML ({reason}); expected lines such as `max_steps: 1000`") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UsageError(f"--config {path}: expected `name: value` lines, found {type(values).__name__}")
+    return values
+
+
+def config_to_argv(values: dict[str, Any], path: str) -> list[str]:
+    """Keys of a YAML file as flags. A null value leaves the default."""
+    argv: list[str] = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        flag = f"--{key}"
+        if isinstance(value, list):
+            if any(isinstance(item, list | dict) for item in value):
+                raise UsageError(f"{path}: {key} holds a nested list; expected plain values")
+            argv += [flag, *map(str, value)]
+        else:
+            argv.append(f"{flag}={value}")
+    return argv
+
+
+def split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Configuration files named in `argv` (in order), and the other arguments."""
+    configs, rest, tokens = [], [], iter(argv)
+    for token in tokens:
+        if token == "--config":
+            path = next(tokens, None)
+            if path is None:
+                raise UsageError("--config: expected the name of a YAML file after it")
+            configs.append(path)
+        elif token.startswith("--config="):
+            configs.append(token.removeprefix("--config="))
+        else:
+            rest.append(token)
+    return configs, rest
+
+
+def rename(argv: Sequence[str]) -> list[str]:
+    """Flags in today's names: underscores, old flags renamed. Raises UsageError for those that are gone."""
+    renamed = []
+    for token in argv:
+        # `-5` is a value; `--flag` and `--flag=value` are flags.
+        if not token.startswith("--") or len(token) < 3:
+            renamed.append(token)
+            continue
+        name, equals, value = token[2:].partition("=")
+        name = name.replace("-", "_")
+        if name in REFUSED_FLAGS:
+            raise UsageError(REFUSED_FLAGS[name])
+        renamed.append(f"--{OLD_FLAGS.get(name, name)}{equals}{value}")
+    return renamed
+
+
+def _typed_names(argv: Sequence[str]) -> frozenset[str]:
+    return frozenset(token[2:].partition("=")[0] for token in argv if token.startswith("--"))
+
+
+def _refuse_unknown(unknown: Sequence[str], known: Sequence[str], origin: dict[str, str]) -> NoReturn:
+    token = unknown[0]
+    name = token[2:].partition("=")[0] if token.startswith("--") else token
+    if not token.startswith("--"):
+        if any(mark in token for mark in ("/", ".")):
+            raise UsageError(
+                f"{token!r}: a value without a flag; a pattern must be quoted, as --dataset 'folder/*.jsonl.zst'"
+            )
+        raise UsageError(f"{token!r}: a value without a flag; see --help")
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"did you mean --{close[0]}?" if close else "see --help"
+    where = f"{origin[name]}: " if name in origin else ""
+    raise UsageError(f"{where}--{name}: no such flag; {hint}")
+
+
+def parse(argv: Sequence[str]) -> Settings:
+    """Resolve field defaults < configuration files in order < flags.
+
+    Raises UsageError with one sentence for anything that cannot be understood.
+    """
+    configs, flags = split_config(argv)
+    flags = rename(flags)
+    if "--test" in flags or any(token.lower() in ("--test=true", "--test=1") for token in flags):
+        configs.insert(0, str(TEST_CONFIG))
+    origin: dict[str, str] = {}
+    from_files: list[str] = []
+    for path in configs:
+        tokens = rename(config_to_argv(read_config(path), path))
+        origin |= dict.fromkeys(_typed_names(tokens), path)
+        from_files += tokens
+    typed = _typed_names([*from_files, *flags])
+
+    from slimpajama_hf.training_arguments import SlimPajamaTrainingArguments, make_parser
+
+    parser = make_parser([*OURS, SlimPajamaTrainingArguments])
+    known = sorted({action[2:] for action in parser._option_string_actions if action.startswith("--")})
+    try:
+        # The parser's own order is the whole rule of precedence: later wins.
+        *groups, unknown = parser.parse_args_into_dataclasses(
+            args=[*from_files, *flags], return_remaining_strings=True, look_for_args_file=False
+        )
+    except UsageError as error:
+        flag = str(error).partition(":")[0].removeprefix("--")
+        if flag in origin and flag not in _typed_names(flags):
+            raise UsageError(f"{origin[flag]}: {error}") from None
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(" ".join(str(error).split())) from None
+    if unknown:
+        _refuse_unknown(unknown, known, origin)
+    data, model, run, training = groups
+    settings = Settings(data, model, run, training, typed)
+    complete(settings)
+    return settings
+
+
+def complete(settings: Settings) -> None:
+    """What one argument says about another."""
+    training: Any = settings.training
+    if settings.run.no_checkpoint:
+        training.save_strategy = type(training.save_strategy)("no")
+    if training.output_dir is None:
+        corpus = Path(settings.data.dataset).name if "*" not in settings.data.dataset else "local"
+        corpus = corpus.partition(".")[0] or "local"
+        model = settings.model.model
+        model = Path(model).parent.name or "config" if model.endswith(".json") else model
+        training.output_dir = str(Path("runs") / f"{corpus}-{model}")
+
+
+def run(main: Any) -> int:
+    """Call `main(argv)`; turn what a user can mend into one sentence on stderr and an exit code."""
+    argv = sys.argv[1:]
+    try:
+        if "--help" in argv or "-h" in argv:
+            sys.stdout.write(help_text() + "\n")
+            return 0
+        return int(main(argv) or 0)
+    except UserError as error:
+        screen.say(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        # Before training: nothing was learned, so there is nothing to save.
+        screen.say("stopped before the first step; nothing to save")
+        return 130

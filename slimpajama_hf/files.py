@@ -1,0 +1,45 @@
+"""Files that are written whole or not at all: temporary file, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable. Folders cannot be synced on every platform: then nothing happens."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Replace `path` by `content` so that a reader or a crash sees the old file or the new one, nothing between.
+
+    Raises OSError when the disk is full or the folder cannot be written; the old file is then untouched.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    # The leading underscore keeps a leftover of a crash out of uploads (huggingface_hub ignores `_*`).
+    temporary = path.with_name(f"_{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Write `value` as strict JSON (no NaN) with `write_whole`."""
+    write_whole(path, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent) + "\n")

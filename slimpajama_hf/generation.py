@@ -1,0 +1,60 @@
+"""What the model writes: greedily after the opening of a document, or after a prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimpajama_hf.errors import UserError
+
+#: Tokens of the document that the model is given, and tokens that it writes.
+PROMPT_TOKENS = 10
+NEW_TOKENS = 40
+
+
+def write_after(model: Any, prompt_ids: list[int], new_tokens: int = NEW_TOKENS, temperature: float = 0.0) -> list[int]:
+    """The tokens that `model.generate` adds to `prompt_ids`: at most `new_tokens`, fewer at EOS.
+
+    Greedy at temperature 0. The model is in evaluation mode meanwhile and in its former mode after. Greedily, no random
+    number is drawn.
+    """
+    training = model.training
+    model.eval()
+    draw = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    try:
+        with torch.no_grad():
+            ids = torch.tensor([prompt_ids], device=model.device)  # (1, P)
+            written = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                use_cache=True,
+                pad_token_id=model.config.eos_token_id,
+                **draw,
+            )  # (1, P + N)
+    finally:
+        model.train(training)
+    return written[0, len(prompt_ids) :].tolist()
+
+
+def from_checkpoint(folder: Path, prompt: str, new_tokens: int, temperature: float, seed: int) -> str:
+    """The prompt and what the model of a checkpoint writes after it. Raises UserError for an empty prompt."""
+    from transformers import AutoModelForCausalLM, set_seed
+
+    from slimpajama_hf.tokenizer import Encoder, load_tokenizer
+
+    encoder = Encoder(load_tokenizer(str(folder)))
+    prompt_ids, _ = encoder.encode(prompt)
+    if not prompt_ids:
+        raise UserError("--prompt: empty; expected the beginning of a text")
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder))
+    if len(prompt_ids) + new_tokens > model.config.max_position_embeddings:
+        raise UserError(
+            f"--prompt and --new_tokens: {len(prompt_ids)} + {new_tokens} tokens, but the model has "
+            f"{model.config.max_position_embeddings} positions; shorten one of them"
+        )
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    set_seed(seed)
+    return encoder.decode(prompt_ids + write_after(model, prompt_ids, new_tokens, temperature))

@@ -1,0 +1,246 @@
+"""The one record of a run: `ledger.jsonl`, one JSON object per optimizer step, append-only.
+
+Everything a run shows (metrics, charts, report) is a view of this file and can be made again from it.
+A resume cuts the file back to the step of its checkpoint; nothing else ever rewrites it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+FILE_NAME = "ledger.jsonl"
+
+#: What may differ between an interrupted run and an unbroken one; left out of the hash chain.
+TIME_FIELDS = frozenset({"throughput", "step_seconds"})
+
+#: The hash before the first row.
+CHAIN_START = "0" * 32
+
+
+@dataclasses.dataclass
+class Row:
+    """One optimizer step. Floats that are not finite are written as `null`."""
+
+    step: int
+    """Optimizer step, from 0: the loss of step s is that of the weights after s updates."""
+    loss: float
+    """Mean over the predicted tokens, nats per token."""
+    accuracy: float
+    """Fraction of next tokens right, teacher-forced."""
+    tokens: int
+    """Tokens of the sample (`tokens - 1` of them are predicted)."""
+    text_bytes: int
+    """UTF-8 bytes of the document that those tokens cover."""
+    throughput: float
+    """Tokens per second of training time of this step."""
+    learning_rate: float
+    """The rate that this step's update used."""
+    grad_norm: float
+    """L2 norm of the gradient before clipping."""
+    mirror: str
+    """The corpus as it was opened: `hub_id@revision`, `embedded`, or `local`."""
+    shard: str
+    """File inside the mirror (or the path of a local file)."""
+    row: int
+    """Record inside the shard, from 0."""
+    text_sha1: str
+    """SHA-1 of the whole document in UTF-8, 40 hex digits."""
+    domain: str
+    """`redpajama_set_name`, or the embedded corpus' own name, or `unknown`."""
+    tokens_cut: int
+    """Tokens of the document that this sample leaves out; an estimate where `tokens_cut_exact` is false."""
+    tokens_cut_exact: bool
+    """Whether the document was tokenized to its end (a long one is not: cost is bounded by what is kept)."""
+    code_bits: float
+    """Code length of the sample in bits: `(loss * (tokens - 1) + ln V) / ln 2`, the first token at its uniform cost."""
+    step_seconds: float
+    """Training time of the step in seconds, charts, samples, evaluation and saving left out."""
+    part: int = 0
+    """Which sample of its document this is, from 0 (always 0 for `truncate`)."""
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Records passed over since the sample before, by reason."""
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def encode(row: dict[str, Any]) -> str:
+    """A row as one line of strict JSON, without its newline."""
+    return json.dumps(
+        {k: _finite(v) for k, v in row.items()}, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+    )
+
+
+def chain_hash(before: str, row: dict[str, Any]) -> str:
+    """Hash of a row and all rows before it: 32 hex digits of BLAKE2b over what does not depend on the clock."""
+    bare = {k: v for k, v in row.items() if k not in TIME_FIELDS and k != "chain"}
+    return hashlib.blake2b((before + encode(bare)).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+class Ledger:
+    """Appends rows to `ledger.jsonl`. One write per row, so that a killed process loses no row it has recorded."""
+
+    def __init__(self, path: Path, chain: str = CHAIN_START) -> None:
+        self.path = path
+        self.chain = chain
+        self._file: BinaryIO = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
+
+    def append(self, row: Row) -> dict[str, Any]:
+        """Write one row and return it as written (with `chain`). Raises OSError when the disk is full."""
+        record = dataclasses.asdict(row)
+        record["chain"] = chain_hash(self.chain, record)
+        line = (encode(record) + "\n").encode("utf-8", "surrogatepass")
+        start = self._file.seek(0, os.SEEK_END)
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(28, "No space left on device", str(self.path))
+        except OSError:
+            # Half a row must not stay: the next one would be glued to it.
+            os.ftruncate(self._file.fileno(), start)
+            raise
+        self.chain = record["chain"]
+        return record
+
+    def sync(self) -> None:
+        """Force the rows to the disk (before a checkpoint that counts on them)."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def cut_back(path: Path, step: int) -> str:
+    """Drop the rows of `step` and later (and a torn last line); return the chain hash of the last row kept.
+
+    Raises ValueError when the ledger ends before `step`: then it does not belong to the checkpoint.
+    """
+    chain, kept, expected = CHAIN_START, 0, 0
+    if path.exists():
+        with open(path, "rb") as file:
+            for line in file:
+                if expected == step or not line.endswith(b"\n"):
+                    break
+                row = json.loads(line)
+                if row["step"] != expected:
+                    raise ValueError(f"{path} has step {row['step']} where step {expected} was expected")
+                chain, expected = row["chain"], expected + 1
+                kept += len(line)
+        with open(path, "r+b") as file:
+            file.truncate(kept)
+            os.fsync(file.fileno())
+    if expected < step:
+        raise ValueError(f"{path} holds {expected} steps, the checkpoint was taken after {step}")
+    return chain
+
+
+#: Numeric columns that views need, with the type they are kept in.
+NUMBERS = {
+    "step": np.int64,
+    "loss": np.float64,
+    "accuracy": np.float64,
+    "throughput": np.float64,
+    "learning_rate": np.float64,
+    "grad_norm": np.float64,
+    "tokens": np.int64,
+    "text_bytes": np.int64,
+    "code_bits": np.float64,
+}
+
+
+class Columns:
+    """The ledger as arrays that grow: each attribute of `NUMBERS` is an array of shape (steps,).
+
+    `domain` (steps,) holds indices into `domains`. NaN stands for what was not finite.
+    """
+
+    def __init__(self) -> None:
+        self._size = 0
+        self._store = {name: np.empty(1024, dtype) for name, dtype in (NUMBERS | {"domain": np.int16}).items()}
+        self.domains: list[str] = []
+        self._domain_index: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        store = self.__dict__.get("_store", {})
+        if name not in store:
+            raise AttributeError(name)
+        return store[name][: self._size]
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add one decoded row."""
+        if self._size == len(self._store["step"]):
+            # Doubling: the cost of growth is constant per row.
+            self._store = {name: np.resize(array, 2 * self._size) for name, array in self._store.items()}
+        domain = row["domain"]
+        if domain not in self._domain_index:
+            self._domain_index[domain] = len(self.domains)
+            self.domains.append(domain)
+        for name in NUMBERS:
+            value = row[name]
+            self._store[name][self._size] = math.nan if value is None else value
+        self._store["domain"][self._size] = self._domain_index[domain]
+        self._size += 1
+
+    def first(self, steps: int) -> Columns:
+        """The first `steps` rows, sharing their memory."""
+        part = Columns()
+        part._store, part._size = self._store, min(steps, self._size)
+        part.domains, part._domain_index = self.domains, self._domain_index
+        return part
+
+    def prequential_bits_per_byte(self) -> float:
+        """Running code length of everything read so far, over its UTF-8 bytes; NaN before the first row."""
+        bits, size = self.code_bits, self.text_bytes
+        counted = np.isfinite(bits)
+        total = int(size[counted].sum())
+        return float(bits[counted].sum()) / total if total else math.nan
+
+
+class Reader:
+    """Reads a growing ledger: each `update` parses only what was appended since the last one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.columns = Columns()
+        self._offset = 0
+
+    def update(self) -> Columns:
+        """Take in the new rows. A torn last line waits for the next call; a ledger that was cut back is read anew."""
+        if not self.path.exists():
+            return self.columns
+        if self.path.stat().st_size < self._offset:
+            self.columns, self._offset = Columns(), 0
+        with open(self.path, "rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self.columns.append(json.loads(line))
+                self._offset += len(line)
+        return self.columns
+
+
+def read_columns(path: Path) -> Columns:
+    """The whole ledger at `path` as arrays."""
+    return Reader(path).update()
+
+
+def read_row(path: Path, step: int) -> dict[str, Any] | None:
+    """The row of `step`, or None."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file):
+            if number == step and line.endswith(b"\n"):
+                return json.loads(line)
+    return None

@@ -1,0 +1,85 @@
+"""What is about to happen, said before step 0; and what has happened, said at the end."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimpajama_hf import checkpoints, ledger, screen
+from slimpajama_hf.charts import running_mean
+from slimpajama_hf.model import format_bytes, needs
+
+if TYPE_CHECKING:
+    from slimpajama_hf.cli import Settings
+    from slimpajama_hf.run_folder import RunFolder
+    from slimpajama_hf.trainer import SlimPajamaTrainer
+
+
+def show(
+    settings: Settings, trainer: SlimPajamaTrainer, precision: str, tokenizer_name: str, folder: RunFolder
+) -> None:
+    """The plan: corpus, tokenizer, model, memory, precision, steps, where things go."""
+    training, data = settings.training, settings.data
+    corpus = trainer.stream.corpus
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    need = needs(model, data.max_seq_length, precision)
+    start = trainer.stream.start
+    where = f", from {start.shard} row {start.row}" if start.shard is not None else ""
+    modes = {
+        "truncate": f"the first {data.max_seq_length} tokens of each document",
+        "window": f"consecutive windows of {data.max_seq_length} tokens",
+        "pack": f"documents joined by EOS, blocks of {data.max_seq_length} tokens",
+    }
+    rows = {
+        "corpus": f"{corpus.name} ({corpus.mirror}){where}",
+        "sample": modes[data.sample_mode],
+        "tokenizer": f"{tokenizer_name}, {model.config.vocab_size:,} tokens",
+        "model": f"{settings.model.model}, {need.parameters / 1e6:.1f}M parameters",
+        "device": f"{trainer.args.device}, {precision}, about {format_bytes(need.total_bytes)} of memory",
+        "steps": f"{training.max_steps:,}, one document each; learning rate {training.learning_rate:g} after "
+        f"{training.get_warmup_steps(training.max_steps):,} steps of warm-up",
+        "folder": str(folder.path),
+    }
+    for name, value in rows.items():
+        screen.say(f"{name:>10}  {value}")
+
+
+def mean_of_last(values: Any, window: int = 50) -> float:
+    """Mean of the last `window` finite values, NaN without any."""
+    return float(running_mean(values[-10 * window :], window)[-1]) if len(values) else math.nan
+
+
+def summary(folder: RunFolder, trainer: SlimPajamaTrainer, outcome: str, seeing_seconds: float) -> list[str]:
+    """The lines at the end of a run: steps, time, throughput, loss, accuracy, where everything is."""
+    columns = ledger.read_columns(folder.ledger)
+    clock = trainer.clock
+    tokens = int(columns.tokens[-trainer.steps_of_session :].sum()) if trainer.steps_of_session else 0
+    rate = tokens / clock.training_seconds if clock.training_seconds else 0.0
+    saved = [checkpoints.path_of(folder.path, step) for step in checkpoints.steps(folder.path)]
+    lines = [
+        f"{outcome}: {len(columns):,} steps, {trainer.steps_of_session:,} of them now, in "
+        f"{screen.format_time(clock.training_seconds)} of training ({rate:,.1f} tokens/s)"
+        f" and {screen.format_time(seeing_seconds)} of seeing",
+        f"     final loss  {mean_of_last(columns.loss):.4f} nats per token (mean of the last 50 steps)",
+        f" final accuracy  {mean_of_last(columns.accuracy):.1%} of next tokens",
+        f"    prequential  {columns.prequential_bits_per_byte():.4f} bits per byte (documents scored before learned)",
+    ]
+    skipped = trainer.skipped_records
+    if skipped:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
+        lines.append(f"        skipped  {sum(skipped.values()):,} records: {reasons}")
+    lines += [
+        f"          chart  {folder.latest_chart}",
+        f"        metrics  {folder.viz / 'metrics_history.json'}",
+        f"        samples  {folder.viz / 'text_samples.json'}",
+        f"         ledger  {folder.ledger}",
+        f"     checkpoint  {saved[-1] if saved else 'none'}",
+    ]
+    return lines
+
+
+def resume_command(folder: Path) -> str:
+    return (
+        f"accelerate launch run_clm_slimpajama.py --config {folder / 'run_config.yaml'} --resume_from_checkpoint true"
+    )

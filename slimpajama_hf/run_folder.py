@@ -1,0 +1,116 @@
+"""The folder of a run: what lies where, and whether a start may use it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from slimpajama_hf import __version__, checkpoints, files, ledger
+from slimpajama_hf.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / ledger.FILE_NAME
+
+    @property
+    def samples(self) -> Path:
+        """Generated samples, one JSON object per line, append-only; `text_samples.json` is a view of it."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        """Held-out scores, one JSON object per line, append-only."""
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def record(self) -> Path:
+        """What the run is: corpus as opened, versions, command."""
+        return self.path / "run.json"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "run_config.yaml"
+
+    @property
+    def viz(self) -> Path:
+        return self.path / "training_viz"
+
+    @property
+    def latest_chart(self) -> Path:
+        return self.viz / "training_latest.png"
+
+    def holds_a_run(self) -> bool:
+        return any(path.exists() for path in (self.record, self.ledger)) or bool(checkpoints.steps(self.path))
+
+    def read_record(self) -> dict[str, Any]:
+        """The content of `run.json`. Raises UserError when it is missing or torn."""
+        try:
+            return json.loads(self.record.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: no run.json in it; expected the folder of a run") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.record}: cannot be read ({error})") from None
+
+
+def prepare(path: str, *, resume: bool, overwrite: bool) -> RunFolder:
+    """The folder of a run that starts, made and tried. Raises UserError when it holds a run or cannot be written."""
+    folder = RunFolder(Path(path).expanduser())
+    if folder.path.is_dir() and not resume and folder.holds_a_run():
+        if not overwrite:
+            raise UserError(
+                f"{path} holds a run already; go on with it: --resume_from_checkpoint true, "
+                "or delete it and start anew: --overwrite_output_dir"
+            )
+        delete_run(folder)
+    try:
+        folder.viz.mkdir(parents=True, exist_ok=True)
+        files.write_whole(folder.path / "_writable", b"")
+        (folder.path / "_writable").unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: cannot be written ({error.strerror}); choose another folder") from None
+    return folder
+
+
+def delete_run(folder: RunFolder) -> None:
+    """Remove what a run wrote, and nothing else that lies in its folder."""
+    for step in checkpoints.steps(folder.path):
+        shutil.rmtree(checkpoints.path_of(folder.path, step))
+    shutil.rmtree(folder.viz, ignore_errors=True)
+    for path in (folder.ledger, folder.samples, folder.evaluations, folder.record, folder.config):
+        path.unlink(missing_ok=True)
+
+
+def new_record(corpus: dict[str, Any], tokenizer: str, model: dict[str, Any]) -> dict[str, Any]:
+    """`run.json` of a run that starts: what it is, and what it ran on."""
+    from importlib.metadata import version
+
+    return {
+        "run_id": uuid.uuid4().hex,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "version": __version__,
+        "libraries": {
+            name: version(name) for name in ("torch", "transformers", "datasets", "accelerate", "tokenizers")
+        },
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "corpus": corpus,
+        "tokenizer": tokenizer,
+        "model": model,
+    }

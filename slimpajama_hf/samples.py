@@ -1,0 +1,245 @@
+"""Documents -> samples: truncate, window, pack; what is passed over and why.
+
+To add a way of making samples: a generator like `windows`, and its name in `arguments.SAMPLE_MODES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from slimpajama_hf import corpora
+from slimpajama_hf.corpora import Corpus, Cursor, Document, Unusable
+from slimpajama_hf.errors import UserError
+
+if TYPE_CHECKING:
+    from slimpajama_hf.tokenizer import Encoder
+
+#: So many unusable records in a row mean that the source itself is wrong.
+MOST_UNUSABLE_IN_A_ROW = 1000
+
+#: Long documents are tokenized in pieces of so many characters, so that memory does not grow with them.
+PIECE_CHARACTERS = 65_536
+_OVERLAP_CHARACTERS = 2_048
+_OVERLAP_TOKENS = 32
+
+
+@dataclasses.dataclass
+class Sample:
+    """One training example and everything that is known about it; `after` is where reading goes on."""
+
+    input_ids: list[int]
+    document: Document
+    """The document (in `pack`: the one that the sample begins with)."""
+    after: Cursor
+    text_bytes: int
+    """UTF-8 bytes that the tokens cover."""
+    part: int = 0
+    tokens_cut: int = 0
+    tokens_cut_exact: bool = True
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+class SampleStream:
+    """The training samples of a corpus from a cursor on. Iterating opens the stream anew at `start`.
+
+    Yields `Sample`s of 2 to `max_length` tokens. Raises UserError after 1,000 unusable records in a row.
+    """
+
+    def __init__(
+        self, corpus: Corpus, encoder: Encoder, mode: str, max_length: int, world_size: int = 1, rank: int = 0
+    ) -> None:
+        self.corpus, self.encoder, self.mode, self.max_length = corpus, encoder, mode, max_length
+        self.world_size, self.rank = world_size, rank
+        self.start = Cursor()
+
+    def __iter__(self) -> Iterator[Sample]:
+        records = corpora.stream(self.corpus, self.start, self.world_size, self.rank)
+        samples: Iterable[Sample | Unusable]
+        if self.mode == "truncate":
+            # The streaming map of `datasets`: one record in, its first tokens out.
+            mapped = records.map(
+                truncate,
+                fn_kwargs={"encoder": self.encoder, "max_length": self.max_length, "epoch": self.start.epoch},
+                remove_columns=["record"],
+            )
+            samples = (example["sample"] for example in mapped)
+        else:
+            make = windows if self.mode == "window" else packed
+            samples = make((example["record"] for example in records), self.encoder, self.max_length, self.start)
+        yield from self._count_unusable(samples)
+
+    def _count_unusable(self, samples: Iterable[Sample | Unusable]) -> Iterator[Sample]:
+        """Pass usable samples on; what was passed over before one rides with it."""
+        skipped: Counter[str] = Counter()
+        in_a_row = 0
+        for sample in samples:
+            if isinstance(sample, Unusable):
+                skipped[sample.reason] += 1
+                in_a_row += 1
+                if in_a_row == MOST_UNUSABLE_IN_A_ROW:
+                    reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
+                    raise UserError(
+                        f"{self.corpus.name} ({self.corpus.mirror}): {in_a_row:,} records in a row are unusable, "
+                        f"the last at {sample.shard} row {sample.row} ({reasons}); check --dataset and --text_column"
+                    )
+            else:
+                sample.skipped, skipped, in_a_row = dict(skipped), Counter(), 0
+                yield sample
+
+
+def truncate(example: dict[str, Any], encoder: Encoder, max_length: int, epoch: int = 0) -> dict[str, Any]:
+    """{"record": Document} -> {"sample": Sample}: the document's first `max_length` tokens; a function for `map`."""
+    record = example["record"]
+    if isinstance(record, Unusable):
+        return {"sample": record}
+    opening = encoder.opening(record.text, max_length)
+    if len(opening.ids) < 2:
+        return {"sample": Unusable("fewer than 2 tokens", record.shard, record.row)}
+    exact = opening.total_tokens is not None
+    covered = record.size if opening.end >= len(record.text) else len(record.text[: opening.end].encode("utf-8"))
+    if opening.total_tokens is not None:
+        tokens_cut = opening.total_tokens - len(opening.ids)
+    else:
+        # Not tokenized to its end: as many tokens per byte as its opening has.
+        tokens_cut = round((record.size - covered) * len(opening.ids) / max(covered, 1))
+    return {
+        "sample": Sample(
+            input_ids=opening.ids,
+            document=record,
+            after=Cursor(epoch, record.shard, record.row + 1),
+            text_bytes=covered,
+            tokens_cut=tokens_cut,
+            tokens_cut_exact=exact,
+        )
+    }
+
+
+def tokens_in_pieces(encoder: Encoder, text: str) -> Iterator[tuple[list[int], list[int]]]:
+    """(ids, character ends) of a whole document, piece by piece; joined they equal `encoder.encode(text)`.
+
+    Pieces overlap: tokens near a cut are taken from the piece that has them in its middle.
+    """
+    if len(text) <= 4 * PIECE_CHARACTERS:
+        yield encoder.encode(text)
+        return
+    done = 0
+    while done < len(text):
+        left = _word_start(text, max(0, done - _OVERLAP_CHARACTERS))
+        right = _word_start(text, done + PIECE_CHARACTERS)
+        ids, ends = encoder.encode(text[left:right])
+        ends = [left + end for end in ends]
+        first = next((k for k, end in enumerate(ends) if end > done), len(ends))
+        last = len(ids)
+        if right < len(text):
+            last -= _OVERLAP_TOKENS
+            # A character of several tokens stays whole.
+            while last > first and ends[last - 1] == ends[last]:
+                last -= 1
+        if last <= first:
+            # Nothing but what is invisible to the tokenizer (a run of spaces that it drops).
+            done = right
+            continue
+        yield ids[first:last], ends[first:last]
+        done = ends[last - 1] if right < len(text) else len(text)
+
+
+def _word_start(text: str, near: int) -> int:
+    """The next place at or after `near` where white space follows a word; `near` itself if none is close."""
+    if near <= 0 or near >= len(text):
+        return max(0, min(near, len(text)))
+    for place in range(near, min(near + _OVERLAP_CHARACTERS // 2, len(text))):
+        if text[place].isspace() and not text[place - 1].isspace():
+            return place
+    return near
+
+
+def _slices(pieces: Iterable[tuple[list[int], list[int]]], size: int) -> Iterator[tuple[list[int], int, bool]]:
+    """(ids, character end, whether it is the last) of consecutive runs of `size` tokens."""
+    ids: list[int] = []
+    ends: list[int] = []
+    for new_ids, new_ends in pieces:
+        ids, ends = ids + new_ids, ends + new_ends
+        # One token more than a run is kept back, so that the last run is known to be the last.
+        while len(ids) > size:
+            yield ids[:size], ends[size - 1], False
+            ids, ends = ids[size:], ends[size:]
+    if ids:
+        yield ids, ends[-1], True
+
+
+def windows(
+    records: Iterable[Document | Unusable], encoder: Encoder, max_length: int, start: Cursor
+) -> Iterator[Sample | Unusable]:
+    """Consecutive windows of each document, nothing thrown away; a last one of one token borrows the one before."""
+    for record in records:
+        if isinstance(record, Unusable):
+            yield record
+            continue
+        resumed = start.token if (record.shard, record.row) == (start.shard, start.row) else 0
+        taken, covered_to = 0, 0
+        before: list[int] = []
+        for part, (ids, end, last) in enumerate(_slices(tokens_in_pieces(encoder, record.text), max_length)):
+            taken += len(ids)
+            end = len(record.text) if last else end
+            sample_ids = ids if len(ids) > 1 else before + ids
+            if len(sample_ids) < 2:
+                yield Unusable("fewer than 2 tokens", record.shard, record.row)
+            elif taken > resumed:
+                place = (record.row + 1, 0) if last else (record.row, taken)
+                after = Cursor(start.epoch, record.shard, *place)
+                size_bytes = len(record.text[covered_to:end].encode("utf-8"))
+                yield Sample(sample_ids, record, after, size_bytes, part)
+            covered_to, before = end, ids[-1:]
+
+
+def packed(
+    records: Iterable[Document | Unusable], encoder: Encoder, max_length: int, start: Cursor
+) -> Iterator[Sample | Unusable]:
+    """Documents joined by EOS, cut into blocks of `max_length`; a block is named after the document that begins it.
+
+    The cursor after a block is the document that it stops in and the tokens of it (EOS counted) already used.
+    """
+    eos = encoder.tokenizer.eos_token_id
+    if eos is None:
+        raise UserError(
+            "--sample_mode pack: this tokenizer has no end-of-text token to join documents with; use truncate or window"
+        )
+    block: list[int] = []
+    size_bytes, first, part = 0, None, 0
+    for record in records:
+        if isinstance(record, Unusable):
+            yield record
+            continue
+        used = start.token if (record.shard, record.row) == (start.shard, start.row) else 0
+        position, covered_to, part = 0, 0, 0
+        pieces = tokens_in_pieces(encoder, record.text)
+        for ids, ends in _with_eos(pieces, eos, len(record.text)):
+            for index, (token, end) in enumerate(zip(ids, ends, strict=True)):
+                position += 1
+                if position <= used:
+                    covered_to = end
+                    continue
+                if not block:
+                    first, part = record, (position - 1) // max_length
+                block.append(token)
+                if len(block) == max_length or index == len(ids) - 1:
+                    size_bytes += len(record.text[covered_to:end].encode("utf-8"))
+                    covered_to = end
+                if len(block) == max_length:
+                    assert first is not None
+                    yield Sample(
+                        block, first, Cursor(start.epoch, record.shard, record.row, position), size_bytes, part
+                    )
+                    block, size_bytes, first = [], 0, None
+    if len(block) >= 2 and first is not None:
+        yield Sample(block, first, Cursor(start.epoch, record.shard, record.row + 1), size_bytes, part)
+
+
+def _with_eos(
+    pieces: Iterable[tuple[list[int], list[int]]], eos: int, end: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    yield from pieces
+    yield [eos], [end]

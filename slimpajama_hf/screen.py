@@ -1,0 +1,173 @@
+"""What a person sees while it runs: lines, a sign of life while waiting, the progress bar. All of it goes to stderr."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TextIO
+
+#: Seconds between two lines of progress where there is no terminal.
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def format_time(seconds: float) -> str:
+    """A duration as a person reads it: `12.3s`, `37.8m`, `2.5h`."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f}m"
+    return f"{seconds / 3600:.1f}h"
+
+
+def format_clock(seconds: float) -> str:
+    """A duration as `12:30` or `1:02:03`, as tqdm writes it."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute:02d}:{second:02d}"
+
+
+def say(line: str, stream: TextIO | None = None) -> None:
+    """Write one line to stderr. A terminal or a pipe that is gone is no reason to stop a training run."""
+    stream = stream or sys.stderr
+    try:
+        stream.write(line + "\n")
+        stream.flush()
+    except (OSError, ValueError):
+        pass
+
+
+def is_terminal(stream: TextIO | None = None) -> bool:
+    try:
+        return (stream or sys.stderr).isatty()
+    except (OSError, ValueError):
+        return False
+
+
+class Waiting:
+    """Something that moves at least every 2 seconds while the program waits; `waiting("for what")` changes the words.
+
+    In a terminal one line counts the seconds in place; elsewhere a line appears every 2 seconds of real waiting.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._done = threading.Event()
+        self._start = time.monotonic()
+        self._thread = threading.Thread(target=self._beat, name="waiting", daemon=True)
+        self._terminal = is_terminal()
+        self._width = 0
+
+    def __enter__(self) -> Waiting:
+        self._thread.start()
+        return self
+
+    def __call__(self, what: str) -> None:
+        self.what = what
+
+    def _beat(self) -> None:
+        period = 0.2 if self._terminal else 1.9
+        while not self._done.wait(period):
+            elapsed = time.monotonic() - self._start
+            if self._terminal:
+                frame = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"[int(elapsed * 5) % 10]
+                line = f"{frame} {self.what} ({format_time(elapsed)})"
+                self._write("\r" + line.ljust(self._width))
+                self._width = len(line)
+            else:
+                self._write(f"… {self.what} ({format_time(elapsed)})\n")
+
+    @staticmethod
+    def _write(text: str) -> None:
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+        if self._terminal and self._width:
+            self._write("\r" + " " * self._width + "\r")
+
+
+def bar_numbers(
+    loss: float, accuracy: float, tokens_per_second: float, learning_rate: float, eta_seconds: float
+) -> str:
+    """The numbers behind the bar: `loss=2.3456, acc=28.3%, tps=34.2, lr=1.00e-03, eta=37.8m`."""
+    return (
+        f"loss={loss:.4f}, acc={accuracy:.1%}, tps={tokens_per_second:.1f}, lr={learning_rate:.2e}, "
+        f"eta={format_time(eta_seconds)}"
+    )
+
+
+class TrainingBar:
+    """`Training:  24%|███ | 2400/10000 [12:30<37:45, loss=..., acc=..., tps=..., lr=..., eta=...]`.
+
+    In a terminal a tqdm bar; in a pipe or a log file one such line every 10 seconds. Throughput and time left count
+    the training steps of this session alone, so they are right at once after a resume.
+    """
+
+    def __init__(self, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total, self.first, self.done = total, done, done
+        self._clock = clock
+        self._start = clock()
+        self._next_line = 0.0
+        self._tokens, self._seconds = 0, 0.0
+        self._bar = None
+        if is_terminal():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                desc="Training",
+                dynamic_ncols=True,
+                mininterval=0.2,
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{postfix}]",
+            )
+
+    def update(self, loss: float, accuracy: float, learning_rate: float, tokens: int, seconds: float) -> None:
+        """One more step: its numbers, its tokens and the training seconds that it took."""
+        self.done += 1
+        self._tokens += tokens
+        self._seconds += seconds
+        if self._bar is not None:
+            # tqdm redraws at most every `mininterval` seconds; the words are only made when it will.
+            if self._clock() >= self._next_line:
+                self._next_line = self._clock() + 0.2
+                self._bar.set_postfix_str(self._words(loss, accuracy, learning_rate), refresh=False)
+            self._bar.update(1)
+        elif self._clock() >= self._next_line or self.done == self.total:
+            self._next_line = self._clock() + SECONDS_BETWEEN_LINES
+            percent = 100 * self.done // max(self.total, 1)
+            filled = "█" * (percent // 10)
+            say(
+                f"Training: {percent:3d}%|{filled:<10}| {self.done}/{self.total} "
+                f"[{self._words(loss, accuracy, learning_rate)}]"
+            )
+
+    def _words(self, loss: float, accuracy: float, learning_rate: float) -> str:
+        steps = self.done - self.first
+        eta = self._seconds / max(steps, 1) * (self.total - self.done)
+        elapsed = self._clock() - self._start
+        rate = self._tokens / self._seconds if self._seconds else 0.0
+        numbers = bar_numbers(loss, accuracy, rate, learning_rate, eta)
+        return f"{format_clock(elapsed)}<{format_clock(eta)}, {numbers}"
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            say(line)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

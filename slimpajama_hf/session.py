@@ -1,0 +1,115 @@
+"""One session of training from its plan to its summary, with an honest exit code at the end."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from slimpajama_hf import files, plan, run_folder, screen, views
+from slimpajama_hf.corpora import Corpus
+from slimpajama_hf.errors import UserError
+from slimpajama_hf.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from slimpajama_hf.callbacks import GenerateSamples, ShowProgress
+    from slimpajama_hf.cli import Settings
+    from slimpajama_hf.resume import ResumePoint
+    from slimpajama_hf.signals import StopSignals
+    from slimpajama_hf.trainer import SlimPajamaTrainer
+    from slimpajama_hf.view_process import ViewProcess
+
+
+def quiet_libraries() -> None:
+    """What libraries say of themselves would tear the progress bar; their errors still come through."""
+    import datasets
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def tokenizer_name(asked: str, corpus: Corpus) -> str:
+    """`auto` is GPT-2's tokenizer where the corpus comes from the Hub anyway, else the one that ships with us."""
+    if asked != "auto":
+        return asked
+    return "gpt2" if any(shard.url.startswith("hf://") for shard in corpus.files[:1]) or corpus.repo else "builtin"
+
+
+def record_run(
+    settings: Settings, folder: RunFolder, corpus: Corpus, tokenizer: str, model: Any, precision: str, *, resumed: bool
+) -> dict[str, Any]:
+    """Write `run.json` and `run_config.yaml` (a resumed run keeps its own identity); returns the record."""
+    described = {
+        "name": settings.model.model,
+        "parameters": model.num_parameters(),
+        "vocab_size": model.config.vocab_size,
+        "precision": precision,
+        "max_seq_length": settings.data.max_seq_length,
+        "sample_mode": settings.data.sample_mode,
+    }
+    if resumed:
+        record = folder.read_record() | {"max_steps": settings.training.max_steps}
+    else:
+        record = run_folder.new_record(corpus.describe(), tokenizer, described)
+        record["max_steps"] = settings.training.max_steps
+    files.write_json(folder.record, record, indent=1)
+    files.write_whole(folder.config, settings.to_yaml())
+    return record
+
+
+def caption(record: dict[str, Any]) -> tuple[str, str]:
+    return views.caption_of(record)
+
+
+def train(
+    settings: Settings,
+    trainer: SlimPajamaTrainer,
+    folder: RunFolder,
+    signals: StopSignals,
+    samples: GenerateSamples,
+    view_process: ViewProcess,
+    progress: ShowProgress,
+    precision: str,
+    tokenizer: str,
+    point: ResumePoint,
+) -> int:
+    """Train to the end, to a signal or to an error; leave checkpoint, views and summary; return the exit code."""
+    plan.show(settings, trainer, precision, tokenizer, folder)
+    if point.checkpoint is not None:
+        screen.say(f"{'resumed':>10}  {point.checkpoint}, at step {point.step:,}")
+    failure: UserError | None = None
+    try:
+        trainer.train(resume_from_checkpoint=str(point.checkpoint) if point.checkpoint else None)
+    except UserError as error:
+        # The stream broke between two steps: what was learned is whole, and is kept.
+        failure = error
+    trainer.recorder.flush()
+    progress.close()
+    trainer.save_now()
+    trainer.recorder.close()
+    steps = trainer.state.global_step
+    if not view_process.finish(steps):
+        screen.say(f"the final chart was not drawn: {view_process.errors[-1]}")
+    for what, errors in (("chart", view_process.errors[:-1]), ("sample", samples.failures)):
+        if errors:
+            screen.say(f"{len(errors)} {what}s failed, the first at {errors[0]}")
+    if failure is not None:
+        outcome = "stopped by an error"
+    elif signals.received is not None:
+        outcome = "stopped by Ctrl-C" if signals.exit_code == 130 else f"stopped by {signals.received.name}"
+    elif trainer.stream_ended and steps < settings.training.max_steps:
+        outcome = "the corpus ended"
+    else:
+        outcome = "done"
+    for line in plan.summary(folder, trainer, outcome, samples.seconds + view_process.cpu_seconds):
+        screen.say(line)
+    if outcome != "done" and trainer.args.save_strategy != "no" and steps:
+        screen.say(f"         go on  {plan.resume_command(folder.path)}")
+    if failure is not None:
+        raise failure
+    if steps == 0:
+        raise UserError(f"{settings.data.dataset}: no document to learn from in this corpus")
+    return signals.exit_code

@@ -1,0 +1,61 @@
+"""Signals that ask a run to end: noted at once, obeyed between two steps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from types import FrameType, TracebackType
+from typing import Any
+
+from slimpajama_hf import screen
+
+
+class StopSignals:
+    """While entered, SIGINT, SIGTERM and SIGHUP are noted in `received`; a second one of the first two ends at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in self.SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        _end_with_launcher()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            if number == signal.SIGHUP:
+                # The launcher or the terminal goes away while the run ends: nothing new.
+                return
+            os._exit(128 + number)
+        self.received = signal.Signals(number)
+        name = "Ctrl-C" if number == signal.SIGINT else self.received.name
+        screen.say(f"\n{name}: stopping after this step; once more to exit at once, without saving")
+
+    @property
+    def exit_code(self) -> int:
+        """130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 0 without any."""
+        return 0 if self.received is None else 128 + self.received
+
+
+def _end_with_launcher() -> None:
+    """Under `accelerate launch`, take the launcher's death as SIGHUP: it hands no signal on (accelerate launch.py,
+    `simple_launcher`), so `kill <launcher>` would leave this process training alone. Linux only."""
+    if sys.platform != "linux" or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return
+    import ctypes
+
+    set_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGHUP, 0, 0, 0)

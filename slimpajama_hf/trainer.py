@@ -1,0 +1,244 @@
+"""`SlimPajamaTrainer`: the step of one document, its schedule, its loader, and what is measured in it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from slimpajama_hf import checkpoints
+from slimpajama_hf.recorder import StepRecorder, TrainingClock
+from slimpajama_hf.samples import Sample, SampleStream
+
+#: Private methods of Trainer that we override or call: a test fails when their signature moves.
+PRIVATE_HOOKS = {
+    "_get_grad_norm": "(self, model, grad_norm=None)",
+    "_get_output_dir": "(self, trial)",
+    "_save": "(self, output_dir=None, state_dict=None)",
+    "_save_checkpoint": "(self, model, trial)",
+}
+
+
+def get_learning_rate(step: int, learning_rate: float, warmup_steps: int) -> float:
+    """The rate that optimizer step `step` (from 0) trains at: `lr * min(1, (step + 1) / warmup)`, never 0."""
+    return learning_rate * min(1.0, (step + 1) / max(warmup_steps, 1))
+
+
+class _Samples(IterableDataset):
+    """A sample stream in the shape that DataLoader wants."""
+
+    def __init__(self, stream: SampleStream) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self._stream)
+
+
+def collate(samples: list[Sample]) -> dict[str, Any]:
+    """One sample as a batch of one: `input_ids` and `labels` of shape (1, T), and the sample itself."""
+    (sample,) = samples
+    input_ids = torch.tensor([sample.input_ids])  # (1, T)
+    return {"input_ids": input_ids, "labels": input_ids, "sample": sample}
+
+
+class _AfterEachStep(TrainerCallback):
+    """Hands the finished step to the recorder before any other callback sees it."""
+
+    def __init__(self, clock: TrainingClock, record: Callable[[], None]) -> None:
+        self._clock = clock
+        self._record = record
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._clock.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._record()
+
+
+class SlimPajamaTrainer(Trainer):
+    """A Trainer whose optimizer step is one streamed document.
+
+    Beside what `transformers.Trainer` does: the loss is the mean over the predicted tokens (5.23 alone under-scales
+    GPT-2's by (L-1)/L); accuracy is taken where the logits are; every step becomes a row of the ledger; checkpoints
+    are staged, given a manifest and renamed; no `training_args.bin` (it pickles the Hub token).
+    """
+
+    def __init__(
+        self,
+        *,
+        stream: SampleStream,
+        recorder: StepRecorder,
+        about: dict[str, Any],
+        callbacks: list[TrainerCallback] | None = None,
+        evaluate_model: Callable[[Trainer], dict[str, float]] | None = None,
+        **trainer_arguments: Any,
+    ) -> None:
+        self.stream = stream
+        self.recorder = recorder
+        self.clock = TrainingClock()
+        self.about = about
+        """What goes into the manifest of every checkpoint."""
+        self.sample: Sample | None = None
+        """The sample of the step that is on."""
+        self.cursor = stream.start
+        """Where reading goes on after the last trained sample."""
+        self.stream_ended = False
+        self.steps_of_session = 0
+        self.skipped_records: Counter[str] = Counter()
+        """Records passed over in this session, by reason."""
+        self._evaluate_model = evaluate_model
+        self._correct = self._loss = self._grad_norm = torch.tensor(0.0)
+        self._staging: Path | None = None
+        super().__init__(
+            train_dataset=_Samples(stream),
+            data_collator=collate,
+            callbacks=[_AfterEachStep(self.clock, self._record_step), *(callbacks or [])],
+            **trainer_arguments,
+        )
+        # The bar and the lines are ours; the dictionary that this one prints is noise.
+        self.remove_callback(PrinterCallback)
+        self.run_path = Path(str(self.args.output_dir))
+        self._parameters: int = self.accelerator.unwrap_model(self.model).num_parameters(exclude_embeddings=True)
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Our stream, one sample a batch, not prepared by accelerate: a prepared loader runs one sample ahead.
+
+        The generator of its own keeps DataLoader from drawing a seed from the global one at each start
+        (torch dataloader.py: `_BaseDataLoaderIter`), which would change dropout after a resume.
+        """
+        return DataLoader(_Samples(self.stream), batch_size=1, collate_fn=collate, generator=torch.Generator())
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
+        """The next samples. The loss is a mean, so nothing is counted; at the end of the stream training stops."""
+        batches = []
+        for _ in range(num_batches):
+            try:
+                batches.append(next(epoch_iterator))
+            except StopIteration:
+                self.stream_ended = True
+                self.control.should_training_stop = True
+                break
+        return batches, None
+
+    # ---- the step ----
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """Linear warm-up to the rate, then constant; the first step trains at lr/warmup where transformers' has 0."""
+        if self.lr_scheduler is None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.optimizer,  # type: ignore[arg-type]
+                lambda step: get_learning_rate(step, 1.0, warmup),
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward on one sample; returns its loss, nats per token, on the device."""
+        self.sample = inputs.pop("sample")
+        self._loss = super().training_step(model, inputs, num_items_in_batch)
+        return self._loss
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean cross-entropy of the predicted tokens; counts the right ones while the logits are here."""
+        outputs = model(**inputs, use_cache=False)
+        with torch.no_grad():
+            guesses = outputs.logits[:, :-1].argmax(dim=-1)  # (1, T-1)
+            self._correct = (guesses == inputs["labels"][:, 1:]).sum()
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._grad_norm = norm if isinstance(norm, torch.Tensor) else torch.tensor(float(norm))
+        # Of a sharded model the norm is a DTensor.
+        if hasattr(self._grad_norm, "full_tensor"):
+            self._grad_norm = self._grad_norm.full_tensor()
+        return norm
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 x tokens x parameters, counted without walking over the modules at every step."""
+        return 6 * inputs["input_ids"].numel() * self._parameters
+
+    def accuracy_now(self) -> float:
+        """Next-token accuracy of the step that is on, a fraction; waits for the device."""
+        assert self.sample is not None
+        return self._correct.item() / (len(self.sample.input_ids) - 1)
+
+    def _record_step(self) -> None:
+        assert self.sample is not None
+        self.cursor = self.sample.after
+        self.steps_of_session += 1
+        self.skipped_records.update(self.sample.skipped)
+        step = self.state.global_step - 1
+        # The scheduler has moved on already: this is the rate that the step used.
+        warmup = self.args.get_warmup_steps(self.state.max_steps)
+        rate = get_learning_rate(step, self.args.learning_rate, warmup)
+        device_norm = self._grad_norm.to(self._loss.device)
+        self.recorder.add(step, self.sample, self._loss, self._correct, device_norm, rate, self.clock.lap())
+
+    # ---- evaluation ----
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Scores on held-out documents (`evaluation.py`), with the clock of training stopped."""
+        if self._evaluate_model is None:
+            raise ValueError("no held-out documents were given to this trainer")
+        with self.clock.paused():
+            metrics = self._evaluate_model(self)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Stage, write, add the manifest, rename. The ledger is on the disk before the checkpoint that counts on it."""
+        step = self.state.global_step
+        run = self.run_path
+        with self.clock.paused():
+            self.recorder.sync()
+            writer = self.args.should_save
+            with checkpoints.staged(run, step, self.about) if writer else contextlib.nullcontext() as staging:
+                self._staging = staging
+                try:
+                    super()._save_checkpoint(model, trial)
+                    if staging is not None:
+                        state = {"cursor": dataclasses.asdict(self.cursor)}
+                        path = checkpoints.path_of(staging, step) / checkpoints.DATA_STATE
+                        path.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+                finally:
+                    self._staging = None
+            if writer:
+                checkpoints.keep_newest(run, self.args.save_total_limit)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Weights, configuration and tokenizer. Loaded elsewhere, the model shall generate with a cache."""
+        config = self.accelerator.unwrap_model(self.model).config
+        cache, config.use_cache = config.use_cache, True
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            config.use_cache = cache
+        if self.args.should_save:
+            # A pickle of all arguments, the Hub token among them; run_config.yaml says the same without it.
+            (Path(output_dir or self.run_path) / "training_args.bin").unlink(missing_ok=True)
+
+    def save_now(self) -> None:
+        """Save the state after the last finished step, unless its checkpoint is there already."""
+        step = self.state.global_step
+        if step > 0 and self.args.save_strategy != "no" and not checkpoints.path_of(self.run_path, step).exists():
+            self._save_checkpoint(self.model, trial=None)

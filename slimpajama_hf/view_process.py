@@ -1,0 +1,147 @@
+"""The views are drawn in a process of their own, so that a step never waits for a chart.
+
+Run as `python -m slimpajama_hf.view_process RUN`: a JSON object per line comes in, `{"steps": N, "title": ...,
+"subtitle": ..., "max_steps": ...}`, and one goes out when it is drawn, `{"steps": N, "cpu_seconds": s}` or
+`{"steps": N, "error": "..."}`. It ends when its input ends, so it never outlives its run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from slimpajama_hf.run_folder import RunFolder
+
+#: How far drawing may fall behind an interval that the user typed before training waits for it.
+MOST_WAITING = 4
+
+
+class ViewProcess:
+    """The training side: asks for views, counts what they cost, never raises into the training loop."""
+
+    def __init__(self, folder: RunFolder, title: str, subtitle: str, max_steps: int) -> None:
+        self.folder = folder
+        self._request = {"title": title, "subtitle": subtitle, "max_steps": max_steps}
+        self._process: subprocess.Popen[str] | None = None
+        self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.waiting = 0
+        """Requests that are not answered yet."""
+        self.cpu_seconds = 0.0
+        """Processor time that all views have taken so far."""
+        self.drawn = 0
+        self.errors: list[str] = []
+
+    def request(self, steps: int) -> None:
+        """Ask for the views as of `steps` steps. Waits only when `MOST_WAITING` requests are unanswered."""
+        self.collect()
+        while self.waiting >= MOST_WAITING and self._running():
+            self._take(timeout=1.0)
+        try:
+            if not self._running():
+                self._start()
+            assert self._process is not None and self._process.stdin is not None
+            self._process.stdin.write(json.dumps(self._request | {"steps": steps}) + "\n")
+            self._process.stdin.flush()
+            self.waiting += 1
+        except OSError as error:
+            self.errors.append(f"step {steps}: {error}")
+
+    def collect(self) -> None:
+        """Take in the answers that have come."""
+        while self._take(timeout=None):
+            pass
+        if self.waiting and not self._running():
+            self.errors.append(f"the view process ended with {self.waiting} charts undrawn")
+            self.waiting = 0
+
+    def finish(self, steps: int, timeout: float = 300.0) -> bool:
+        """Draw the final views and end the process; whether the last drawing succeeded."""
+        before = len(self.errors)
+        self.request(steps)
+        deadline = time.monotonic() + timeout
+        while self.waiting and self._running() and time.monotonic() < deadline:
+            self._take(timeout=0.2)
+        self.collect()
+        if self._process is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()  # type: ignore[union-attr]
+            try:
+                self._process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+            self._process = None
+        return len(self.errors) == before
+
+    def _running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def _start(self) -> None:
+        # A thread for arithmetic would only take a core from training.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        root = str(Path(__file__).resolve().parent.parent)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "slimpajama_hf.view_process", str(self.folder.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+        )
+        threading.Thread(target=self._listen, args=(self._process,), daemon=True, name="views").start()
+
+    def _listen(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self._answers.put(json.loads(line))
+
+    def _take(self, timeout: float | None) -> bool:
+        try:
+            answer = self._answers.get(block=timeout is not None, timeout=timeout)
+        except queue.Empty:
+            return False
+        self.waiting -= 1
+        self.cpu_seconds += answer["cpu_seconds"]
+        if "error" in answer:
+            self.errors.append(f"step {answer['steps']}: {answer['error']}")
+        else:
+            self.drawn += 1
+        return True
+
+
+def serve(run: str) -> None:
+    """The drawing side: answer requests from stdin until it ends."""
+    # Ctrl-C goes to the whole terminal; the training process decides when drawing ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        os.nice(5)
+    from slimpajama_hf.views import Views
+
+    views = Views(RunFolder(Path(run)))
+    counted = 0.0
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer: dict[str, Any] = {"steps": request["steps"]}
+        try:
+            views.redraw(**request)
+        except Exception as error:
+            answer["error"] = f"{type(error).__name__}: {error}"
+        # The first answer carries the cost of starting and importing too.
+        total = time.process_time()
+        answer["cpu_seconds"], counted = total - counted, total
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])

@@ -1,0 +1,100 @@
+"""What a run shows, made from its ledger alone: `metrics_history.json`, `text_samples.json`, charts.
+
+Everything here can be made again at any time: `python -m slimpajama_hf.views RUN` does it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimpajama_hf import files, ledger
+from slimpajama_hf.ledger import Columns
+from slimpajama_hf.run_folder import RunFolder
+
+#: Keys of `metrics_history.json` and the ledger's column that each shows. The first five are a promise.
+METRICS = {
+    "steps": "step",
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "throughput": "throughput",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "tokens": "tokens",
+}
+
+
+def _strict(values: np.ndarray) -> list[Any]:
+    """A column as JSON values: what is not finite becomes None."""
+    items = values.tolist()
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        return [value if math.isfinite(value) else None for value in items]
+    return items
+
+
+def write_metrics_history(folder: RunFolder, columns: Columns) -> Path:
+    """`{"steps": [...], "loss": [...], ...}`: accuracy a fraction, throughput in tokens/s, NaN as null."""
+    path = folder.viz / "metrics_history.json"
+    files.write_json(path, {key: _strict(getattr(columns, column)) for key, column in METRICS.items()})
+    return path
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The generated samples, oldest first; a torn last line is left out."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def write_text_samples(folder: RunFolder, samples: list[dict[str, Any]]) -> Path:
+    """`[{"step", "input", "output", "accuracy", ...}]`."""
+    path = folder.viz / "text_samples.json"
+    files.write_json(path, samples, indent=1)
+    return path
+
+
+class Views:
+    """Redraws the views of one run, reading only what its ledger gained."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._reader = ledger.Reader(folder.ledger)
+
+    def redraw(self, steps: int | None, title: str, subtitle: str, max_steps: int) -> Path:
+        """Write metrics, samples and chart as they are after `steps` steps (None: all); returns the chart's path."""
+        from slimpajama_hf import charts
+
+        columns = self._reader.update()
+        if steps is not None:
+            columns = columns.first(steps)
+        samples = [sample for sample in read_samples(self.folder.samples) if sample["step"] < max(len(columns), 1)]
+        self.folder.viz.mkdir(parents=True, exist_ok=True)
+        write_metrics_history(self.folder, columns)
+        write_text_samples(self.folder, samples)
+        return charts.write(self.folder.viz, columns, samples, charts.Caption(title, subtitle, max_steps))
+
+
+def caption_of(record: dict[str, Any]) -> tuple[str, str]:
+    """(title, subtitle) of a run's chart, from its `run.json`."""
+    model, corpus = record["model"], record["corpus"]
+    title = f"{model['name']} on {corpus['name']}"
+    subtitle = f"{model['parameters'] / 1e6:.1f}M parameters · {corpus['mirror']} · tokenizer {record['tokenizer']}"
+    return title, f"{subtitle} · one document a step"
+
+
+def main(run: str) -> int:
+    folder = RunFolder(Path(run))
+    record = folder.read_record()
+    chart = Views(folder).redraw(None, *caption_of(record), max_steps=record["max_steps"])
+    sys.stderr.write(f"{chart}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))

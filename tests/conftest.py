@@ -1,0 +1,148 @@
+"""Real shards made here, a real tokenizer, the real command line in a process of its own."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# No test may reach the outside: the Hub of the tests is a loopback server, or nothing.
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+
+DOMAINS = ("RedPajamaC4", "RedPajamaGithub", "RedPajamaWikipedia", "RedPajamaStackExchange")
+_WORDS = (
+    "the of and a to in is was for on that with as it by at from his an were are which this be or had not but also "
+    "one two river city energy light people number system world music water stone field paper engine garden letter"
+).split()
+
+
+def make_text(seed: int, words: int) -> str:
+    """English-looking text of our own: sentences of common words, the same for the same seed."""
+    draw = random.Random(seed)
+    sentences, left = [], words
+    while left > 0:
+        size = min(left, draw.randint(4, 14))
+        sentence = " ".join(draw.choice(_WORDS) for _ in range(size))
+        sentences.append(sentence.capitalize() + draw.choice([".", ".", "?", ";"]))
+        left -= size
+    return " ".join(sentences)
+
+
+def make_records(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Records in SlimPajama's shape, 5 to 700 words long."""
+    draw = random.Random(seed)
+    return [
+        {
+            "text": make_text(seed * 100_003 + number, draw.choice([5, 40, 150, 300, 700])),
+            "meta": {"redpajama_set_name": DOMAINS[number % len(DOMAINS)]},
+        }
+        for number in range(count)
+    ]
+
+
+def write_records(path: Path, records: list[Any]) -> Path:
+    """Records as .jsonl, .jsonl.zst, .jsonl.gz or .parquet, by the name; a str is written as a raw line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=7)
+        return path
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    data = ("\n".join(lines) + "\n").encode("utf-8", "surrogatepass")
+    if path.suffix == ".zst":
+        from backports import zstd
+
+        data = zstd.compress(data)
+    elif path.suffix == ".gz":
+        data = gzip.compress(data)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in SlimPajama's layout: three .jsonl.zst shards of 30 records."""
+    folder = tmp_path_factory.mktemp("shards") / "train" / "chunk1"
+    for number in range(3):
+        write_records(folder / f"example_train_{number}.jsonl.zst", make_records(30, seed=number + 1))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the embedded corpus of the tests lives; every process of the suite shares it."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["SLIMPAJAMA_HF_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder() -> Any:
+    from slimpajama_hf.tokenizer import Encoder, load_tokenizer
+
+    return Encoder(load_tokenizer("builtin"))
+
+
+#: A model that takes milliseconds a step.
+NANO = ["--model", "tiny", "--config_overrides", "n_layer=1,n_embd=32,n_head=2", "--tokenizer", "builtin"]
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a child: no Hub, quiet, one thread (two cores are shared by everything)."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | more
+
+
+def run_script(*flags: str, timeout: float = 200, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`python run_clm_slimpajama.py FLAGS`."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run_clm_slimpajama.py"), *flags],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(**variables),
+        cwd=ROOT,
+    )
+
+
+def run_command(*words: str, timeout: float = 200, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`python -m slimpajama_hf WORDS`."""
+    return subprocess.run(
+        [sys.executable, "-m", "slimpajama_hf", *words],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(**variables),
+        cwd=ROOT,
+    )
+
+
+def read_ledger(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    """A whole run by the real command line: 40 steps, a checkpoint and a sample every 10, a chart every 20."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    done = run_script(
+        *NANO, "--dataset", f"{shards}/*.jsonl.zst", "--max_steps", "40", "--save_steps", "10", "--display_samples", "10",
+        "--viz_interval", "20", "--warmup_steps", "20", "--output_dir", str(run), "--precision", "float32",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (run.parent / "stderr.txt").write_text(done.stderr)
+    return run

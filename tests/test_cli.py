@@ -1,0 +1,153 @@
+"""Flags, configuration files, refusals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slimpajama_hf import cli
+from slimpajama_hf.errors import UsageError
+from tests.conftest import ROOT, environment
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_are_the_promised_ones():
+    settings = cli.parse([])
+    training = settings.training
+    assert (training.max_steps, training.save_steps, training.learning_rate) == (10_000, 2000, 1e-3)
+    assert training.get_warmup_steps(10_000) == 1000
+    assert (settings.data.dataset, settings.data.max_seq_length) == ("slimpajama", 256)
+    assert (settings.run.viz_interval, settings.run.display_samples) == (50, 5)
+    assert training.per_device_train_batch_size == 1
+    assert training.logging_nan_inf_filter is False
+    assert settings.typed == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "value"),
+    [
+        (["--steps", "7"], "max_steps", 7),
+        (["--checkpoint-interval", "9"], "save_steps", 9),
+        (["--checkpoint-interval=9"], "save_steps", 9),
+        (["--max-steps", "3"], "max_steps", 3),
+    ],
+)
+def test_old_training_flags(flags, name, value):
+    assert getattr(cli.parse(flags).training, name) == value
+
+
+def test_old_flags_of_ours():
+    settings = cli.parse(["--max-seq-length", "64", "--viz-interval", "3", "--display-samples", "2", "--no-checkpoint"])
+    assert settings.data.max_seq_length == 64
+    assert (settings.run.viz_interval, settings.run.display_samples) == (3, 2)
+    assert settings.training.save_strategy == "no"
+    assert {"viz_interval", "display_samples"} <= settings.typed
+
+
+@pytest.mark.parametrize("flag", ["--max-chunks", "--max_chunks", "--tokens-per-chunk"])
+def test_gone_flags_say_what_to_type(flag):
+    with pytest.raises(UsageError, match="use --steps N"):
+        cli.parse([flag, "5"])
+
+
+def test_files_in_order_then_flags(tmp_path):
+    first = write(tmp_path / "a.yaml", "max_steps: 11\nseed: 1\nlearning_rate: 0.5\n")
+    second = write(tmp_path / "b.yaml", "max_steps: 22\nseed: 2\n")
+    settings = cli.parse(["--seed", "3", "--config", first, f"--config={second}"])
+    assert (settings.training.max_steps, settings.training.seed, settings.training.learning_rate) == (22, 3, 0.5)
+
+
+def test_test_flag_is_its_file_and_a_flag_beside_it_wins():
+    settings = cli.parse(["--test", "--max_steps", "5"])
+    assert settings.data.dataset == "embedded"
+    assert (settings.run.viz_interval, settings.run.display_samples, settings.training.max_steps) == (25, 10, 5)
+    assert cli.parse(["--test"]).training.max_steps == 100
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_parses(path):
+    settings = cli.parse(["--config", str(path)])
+    assert settings.typed
+
+
+def test_the_resolved_configuration_can_be_fed_back(tmp_path):
+    settings = cli.parse(["--test", "--sample_mode", "pack", "--weight_decay", "0.1", "--eval_steps", "50", "--bf16", "false"])
+    again = cli.parse(["--config", write(tmp_path / "resolved.yaml", settings.to_yaml())])
+    assert (again.data, again.model) == (settings.data, settings.model)
+    for name in ("max_steps", "weight_decay", "eval_steps", "eval_strategy", "learning_rate", "output_dir", "seed"):
+        assert getattr(again.training, name) == getattr(settings.training, name), name
+    assert again.to_yaml() == settings.to_yaml()
+
+
+def test_an_interval_that_nobody_typed_stays_a_default(tmp_path):
+    again = cli.parse(["--config", write(tmp_path / "resolved.yaml", cli.parse([]).to_yaml())])
+    assert not {"viz_interval", "display_samples"} & again.typed
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--max_step", "5"], "did you mean --max_steps"),
+        (["--lerning_rate", "5"], "did you mean --learning_rate"),
+        (["--max_steps", "2.5"], "--max_steps: found '2.5', expected a whole number"),
+        (["--learning_rate", "fast"], "--learning_rate: found 'fast', expected a number"),
+        (["--max_steps", "0"], "--max_steps 0"),
+        (["--max_seq_length", "1"], "--max_seq_length 1"),
+        (["--viz_interval", "0"], "--viz_interval 0"),
+        (["--sample_mode", "chop"], "--sample_mode"),
+        (["--per_device_train_batch_size", "8"], "one document"),
+        (["--gradient_accumulation_steps", "8"], "2507.07101"),
+        (["--lr_scheduler_type", "cosine"], "warm-up"),
+        (["a/b.jsonl"], "quoted"),
+        (["--config"], "--config"),
+        (["--config", "missing.yaml"], "no such file"),
+        (["--max_steps"], "--max_steps"),
+    ],
+)
+def test_one_sentence_for_each_mistake(flags, words):
+    with pytest.raises(UsageError, match=words) as caught:
+        cli.parse(flags)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("max_stepz: 5\n", "did you mean --max_steps"),
+        ("max_steps: ten\n", "expected a whole number"),
+        ("max_steps: 2.5\n", "expected a whole number"),
+        ("- a\n- b\n", "expected `name: value` lines"),
+        ("a: [1\n", "not YAML"),
+        ("seed: 1\n" * 20_000, "at most"),
+        ("max_chunks: 5\n", "use --steps N"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path, text, words):
+    path = write(tmp_path / "wrong.yaml", text)
+    with pytest.raises(UsageError, match=words) as caught:
+        cli.parse(["--config", path])
+    if "max_chunks" not in text:
+        assert path in str(caught.value)
+
+
+def test_help_is_short_and_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['x', '--help']\n"
+        "from slimpajama_hf import cli\n"
+        "code = cli.run(None)\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "raise SystemExit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) < 60
+    assert "--dataset" in done.stdout and "TrainingArguments" in done.stdout
