@@ -1,0 +1,644 @@
+"""The picture of a run: eight panels under a headline, drawn from the ledger's columns alone.
+
+To add a panel, write one function `draw_x(ax, columns, samples)` and add one line to `PANELS`.
+However long the run is, what is drawn stays bounded: past `RAW_STEPS` steps a band replaces the points.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import math
+import textwrap
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from slimpajama_hf import files, palette
+from slimpajama_hf.ledger import Columns
+
+WINDOW = 50  # steps of a running mean
+RECENT = 500  # steps of the panel of recent steps
+RAW_STEPS = 2_500  # more steps than this are drawn as a band
+BINS = 400  # of a band or of marks at an edge: about one per two pixels
+LINE_POINTS = 600  # of a running mean over more than RAW_STEPS steps
+CLOUD_POINTS = 4_000  # of the panel of loss against accuracy
+DOT_ROWS = 200  # fewer steps than this show domains as rows of dots, not as curves
+DOMAINS_SHOWN = 9  # with a label of their own, the most frequent first
+SAMPLES_SHOWN = 5
+
+SIZE = (20.0, 14.0)  # inches
+DPI = 100
+MARGIN = 0.45  # inches left and right of everything
+LEFT = 0.62  # inches left of a plot, for its tick labels; titles start there
+LABELS = 2.6  # inches right of a plot that names domains
+ROWS = ((7.76, 3.02), (3.95, 2.48), (0.2, 2.55))  # bottom and height of the plots of a row, inches
+BODY, TITLE = 12.5, 16.0  # points
+MONO = "DejaVu Sans Mono"  # ships with matplotlib: the same picture everywhere
+CHARACTER = 0.602 * BODY / 72  # advance of one character of MONO at BODY, inches
+
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": BODY,
+    "text.usetex": False,
+    "text.hinting": "no_hinting",  # even letter spacing, and a fifth faster
+    "text.parse_math": False,  # a `$` in a document is a dollar
+    "text.color": palette.INK,
+    "figure.facecolor": palette.PAPER,
+    "figure.autolayout": False,
+    "figure.constrained_layout.use": False,
+    "axes.facecolor": "none",
+    "axes.edgecolor": palette.MUTED,
+    "axes.labelcolor": palette.MUTED,
+    "axes.labelsize": BODY,
+    "axes.labelpad": 5,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": False,
+    "lines.antialiased": True,
+    "path.simplify": True,
+}
+
+#: Early steps pale, late steps dark: the present stands out. Without the end that is as pale as the paper.
+STEP_COLOURS = LinearSegmentedColormap.from_list("steps", matplotlib.colormaps["YlGnBu"](np.linspace(0.32, 1, 64)))
+
+Samples = Sequence[dict[str, Any]]
+Groups = Sequence[tuple[str, np.ndarray]]  # (domain, mask of its steps)
+
+
+@dataclasses.dataclass
+class Caption:
+    """What the headline says beside the numbers."""
+
+    title: str
+    subtitle: str
+    max_steps: int
+
+
+# Numbers -------------------------------------------------------------------------------------------------------------
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last `window` finite values up to each position, fewer at the start; same shape (n,).
+
+    A value that is not finite repeats the mean before it; before the first finite value the mean is NaN.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(values)
+    kept = values[finite]
+    if not kept.size:
+        return np.full(values.shape, np.nan)
+    # Each window is the end of one block of `window` values and the start of the next. Sums never leave their block,
+    # so that one huge value cannot cancel the digits of all later means, as it would with a single cumulative sum.
+    blocks = np.zeros(-(-kept.size // window) * window)
+    blocks[: kept.size] = kept
+    blocks = blocks.reshape(-1, window)
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = np.cumsum(blocks, axis=1)
+        sums[1:, :-1] += np.cumsum(blocks[:-1, ::-1], axis=1)[:, ::-1][:, 1:]
+    means = sums.reshape(-1)[: kept.size] / np.minimum(np.arange(1, kept.size + 1), window)
+    last = np.cumsum(finite) - 1
+    return np.where(last >= 0, means[last], np.nan)
+
+
+def robust_limits(values: np.ndarray) -> tuple[float, float]:
+    """Limits of an axis that shows the course of `values` (n,), not its outliers.
+
+    Inside are what keeps to the fence among all values and among the first, and the medians of chunks: so a long run
+    still shows the height that it fell from.
+    """
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return 0.0, 1.0
+    chunk = max(5, -(-finite.size // BINS))
+    course = np.median(finite[: finite.size // chunk * chunk].reshape(-1, chunk), axis=1)
+    shown = np.concatenate([fenced(finite), fenced(finite[:WINDOW]), course])
+    low, high = float(shown.min()), float(shown.max())
+    pad = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
+    return (low - pad if low < 0 else max(low - pad, 0.0)), high + pad
+
+
+def fenced(values: np.ndarray) -> np.ndarray:
+    """Least and greatest of finite `values` (n,) within Tukey's far-out fence, 3 interquartile ranges."""
+    first, middle, third = (float(q) for q in np.percentile(values, (25, 50, 75)))
+    fence = 3 * (third - first) or abs(middle) or math.inf
+    inside = values[(values >= first - fence) & (values <= third + fence)]
+    return np.array([inside.min(), inside.max()])
+
+
+def spread(positions: Sequence[float] | np.ndarray, gap: float) -> np.ndarray:
+    """`positions` (k,) in [0, 1] moved as little as possible until neighbours are `gap` apart, order kept."""
+    order = np.argsort(positions, kind="stable")
+    room = max(1 - gap * (len(order) - 1), 0.0)
+    # With k gaps taken out, "apart" becomes "not decreasing": isotonic regression by pooling adjacent violators.
+    pools: list[list[float]] = []  # [mean, size]
+    for rank, index in enumerate(order):
+        pools.append([min(max(positions[index] - rank * gap, 0.0), room), 1])
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            mean, size = pools.pop()
+            pools[-1] = [(pools[-1][0] * pools[-1][1] + mean * size) / (pools[-1][1] + size), pools[-1][1] + size]
+    placed = np.empty(len(order))
+    placed[order] = np.repeat([p[0] for p in pools], [int(p[1]) for p in pools]) + gap * np.arange(len(order))
+    return placed
+
+
+def band(values: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Last index, 5 % and 95 % quantile (nearest rank) of each of about `bins` chunks of `values` (n,)."""
+    size = -(-values.size // bins)
+    chunks = np.full(-(-values.size // size) * size, np.nan)
+    chunks[: values.size] = np.where(np.isfinite(values), values, np.nan)
+    chunks = np.sort(chunks.reshape(-1, size), axis=1)  # NaN goes last
+    top = np.isfinite(chunks).sum(axis=1) - 1
+    row = np.arange(len(chunks))
+    ends = np.minimum((row + 1) * size, values.size) - 1
+    low, high = (chunks[row, np.maximum(np.rint(q * top), 0).astype(int)] for q in (0.05, 0.95))
+    return ends, low, high
+
+
+def evenly(n: int, most: int) -> np.ndarray:
+    """At most `most` indices of `n`, evenly spaced, first and last included."""
+    return np.arange(n) if n <= most else np.linspace(0, n - 1, most).round().astype(np.int64)
+
+
+def short_number(value: float) -> str:
+    """A count to three digits: `2,500`, `33.1k`, `1.25M`."""
+    if abs(value) < 9_999.5:
+        return f"{value:,.0f}"
+    value = float(f"{value:.3g}")  # rounded first: 999,999 is 1M
+    size, letter = next(pair for pair in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= pair[0])
+    return f"{value / size:g}{letter}"
+
+
+def tick_text(value: float) -> str:
+    """A tick label, exact: `0.25`, `2,500`, `250k`, `1,234,200`."""
+    value = round(value, 9)
+    for size, letter in ((1_000_000, "M"), (1_000, "k")):
+        if abs(value) >= max(size, 10_000) and value % (size / 4) == 0:
+            return f"{value / size:g}{letter}"
+    return f"{value:,.0f}" if value == int(value) else f"{value:g}"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    """Code points that MONO can draw."""
+    return frozenset(font_manager.get_font(font_manager.findfont(MONO)).get_charmap())
+
+
+def printable(text: object, most: int = 2_000) -> str:
+    """The first `most` characters of `text` as one harmless line: line ends as ⏎, what cannot be drawn as `·`."""
+    shown: list[str] = []
+    for char in unicodedata.normalize("NFC", str(text)[:most].replace("\r\n", "\n")):
+        kind = unicodedata.category(char)
+        if char in "\n\u2028\u2029":
+            shown.append(" ⏎ ")
+        elif char == "\t" or kind == "Zs":
+            shown.append(" ")
+        elif kind in ("Cf", "Mn", "Me"):
+            continue  # invisible, turning the direction of the line, or piled onto its neighbour
+        elif ord(char) in _glyphs() and kind != "Cc":
+            shown.append(char)
+        elif shown[-3:] != ["·"] * 3:
+            shown.append("·")
+    return "".join(shown)
+
+
+def fit(text: object, width: float, lines: int) -> str:
+    """`text` made printable and broken into `lines` lines of MONO that fit into `width` inches, `…` where it is cut."""
+    characters = max(int(width / CHARACTER), 10)
+    return "\n".join(textwrap.wrap(printable(text), characters, max_lines=lines, placeholder=" …"))
+
+
+# Parts of panels -----------------------------------------------------------------------------------------------------
+
+
+def step_axis(ax: Axes, steps: np.ndarray) -> None:
+    """Horizontal axis of optimizer steps, from the first to the last of `steps`."""
+    first, last = (float(steps[0]), float(steps[-1])) if steps.size else (0.0, 1.0)
+    span = max(last - first, 1.0)
+    ax.set_xlim(first - 0.012 * span, first + 1.012 * span)
+    number_axis(ax, "x", "optimizer step", whole=True)
+
+
+def number_axis(ax: Axes, which: str, label: str, whole: bool = False) -> None:
+    """Ticks and label of the axis `which` ("x" or "y"); few ticks, for each costs time and ink."""
+    axis, pixels = (ax.xaxis, ax.bbox.width) if which == "x" else (ax.yaxis, ax.bbox.height)
+    nbins = min(max(int(pixels / (75 if which == "x" else 48)), 2), 7)
+    axis.set_major_locator(MaxNLocator(nbins=nbins, integer=whole, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value)))
+    if which == "x":
+        ax.set_xlabel(label)
+    else:
+        # Lies over the axis, so that it is read without turning the head.
+        ax.set_ylabel(label, rotation=0, ha="left", va="bottom")
+        ax.yaxis.set_label_coords(-LEFT * DPI / ax.bbox.width, 1 + 0.1 * DPI / ax.bbox.height)
+
+
+def draw_steps(ax: Axes, steps: np.ndarray, values: np.ndarray) -> str:
+    """Single steps: points while they are few, else the band from their 5 % to their 95 % quantile. Returns its key."""
+    if values.size <= RAW_STEPS:
+        size = 6.0 if values.size <= 300 else 3.6
+        ax.plot(steps, values, ls="none", marker="o", ms=size, mew=0, color=palette.POINT, alpha=0.65, gid="steps")
+        return "dots: single steps"
+    ends, low, high = band(values, BINS)
+    ax.fill_between(steps[ends], low, high, color=palette.POINT, alpha=0.38, lw=0, gid="band")
+    return "band: 5–95 % of steps"
+
+
+def draw_mean(
+    ax: Axes, steps: np.ndarray, values: np.ndarray, window: int, colour: str = palette.ACCENT, gid: str = "mean"
+) -> float:
+    """Running mean of `values` (n,) over `window` steps as a line; returns its last value."""
+    means = running_mean(values, window)
+    shown = evenly(means.size, means.size if means.size <= RAW_STEPS else LINE_POINTS)
+    marker = "o" if values.size == 1 else ""
+    ax.plot(steps[shown], means[shown], color=colour, lw=2, marker=marker, ms=7, gid=gid)
+    return float(means[-1]) if means.size else math.nan
+
+
+def label_ends(ax: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+    """Texts right of the plot at the heights of what they name, moved apart. `labels`: (data y, text, colour)."""
+    labels = [label for label in labels if math.isfinite(label[0])]
+    points = ax.transData.transform([(ax.get_xlim()[1], y) for y, _, _ in labels] or np.empty((0, 2)))
+    wanted = np.clip(ax.transAxes.inverted().transform(points)[:, 1], 0, 1) if labels else np.empty(0)
+    placed = spread(wanted, gap=1.3 * BODY * DPI / 72 / ax.bbox.height)
+    for (_, text, colour), want, got in zip(labels, wanted, placed, strict=True):
+        ax.annotate(
+            text, (1, got), xycoords="axes fraction", xytext=(14, 0), textcoords="offset points",
+            va="center_baseline", color=palette.text_colour(colour), gid="end",
+        )  # fmt: skip
+        if abs(got - want) > 0.01:
+            x = (1.0, 1 + 16 / ax.bbox.width)
+            ax.add_line(Line2D(x, (want, got), transform=ax.transAxes, color=colour, lw=0.8, clip_on=False))
+
+
+def mark_unseen(ax: Axes, steps: np.ndarray, values: np.ndarray, gutter: float = 0.0) -> None:
+    """Show where steps are not finite (red, at the top edge) or beyond the limits (triangles), and count them."""
+    lost = ~np.isfinite(values)
+    low, high = ax.get_ylim()
+    marks = ((lost, 1.0, "|", 13, palette.ALARM, "nonfinite"), (values > high, 0.985, "^", 6, palette.MUTED, "above"),
+             (values < low, 0.015, "v", 6, palette.MUTED, "below"))  # fmt: skip
+    for where, height, marker, size, colour, gid in marks:
+        if where.any():
+            x = steps[where]
+            # One mark per two pixels says as much as a million on top of each other.
+            x = x[np.unique((x - x[0]) * BINS // max(int(steps[-1] - steps[0]), 1), return_index=True)[1]]
+            ax.plot(
+                x, np.full(x.size, height), ls="none", marker=marker, ms=size, mew=2 if marker == "|" else 0,
+                color=colour, transform=ax.get_xaxis_transform(), clip_on=False, gid=gid,
+            )  # fmt: skip
+    note_unseen(ax, values, (low, high), gutter)
+
+
+def unseen(values: np.ndarray, limits: tuple[float, float]) -> list[str]:
+    """What to say of `values` (n,) that are not finite, and of those beyond `limits`; empty when all are seen."""
+    finite = np.isfinite(values)
+    lost = int((~finite).sum())
+    beyond = int((finite & ((values < limits[0]) | (values > limits[1]))).sum())
+    return [plural(lost, "non-finite step")] * (lost > 0) + [f"{beyond:,} off the axis"] * (beyond > 0)
+
+
+def note_unseen(ax: Axes, values: np.ndarray, limits: tuple[float, float], gutter: float = 0.0) -> None:
+    """Say what is `unseen` in the line of the title, up to `gutter` inches right of the plot."""
+    said = " · ".join(unseen(values, limits))
+    colour = palette.ALARM if "non-finite" in said else palette.MUTED
+    ax.set_title(said, loc="right", x=1 + gutter * DPI / ax.bbox.width, y=1.0, pad=28, fontsize=BODY, color=colour)
+
+
+def draw_series(ax: Axes, columns: Columns, values: np.ndarray, unit: str, number: str, floor: bool) -> None:
+    """One quantity per step with its running mean. `number` formats the mean's last value; `floor`: start at 0."""
+    steps = columns.step
+    # Once a pixel holds more than WINDOW steps, a mean of WINDOW would show only which of them were picked.
+    window = max(WINDOW, values.size // LINE_POINTS)
+    key = draw_steps(ax, steps, values)
+    now = draw_mean(ax, steps, values, window)
+    low, high = robust_limits(values)
+    ax.set_ylim(0 if floor else low, high if high > 0 else 1)
+    step_axis(ax, steps)
+    number_axis(ax, "y", f"{unit} · line: {window:,}-step mean" + (f", {key}" if ax.bbox.width > 350 else ""))
+    mark_unseen(ax, steps, values)
+    label_ends(ax, [(now, format(now, number), palette.ACCENT)])
+
+
+def by_frequency(columns: Columns) -> list[int]:
+    """Indices into `columns.domains`, the most frequent first."""
+    counts = np.bincount(columns.domain, minlength=len(columns.domains))
+    return [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
+
+
+# Panels --------------------------------------------------------------------------------------------------------------
+
+
+def draw_loss(ax: Axes, columns: Columns, samples: Samples) -> None:
+    draw_series(ax, columns, columns.loss, "nats per token", ".3f", floor=False)
+
+
+def draw_accuracy(ax: Axes, columns: Columns, samples: Samples) -> None:
+    draw_series(ax, columns, 100 * columns.accuracy, "%", ".1f", floor=True)
+
+
+def draw_throughput(ax: Axes, columns: Columns, samples: Samples) -> None:
+    draw_series(ax, columns, columns.throughput, "tokens/s", ",.0f", floor=True)
+
+
+def draw_learning_rate(ax: Axes, columns: Columns, samples: Samples) -> None:
+    steps, rates = columns.step, columns.learning_rate
+    if rates.size > RAW_STEPS:
+        # Least and greatest of each chunk: no restart of a schedule falls between two points.
+        chunk = rates.size // LINE_POINTS
+        whole = rates[: rates.size // chunk * chunk].reshape(-1, chunk)
+        start = np.arange(len(whole)) * chunk
+        ends = np.array([0, rates.size - 1])
+        shown = np.unique(np.concatenate([start + whole.argmin(axis=1), start + whole.argmax(axis=1), ends]))
+        steps, rates = steps[shown], rates[shown]
+    ax.set_yscale("log")
+    positive = rates[np.isfinite(rates) & (rates > 0)]
+    low, high = (float(positive.min()), float(positive.max())) if positive.size else (1e-4, 1e-3)
+    ax.set_ylim(low / 1.8, high * 1.8)
+    marker = "o" if rates.size <= 30 else ""
+    # A rate of 0 has no place on a log axis: it lies on the bottom edge rather than nowhere.
+    ax.plot(steps, np.maximum(rates, low / 1.8), color=palette.ACCENT, lw=2, marker=marker, ms=5, gid="rate")
+    step_axis(ax, columns.step)
+    number_axis(ax, "y", "per step, log axis")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 10 else (1.0, 2.0, 5.0), numticks=6))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-")))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.minorticks_off()
+    if rates.size:
+        label_ends(ax, [(max(float(rates[-1]), low / 1.8), f"{rates[-1]:.2e}".replace("e-0", "e-"), palette.ACCENT)])
+
+
+def draw_cloud(ax: Axes, columns: Columns, samples: Samples) -> None:
+    """Loss against accuracy: one point per step, evenly thinned, the late ones on top."""
+    shown = evenly(len(columns), CLOUD_POINTS)
+    x, y, steps = 100 * columns.accuracy[shown], columns.loss[shown], columns.step[shown]
+    last = max(len(columns) - 1, 1)
+    size = 34 if shown.size <= 300 else 11
+    cloud = ax.scatter(x, y, c=steps, cmap=STEP_COLOURS, vmin=0, vmax=last, s=size, lw=0, alpha=0.75, gid="cloud")
+    ax.set_ylim(*robust_limits(y))
+    right = 1.05 * float(np.nanmax(x, initial=0)) or 1.0
+    ax.set_xlim(-0.02 * right, right)
+    number_axis(ax, "x", "% of next tokens right")
+    number_axis(ax, "y", "nats per token" + (f" · {shown.size:,} steps shown" if shown.size < len(columns) else ""))
+    said = "\n".join(unseen(np.where(np.isfinite(columns.accuracy), columns.loss, np.nan), ax.get_ylim()))
+    colour = palette.ALARM if "non-finite" in said else palette.MUTED
+    # The corner of low loss and low accuracy is empty.
+    ax.text(0.03, 0.04, said, transform=ax.transAxes, color=colour, va="bottom", gid="note")
+    if not shown.size:
+        return
+    bar = ax.figure.colorbar(cloud, cax=ax.inset_axes((1.04, 0, 0.035, 1)), ticks=[0, last / 2, last])
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda step, _: short_number(step) if step else "step 0"))
+    bar.ax.tick_params(length=0, labelsize=BODY, labelcolor=palette.MUTED, pad=3)
+    bar.ax.spines[:].set_visible(False)
+    if bar.solids is not None:  # as opaque as the colours that points add up to
+        bar.solids.set_alpha(1)
+
+
+def draw_recent(ax: Axes, columns: Columns, samples: Samples) -> None:
+    """Loss of the last RECENT steps, coloured by domain; the texts give each domain's mean among them."""
+    steps, loss, domain = columns.step[-RECENT:], columns.loss[-RECENT:], columns.domain[-RECENT:]
+    colours = np.array([palette.domain_colour(name) for name in columns.domains] or [palette.MUTED])
+    size = 34 if steps.size <= 100 else 16
+    ax.scatter(steps, loss, c=list(colours[domain]), s=size, lw=0, alpha=0.8, gid="recent")
+    # Averaged over the whole run, so that the line enters from the left with a full window.
+    mean = running_mean(columns.loss, WINDOW)[-RECENT:]
+    ax.plot(steps, mean, color=palette.INK, lw=2, marker="o" if steps.size == 1 else "", gid="mean")
+    ax.set_ylim(*robust_limits(loss))
+    step_axis(ax, steps)
+    number_axis(ax, "y", f"nats per token · colour: domain, with its mean · line: {WINDOW}-step mean")
+    mark_unseen(ax, steps, loss, gutter=1.9)
+    labels = []
+    for index in by_frequency(columns)[:DOMAINS_SHOWN]:
+        own = loss[(domain == index) & np.isfinite(loss)]
+        name = columns.domains[index]
+        if own.size:
+            labels.append((float(own.mean()), f"{domain_label(name)} {own.mean():.2f}", palette.domain_colour(name)))
+    label_ends(ax, labels)
+
+
+def domain_label(domain: str) -> str:
+    """Short printable name of a domain."""
+    name = printable(palette.domain_name(domain))
+    return name if len(name) <= 13 else f"{name[:6]}…{name[-6:]}"  # the ends tell names apart
+
+
+def draw_domains(ax: Axes, columns: Columns, samples: Samples) -> None:
+    """Loss of each domain: rows of dots for a short run, running means for a long one; counts in both."""
+    groups = [(columns.domains[i], columns.domain == i) for i in by_frequency(columns)[:DOMAINS_SHOWN]]
+    if len(columns) < DOT_ROWS:
+        heights, means = domain_dots(ax, columns, groups)
+        note_unseen(ax, columns.loss, ax.get_xlim(), gutter=LABELS - 0.1)
+    else:
+        heights = means = domain_curves(ax, columns, groups)
+        note_unseen(ax, columns.loss, (-math.inf, math.inf), gutter=LABELS - 0.1)
+    if len(columns.domains) > DOMAINS_SHOWN:
+        more = len(columns.domains) - DOMAINS_SHOWN
+        ax.yaxis.label.set_text(f"{ax.get_ylabel()} · {more} rarer not shown")  # set_ylabel would move it
+    labels = []
+    for (name, where), height, mean in zip(groups, heights, means, strict=True):
+        text = f"{domain_label(name)} {mean:.2f} · {short_number(int(where.sum()))}"
+        labels.append((height, text, palette.domain_colour(name)))
+    label_ends(ax, labels)
+
+
+def domain_dots(ax: Axes, columns: Columns, groups: Groups) -> tuple[list[float], list[float]]:
+    """One row per domain, the hardest on top: its documents as dots, their mean as a bar. Returns heights, means."""
+    means = [float(running_mean(columns.loss[where], DOT_ROWS)[-1]) for _, where in groups]
+    heights = [float(rank) for rank in np.argsort(np.argsort(means, kind="stable"))]
+    for (name, where), mean, height in zip(groups, means, heights, strict=True):
+        colour, loss = palette.domain_colour(name), columns.loss[where]
+        ax.plot(loss, np.full(loss.size, height), ls="none", marker="o", ms=8, mew=0, color=colour, alpha=0.4, gid=name)
+        ax.plot([mean], [height], marker="|", ms=20, mew=3, color=palette.text_colour(colour), gid=f"mean {name}")
+    ax.set_ylim(-0.7, max(len(groups), 1) - 0.3)
+    ax.set_xlim(*robust_limits(columns.loss))
+    number_axis(ax, "x", "nats per token")
+    number_axis(ax, "y", "dots: documents · bar: mean · right: mean, documents")
+    ax.set_yticks([])
+    ax.grid(axis="x", color=palette.GRID, lw=0.9)
+    return heights, means
+
+
+def domain_curves(ax: Axes, columns: Columns, groups: Groups) -> list[float]:
+    """Running mean of each domain's own documents. Returns the last value of each."""
+    # Rare domains move along steps in leaps: 1 % of their documents keeps a long run's curves apart and smooth.
+    windows = [max(WINDOW, int(where.sum()) // 100) for _, where in groups]
+    means = [
+        draw_mean(ax, columns.step[where], columns.loss[where], window, palette.domain_colour(name), f"mean {name}")
+        for (name, where), window in zip(groups, windows, strict=True)
+    ]
+    ax.set_ylim(*robust_limits(np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in ax.lines])))
+    step_axis(ax, columns.step)
+    over = f"{WINDOW} documents" if max(windows) == WINDOW else f"1 % of documents, at least {WINDOW}"
+    number_axis(ax, "y", f"nats per token · mean over the last {over}")
+    return means
+
+
+def draw_samples(ax: Axes, columns: Columns, samples: Samples) -> None:
+    """Table of the last generated samples, newest first. Placed in inches, for its texts are wrapped in inches."""
+    ax.set_axis_off()
+    width, height = ax.bbox.width / DPI, ax.bbox.height / DPI
+    ax.set_xlim(0, width)
+    ax.set_ylim(height, 0)
+    text_width = (width - 2.5) / 2 - 0.3
+    lefts = (0.0, 1.2, 1.2 + text_width + 0.3, width)
+    heads = ("step", "input: how the document opens", "output: what the model wrote", "accuracy")
+    for left, head in zip(lefts, heads, strict=True):
+        ax.text(left, -0.1, head, color=palette.MUTED, va="baseline", ha="right" if left == width else "left")
+    if not samples:
+        ax.text(0, 0.35, "no sample generated yet", color=palette.MUTED, gid="empty")
+    for row, sample in enumerate(reversed(samples[-SAMPLES_SHOWN:])):
+        top = row * height / SAMPLES_SHOWN
+        ax.add_line(Line2D((0, width), (top, top), color=palette.GRID, lw=1))
+        failed, accuracy = sample.get("error"), sample.get("accuracy")
+        output = f"failed: {failed}" if failed else sample.get("output") or "(nothing)"
+        share = f"{100 * accuracy:.1f} %" if isinstance(accuracy, (int, float)) and math.isfinite(accuracy) else "—"
+        step = f"{sample['step']:,}" if isinstance(sample.get("step"), int) else "?"
+        cells = (step, fit(sample.get("input", ""), text_width, 2), fit(output, text_width, 2), share)
+        colours = (palette.INK, palette.MUTED, palette.ALARM if failed else palette.INK, palette.INK)
+        for left, cell, colour, gid in zip(lefts, cells, colours, ("step", "input", "output", "accuracy"), strict=True):
+            ax.text(
+                left, top + 0.07, cell, color=colour, va="top", ha="right" if left == width else "left",
+                family=MONO, linespacing=1.2, gid=f"{gid} {row}",
+            )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """A panel and its place: a row shares its width out by `weight`; `left` and `gutter` are inches beside it."""
+
+    name: str
+    title: str
+    draw: Callable[[Axes, Columns, Samples], None]
+    row: int
+    weight: float
+    gutter: float = 0.8
+    left: float = LEFT
+
+
+PANELS: list[Panel] = [
+    Panel("loss", "Loss", draw_loss, row=0, weight=6.7),
+    Panel("accuracy", "Next-token accuracy", draw_accuracy, row=0, weight=5.6),
+    Panel("domains", "Loss by domain", draw_domains, row=0, weight=6.8, gutter=LABELS),
+    Panel("recent", f"Last {RECENT} steps", draw_recent, row=1, weight=6.7, gutter=2.1),
+    Panel("cloud", "Loss against accuracy", draw_cloud, row=1, weight=4.6, gutter=1.15),
+    Panel("throughput", "Throughput", draw_throughput, row=1, weight=4.0, gutter=0.85),
+    Panel("learning_rate", "Learning rate", draw_learning_rate, row=1, weight=3.8, gutter=0.95),
+    Panel("samples", f"Last {SAMPLES_SHOWN} samples", draw_samples, row=2, weight=1, gutter=0.0, left=0.0),
+]
+
+
+# The picture ---------------------------------------------------------------------------------------------------------
+
+
+def headline(columns: Columns, max_steps: int) -> list[tuple[str, str, str]]:
+    """The big numbers now: (number, what it is, how it is meant)."""
+    done = len(columns)
+    means = [running_mean(v, WINDOW)[-1:] for v in (columns.loss, 100 * columns.accuracy, columns.throughput)]
+    loss, accuracy, throughput = (float(mean[0]) if mean.size else math.nan for mean in means)
+    bits = columns.prequential_bits_per_byte()
+    over = f"mean of the last {min(WINDOW, done)} steps" if done > 1 else ("no step yet", "of a single step")[done]
+    share = f"{100 * done / max_steps:.3g} % of {max_steps:,}" if max_steps > 0 else "no end set"
+
+    def number(value: float, form: str, unit: str = "") -> str:
+        return format(value, form) + unit if math.isfinite(value) else "—"
+
+    return [
+        (f"{done:,}", "optimizer steps", share),
+        (number(loss, ".3f"), "loss, nats per token", over),
+        (number(accuracy, ".1f", " %"), "next-token accuracy", over),
+        (number(bits, ".3f"), "prequential bits per byte", "scored before learned: held-out"),
+        (number(throughput, ",.0f"), "tokens per second", over),
+        (short_number(int(columns.tokens.sum())), "tokens seen", "one document per step"),
+    ]
+
+
+def draw_headline(figure: Figure, columns: Columns, caption: Caption) -> None:
+    width, height = SIZE
+    left, right = MARGIN / width, 1 - MARGIN / width
+
+    def place(x: float, inches: float, text: str, size: float, **how: Any) -> None:
+        figure.text(x, inches / height, text, fontsize=size, va="baseline", **how)
+
+    place(left, 13.45, printable(caption.title)[:90], 24, weight="bold", gid="title")
+    place(left, 13.08, textwrap.shorten(printable(caption.subtitle), 190, placeholder=" …"), 13.5, color=palette.MUTED)
+    numbers = headline(columns, caption.max_steps)
+    for index, (number, what, how) in enumerate(numbers):
+        x = left + (right - left) * index / len(numbers)
+        place(x, 12.36, number, 30, color=palette.ACCENT, gid=what)
+        place(x, 12.06, what, 13.5)
+        place(x, 11.81, how, BODY, color=palette.MUTED)
+    done = min(len(columns) / caption.max_steps, 1.0) if caption.max_steps > 0 else 0.0
+    for end, colour in ((right, palette.GRID), (left + done * (right - left), palette.ACCENT)):
+        y = 11.6 / height
+        figure.add_artist(Line2D((left, end), (y, y), color=colour, lw=4, solid_capstyle="butt", gid="progress"))
+
+
+def places(panels: Iterable[Panel]) -> list[tuple[Panel, tuple[float, float, float, float]]]:
+    """The rectangle (left, bottom, width, height) of each panel's plot, in fractions of the figure."""
+    panels = list(panels)
+    placed = []
+    for row, (bottom, height) in enumerate(ROWS):
+        own = [panel for panel in panels if panel.row == row]
+        inch = (SIZE[0] - 2 * MARGIN) / (sum(panel.weight for panel in own) or 1)
+        left = MARGIN
+        for panel in own:
+            plot = panel.weight * inch - panel.left - panel.gutter
+            box = ((left + panel.left) / SIZE[0], bottom / SIZE[1], plot / SIZE[0], height / SIZE[1])
+            placed.append((panel, box))
+            left += panel.weight * inch
+    return placed
+
+
+def draw(columns: Columns, samples: Samples, caption: Caption) -> Figure:
+    """The picture of a run so far. `samples`: dicts with `step`, `input`, `output`, `accuracy` (fraction or None),
+    and `error` where the generation failed; the last SAMPLES_SHOWN are shown."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=SIZE, dpi=DPI)
+        FigureCanvasAgg(figure)
+        draw_headline(figure, columns, caption)
+        for panel, box in places(PANELS):
+            ax = figure.add_axes(box, gid=panel.name)
+            x = -panel.left * DPI / ax.bbox.width
+            ax.set_title(panel.title, loc="left", fontsize=TITLE, fontweight="bold", x=x, y=1.0, pad=28)
+            ax.grid(axis="y", color=palette.GRID, lw=0.9)
+            ax.tick_params(length=0, labelsize=BODY, labelcolor=palette.MUTED, pad=5)
+            panel.draw(ax, columns, samples)
+            if not len(columns) and ax.axison:
+                ax.set(xticks=[], yticks=[])
+                ax.text(0.5, 0.5, "no step yet", transform=ax.transAxes, ha="center", color=palette.MUTED, gid="empty")
+    return figure
+
+
+def render(columns: Columns, samples: Samples, caption: Caption) -> bytes:
+    """The picture as PNG."""
+    content = io.BytesIO()
+    with matplotlib.rc_context(STYLE):  # ticks and texts are laid out only now
+        figure = draw(columns, samples, caption)
+        figure.savefig(content, format="png", dpi=DPI, facecolor=palette.PAPER, pil_kwargs={"compress_level": 3})
+    return content.getvalue()
+
+
+def write(folder: Path, columns: Columns, samples: Samples, caption: Caption) -> Path:
+    """Write `training_step_NNNNNN.png` (NNNNNN steps done) and the same bytes as `training_latest.png`."""
+    content = render(columns, samples, caption)
+    path = folder / f"training_step_{len(columns):06d}.png"
+    for target in (path, folder / "training_latest.png"):
+        files.write_whole(target, content)
+    return path
