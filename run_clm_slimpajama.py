@@ -16,17 +16,10 @@ from slimpajama_hf import cli
 def main(argv: list[str]) -> int:
     settings = cli.parse(argv)
 
-    # Heavy imports come after the flags are known to be right.
-    from slimpajama_hf import corpora, devices, evaluation, model, resume, run_folder, session
-    from slimpajama_hf.callbacks import DrawViews, GenerateSamples, ShowProgress, StopOnSignal
-    from slimpajama_hf.ledger import Ledger
-    from slimpajama_hf.recorder import StepRecorder
-    from slimpajama_hf.samples import SampleStream
+    # Heavy imports come after the flags are known to be right; the heaviest, the Trainer, after the corpus has opened.
+    from slimpajama_hf import corpora, devices, model, resume, run_folder, session
     from slimpajama_hf.screen import Waiting
-    from slimpajama_hf.signals import StopSignals
     from slimpajama_hf.tokenizer import Encoder, load_tokenizer
-    from slimpajama_hf.trainer import SlimPajamaTrainer
-    from slimpajama_hf.view_process import ViewProcess
 
     training, data = settings.training, settings.data
     session.quiet_libraries()
@@ -61,6 +54,15 @@ def main(argv: list[str]) -> int:
         gpt = model.build(config, training.seed)
         precision = model.choose_precision(settings.model.precision, training.device)
         training.bf16 = precision == "bfloat16"
+        waiting("loading the Trainer")
+        from slimpajama_hf import evaluation
+        from slimpajama_hf.callbacks import DrawViews, GenerateSamples, ShowProgress, StopOnSignal
+        from slimpajama_hf.ledger import Ledger
+        from slimpajama_hf.recorder import StepRecorder
+        from slimpajama_hf.samples import SampleStream
+        from slimpajama_hf.signals import StopSignals
+        from slimpajama_hf.trainer import SlimPajamaTrainer
+        from slimpajama_hf.view_process import ViewProcess
     stream = SampleStream(corpus, encoder, data.sample_mode, data.max_seq_length)
     stream.start = point.cursor
     record = session.record_run(

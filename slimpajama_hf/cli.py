@@ -181,7 +181,8 @@ def parse(argv: Sequence[str]) -> Settings:
         from_files += tokens
     typed = _typed_names([*from_files, *flags])
 
-    from slimpajama_hf.training_arguments import SlimPajamaTrainingArguments, make_parser
+    with screen.Waiting("loading torch and transformers"):
+        from slimpajama_hf.training_arguments import SlimPajamaTrainingArguments, make_parser
 
     parser = make_parser([*OURS, SlimPajamaTrainingArguments])
     known = sorted({action[2:] for action in parser._option_string_actions if action.startswith("--")})

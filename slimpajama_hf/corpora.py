@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import datasets
 
 #: Seconds that all mirrors together may take to open before the program gives up (the promise is 30 s on screen).
-OPENING_SECONDS = 25.0
+OPENING_SECONDS = 20.0
 
 #: A longer line is passed over without being held in memory. The longest documents of SlimPajama are books of some MB.
 LONGEST_LINE_BYTES = 32 * 2**20
@@ -167,9 +168,9 @@ def to_document(record: Any, text_column: str, mirror: str, shard: str, row: int
 def open_raw(url: str) -> IO[bytes]:
     """The bytes of a local path or of a file on the Hub (`hf://datasets/...`, fetched range by range)."""
     if url.startswith("hf://"):
-        from huggingface_hub import HfFileSystem
+        from slimpajama_hf.hub_files import open_on_hub
 
-        return HfFileSystem().open(url.removeprefix("hf://"), "rb")
+        return open_on_hub(url)
     return open(url, "rb")
 
 
@@ -468,13 +469,28 @@ def _read_first(corpus: Corpus) -> None:
     raise UserError(f"--dataset {corpus.name}: no record in {', '.join(shard.name for shard in corpus.files[:3])}")
 
 
+def _knock_and_read(corpus: Corpus) -> None:
+    """Ask whether the mirror is there (one small request, not repeated: no network shows at once), then read it."""
+    from huggingface_hub import HfApi
+
+    assert corpus.repo is not None
+    HfApi().dataset_info(corpus.repo, revision=corpus.revision, expand=["sha"], timeout=8)
+    _read_first(corpus)
+
+
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
     """Run `work` in a thread of its own and give up after `seconds`: libraries below have retries of their own."""
-    pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="opening")
-    try:
-        return pool.submit(work).result(timeout=max(seconds, 0.1))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # A daemon: the interpreter must not wait at its exit for a server that never answers.
+    threading.Thread(target=run, name="opening", daemon=True).start()
+    return future.result(timeout=max(seconds, 0.1))
 
 
 def _why(error: BaseException, seconds: float) -> str:
@@ -506,7 +522,7 @@ def _first_that_opens(
         prefixes = mirror.train if split == "train" else mirror.validation
         corpus = Corpus(dataset, mirror.name, text_column, mirror.repo, mirror.revision, prefixes)
         try:
-            _within(seconds, lambda corpus=corpus: _read_first(corpus))  # type: ignore[misc]
+            _within(seconds, lambda corpus=corpus: _knock_and_read(corpus))  # type: ignore[misc]
             return corpus
         except Exception as error:
             failures.append(f"{mirror.repo}: {_why(error, seconds)}")
@@ -529,7 +545,10 @@ def _open_hub(
 
     def resolve() -> Corpus:
         import datasets
+        from huggingface_hub import HfApi
 
+        # One small request, not repeated: no network shows at once.
+        HfApi().dataset_info(dataset, revision=revision, expand=["sha"], timeout=8)
         builder = datasets.load_dataset_builder(dataset, config_name, revision=revision)
         files = builder.config.data_files or {}
         if split not in files:

@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from slimpajama_hf import checkpoints, ledger, screen
-from slimpajama_hf.charts import running_mean
 from slimpajama_hf.model import format_bytes, needs
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def show(
 
 def mean_of_last(values: Any, window: int = 50) -> float:
     """Mean of the last `window` finite values, NaN without any."""
-    return float(running_mean(values[-10 * window :], window)[-1]) if len(values) else math.nan
+    finite = values[np.isfinite(values)][-window:]
+    return float(finite.mean()) if len(finite) else math.nan
 
 
 def summary(folder: RunFolder, trainer: SlimPajamaTrainer, outcome: str, seeing_seconds: float) -> list[str]:

@@ -120,30 +120,44 @@ def truncate(example: dict[str, Any], encoder: Encoder, max_length: int, epoch: 
 def tokens_in_pieces(encoder: Encoder, text: str) -> Iterator[tuple[list[int], list[int]]]:
     """(ids, character ends) of a whole document, piece by piece; joined they equal `encoder.encode(text)`.
 
-    Pieces overlap: tokens near a cut are taken from the piece that has them in its middle.
+    A piece begins some words before the last one ended and goes on where its tokens, ids and ends alike, are those
+    that the last one ended with; the tokens near its own end are left to the next. Where no such place is found
+    (a tokenizer that looks further than words), the document is tokenized whole after all.
     """
     if len(text) <= 4 * PIECE_CHARACTERS:
         yield encoder.encode(text)
         return
-    done = 0
-    while done < len(text):
-        left = _word_start(text, max(0, done - _OVERLAP_CHARACTERS))
-        right = _word_start(text, done + PIECE_CHARACTERS)
+    right = _word_start(text, PIECE_CHARACTERS)
+    ids, ends = encoder.encode(text[:right])
+    emitted = 0
+    first = 0
+    while right < len(text):
+        last = len(ids) - _OVERLAP_TOKENS
+        if last <= first:
+            break
+        yield ids[first:last], ends[first:last]
+        emitted += last - first
+        tail = list(zip(ids, ends, strict=True))[max(0, last - _OVERLAP_TOKENS) : last]
+        left = _word_start(text, max(0, ends[last - 1] - _OVERLAP_CHARACTERS))
+        right = _word_start(text, ends[last - 1] + PIECE_CHARACTERS)
         ids, ends = encoder.encode(text[left:right])
         ends = [left + end for end in ends]
-        first = next((k for k, end in enumerate(ends) if end > done), len(ends))
-        last = len(ids)
-        if right < len(text):
-            last -= _OVERLAP_TOKENS
-            # A character of several tokens stays whole.
-            while last > first and ends[last - 1] == ends[last]:
-                last -= 1
-        if last <= first:
-            # Nothing but what is invisible to the tokenizer (a run of spaces that it drops).
-            done = right
-            continue
-        yield ids[first:last], ends[first:last]
-        done = ends[last - 1] if right < len(text) else len(text)
+        first = _place_after(list(zip(ids, ends, strict=True)), tail)
+        if first < 0:
+            break
+    else:
+        yield ids[first:], ends[first:]
+        return
+    ids, ends = encoder.encode(text)
+    yield ids[emitted:], ends[emitted:]
+
+
+def _place_after(tokens: list[tuple[int, int]], tail: list[tuple[int, int]]) -> int:
+    """Index of the token that follows `tail` in `tokens`, both (id, end); -1 when `tail` is not there."""
+    for place in range(len(tokens), len(tail) - 1, -1):
+        if tokens[place - 1] == tail[-1] and tokens[place - len(tail) : place] == tail:
+            return place
+    return -1
 
 
 def _word_start(text: str, near: int) -> int:

@@ -83,7 +83,9 @@ class Views:
 def caption_of(record: dict[str, Any]) -> tuple[str, str]:
     """(title, subtitle) of a run's chart, from its `run.json`."""
     model, corpus = record["model"], record["corpus"]
-    title = f"{model['name']} on {corpus['name']}"
+    # Of a path the last two parts say enough.
+    corpus_name = "/".join(Path(corpus["name"]).parts[-2:]) if corpus["mirror"] == "local" else corpus["name"]
+    title = f"{model['name']} on {corpus_name}"
     subtitle = f"{model['parameters'] / 1e6:.1f}M parameters · {corpus['mirror']} · tokenizer {record['tokenizer']}"
     return title, f"{subtitle} · one document a step"
 

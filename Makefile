@@ -1,0 +1,51 @@
+# Everything a user or a maintainer types. `make` alone lists the targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+
+.PHONY: help install test-run test check lint types bench train clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN_STAMP): requirements.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(DEV_STAMP): requirements-dev.txt requirements.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@ $(RUN_STAMP)
+
+install: $(RUN_STAMP) ## make .venv and install what training needs
+
+test-run: $(RUN_STAMP) ## 100 real steps on the embedded corpus into runs/test-run; no network
+	@$(BIN)/python run_clm_slimpajama.py --test --output_dir runs/test-run --overwrite_output_dir
+
+test: $(DEV_STAMP) ## the whole test suite; no Hub, no GPU
+	@$(BIN)/python -m pytest
+
+lint: $(DEV_STAMP) ## style
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(DEV_STAMP) ## type checker
+	@$(BIN)/mypy
+
+check: lint types test ## lint, types and tests, as CI runs them
+
+bench: $(DEV_STAMP) ## measure the step and what seeing costs
+	@$(BIN)/python benchmarks/steps.py
+
+train: $(RUN_STAMP) ## the 10,000 steps of configs/slimpajama.yaml
+	@$(BIN)/accelerate launch run_clm_slimpajama.py --config configs/slimpajama.yaml --resume_from_checkpoint true
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './runs/*' -exec rm -rf {} +
