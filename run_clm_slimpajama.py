@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
             recorder=recorder,
             about={"run_id": record["run_id"]},
             callbacks=[samples, drawing, progress, StopOnSignal(signals)],
-            evaluate_model=evaluation.during_training(settings, corpus, encoder, folder),
+            held_out=evaluation.during_training(settings, corpus, encoder, folder),
         )
         samples.trainer = drawing.trainer = trainer
         return session.train(

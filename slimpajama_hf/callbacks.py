@@ -113,7 +113,7 @@ class GenerateSamples(TrainerCallback):
             sample["output_ids"] = written
             # Decoded behind its prompt, so that the space between the two is right.
             sample["output"] = self._encoder.decode(prompt + written)[len(sample["input"]) :]
-            shown = f"{_one_line(sample['input'], 60)} → {_one_line(sample['output'], 100)}"
+            shown = f"{_one_line(sample['input'], 60)} → {_one_line(sample['output'], 100) or '(end of text)'}"
         except Exception as error:
             sample["error"] = f"{type(error).__name__}: {error}"
             self.failures.append(f"step {step}: {sample['error']}")
@@ -158,6 +158,8 @@ class StopOnSignal(TrainerCallback):
 
 
 def _one_line(text: str, width: int) -> str:
+    if text.isspace():
+        return f"({len(text)} characters of white space)"
     line = " ".join(text.split())
     line = "".join(letter if letter.isprintable() else "·" for letter in line)
     return line if len(line) <= width else line[: width - 1] + "…"

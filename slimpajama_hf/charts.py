@@ -359,6 +359,7 @@ def draw_throughput(ax: Axes, columns: Columns, samples: Samples) -> None:
 
 
 def draw_learning_rate(ax: Axes, columns: Columns, samples: Samples) -> None:
+    """The rate of every step on a log axis."""
     steps, rates = columns.step, columns.learning_rate
     if rates.size > RAW_STEPS:
         # Least and greatest of each chunk: no restart of a schedule falls between two points.
@@ -570,6 +571,7 @@ def headline(columns: Columns, max_steps: int) -> list[tuple[str, str, str]]:
 
 
 def draw_headline(figure: Figure, columns: Columns, caption: Caption) -> None:
+    """Title, subtitle and the big numbers above the panels."""
     width, height = SIZE
     left, right = MARGIN / width, 1 - MARGIN / width
 

@@ -158,10 +158,28 @@ def validation_of(corpus: Corpus) -> Corpus:
     )
 
 
-def during_training(
-    settings: Settings, corpus: Corpus, encoder: Encoder, folder: RunFolder
-) -> Callable[[Trainer], dict[str, float]] | None:
+class HeldOutScores:
     """What `--eval_steps` calls: scores on the same held-out documents each time, appended to `evaluations.jsonl`."""
+
+    def __init__(self, documents: Corpus, samples: list[Sample], folder: RunFolder) -> None:
+        self.samples = samples
+        self._documents, self._folder = documents, folder
+        self._metric: Any = None
+
+    def __call__(self, trainer: Trainer) -> dict[str, float]:
+        if self._metric is None:
+            self._metric = next_token_accuracy()
+        scores = score(trainer.accelerator.unwrap_model(trainer.model), self.samples)
+        table = {domain: each.to_dict(self._metric) for domain, each in scores.items()}
+        with open(self._folder.evaluations, "a", encoding="utf-8") as file:
+            entry = {"step": trainer.state.global_step, "corpus": self._documents.mirror, "scores": table}
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        names = ("loss", "perplexity", "accuracy", "bits_per_byte")
+        return {f"eval_{name}": table["all"][name] for name in names}
+
+
+def during_training(settings: Settings, corpus: Corpus, encoder: Encoder, folder: RunFolder) -> HeldOutScores | None:
+    """The held-out documents of `--eval_steps`, read now so that a corpus without any is refused before step 0."""
     if settings.training.eval_steps is None:
         return None
     documents = held_out(settings, corpus)
@@ -169,18 +187,7 @@ def during_training(
     samples = list(itertools.islice(stream, settings.data.eval_documents))
     if not samples:
         raise UserError(f"--eval_dataset {documents.name}: no document in it that can be scored")
-    metric = next_token_accuracy()
-
-    def evaluate_model(trainer: Trainer) -> dict[str, float]:
-        scores = score(trainer.accelerator.unwrap_model(trainer.model), samples)
-        table = {domain: each.to_dict(metric) for domain, each in scores.items()}
-        with open(folder.evaluations, "a", encoding="utf-8") as file:
-            entry = {"step": trainer.state.global_step, "corpus": documents.mirror, "scores": table}
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        names = ("loss", "perplexity", "accuracy", "bits_per_byte")
-        return {f"eval_{name}": table["all"][name] for name in names}
-
-    return evaluate_model
+    return HeldOutScores(documents, samples, folder)
 
 
 def of_checkpoint(

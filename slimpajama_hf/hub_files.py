@@ -13,7 +13,7 @@ RANGE_BYTES = 2 * 2**20
 
 
 class RangeFile(io.RawIOBase):
-    """The bytes of `path` in a dataset at a revision. Raises huggingface_hub's errors (OSError) when it cannot be had."""
+    """The bytes of `path` in a dataset at a revision. Raises huggingface_hub's errors when it cannot be had."""
 
     def __init__(self, repo: str, revision: str, path: str) -> None:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
@@ -40,7 +40,7 @@ class RangeFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        """Fill `buffer` from here on; 0 at the end of the file. Raises OSError when fewer bytes come than were asked for."""
+        """Fill `buffer` from here on; 0 at the end of the file. Raises OSError when fewer bytes come than asked for."""
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
         last = min(self._position + len(buffer), self._size) - 1

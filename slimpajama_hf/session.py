@@ -80,15 +80,16 @@ def train(
     plan.show(settings, trainer, precision, tokenizer, folder)
     if point.checkpoint is not None:
         screen.say(f"{'resumed':>10}  {point.checkpoint}, at step {point.step:,}")
-    failure: UserError | None = None
+    failure: Exception | None = None
     try:
         trainer.train(resume_from_checkpoint=str(point.checkpoint) if point.checkpoint else None)
-    except UserError as error:
-        # The stream broke between two steps: what was learned is whole, and is kept.
+    except Exception as error:
         failure = error
     trainer.recorder.flush()
     progress.close()
-    trainer.save_now()
+    if failure is None or isinstance(failure, UserError):
+        # A stream that broke did so between two steps: what was learned is whole, and is kept.
+        trainer.save_now()
     trainer.recorder.close()
     steps = trainer.state.global_step
     if not view_process.finish(steps):

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from slimpajama_hf import checkpoints
+from slimpajama_hf.evaluation import HeldOutScores
 from slimpajama_hf.recorder import StepRecorder, TrainingClock
 from slimpajama_hf.samples import Sample, SampleStream
 
@@ -61,6 +62,8 @@ class _AfterEachStep(TrainerCallback):
         self._clock.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The Trainer counts it from the start of the session (ignore_data_skip); a resume must not show.
+        state.epoch = state.global_step / state.max_steps
         self._record()
 
 
@@ -79,7 +82,7 @@ class SlimPajamaTrainer(Trainer):
         recorder: StepRecorder,
         about: dict[str, Any],
         callbacks: list[TrainerCallback] | None = None,
-        evaluate_model: Callable[[Trainer], dict[str, float]] | None = None,
+        held_out: HeldOutScores | None = None,
         **trainer_arguments: Any,
     ) -> None:
         self.stream = stream
@@ -95,11 +98,12 @@ class SlimPajamaTrainer(Trainer):
         self.steps_of_session = 0
         self.skipped_records: Counter[str] = Counter()
         """Records passed over in this session, by reason."""
-        self._evaluate_model = evaluate_model
+        self._held_out = held_out
         self._correct = self._loss = self._grad_norm = torch.tensor(0.0)
         self._staging: Path | None = None
         super().__init__(
             train_dataset=_Samples(stream),
+            eval_dataset=held_out.samples if held_out is not None else None,
             data_collator=collate,
             callbacks=[_AfterEachStep(self.clock, self._record_step), *(callbacks or [])],
             **trainer_arguments,
@@ -193,10 +197,10 @@ class SlimPajamaTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Scores on held-out documents (`evaluation.py`), with the clock of training stopped."""
-        if self._evaluate_model is None:
+        if self._held_out is None:
             raise ValueError("no held-out documents were given to this trainer")
         with self.clock.paused():
-            metrics = self._evaluate_model(self)
+            metrics = self._held_out(self)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

@@ -21,10 +21,55 @@ os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 
 DOMAINS = ("RedPajamaC4", "RedPajamaGithub", "RedPajamaWikipedia", "RedPajamaStackExchange")
-_WORDS = (
-    "the of and a to in is was for on that with as it by at from his an were are which this be or had not but also "
-    "one two river city energy light people number system world music water stone field paper engine garden letter"
-).split()
+_WORDS = [
+    "the",
+    "of",
+    "and",
+    "a",
+    "to",
+    "in",
+    "is",
+    "was",
+    "for",
+    "on",
+    "that",
+    "with",
+    "as",
+    "it",
+    "by",
+    "at",
+    "from",
+    "his",
+    "an",
+    "were",
+    "are",
+    "which",
+    "this",
+    "be",
+    "or",
+    "had",
+    "not",
+    "but",
+    "also",
+    "one",
+    "two",
+    "river",
+    "city",
+    "energy",
+    "light",
+    "people",
+    "number",
+    "system",
+    "world",
+    "music",
+    "water",
+    "stone",
+    "field",
+    "paper",
+    "engine",
+    "garden",
+    "letter",
+]
 
 
 def make_text(seed: int, words: int) -> str:

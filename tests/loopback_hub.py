@@ -67,7 +67,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
 
     def _missing(self, code: str, status: int = 404) -> None:
-        self._send(status, b'{"error":"not found"}', {"X-Error-Code": code, "X-Repo-Commit": self.server.commit_of("main")})
+        self._send(
+            status, b'{"error":"not found"}', {"X-Error-Code": code, "X-Repo-Commit": self.server.commit_of("main")}
+        )
 
     def do_HEAD(self) -> None:
         self._answer(b"")
@@ -125,7 +127,9 @@ class _Handler(BaseHTTPRequestHandler):
         start = int(query.get("cursor", ["0"])[0])
         headers = {}
         if start + PAGE < len(found):
-            headers["Link"] = f'<{self.server.url}{urllib.parse.urlsplit(self.path).path}?cursor={start + PAGE}>; rel="next"'
+            headers["Link"] = (
+                f'<{self.server.url}{urllib.parse.urlsplit(self.path).path}?cursor={start + PAGE}>; rel="next"'
+            )
         self._json([_entry(folder, path) for path in found[start : start + PAGE]], headers)
 
     def _file(self, path: Path, revision: str) -> None:

@@ -78,7 +78,9 @@ def test_every_shipped_config_parses(path):
 
 
 def test_the_resolved_configuration_can_be_fed_back(tmp_path):
-    settings = cli.parse(["--test", "--sample_mode", "pack", "--weight_decay", "0.1", "--eval_steps", "50", "--bf16", "false"])
+    settings = cli.parse(
+        ["--test", "--sample_mode", "pack", "--weight_decay", "0.1", "--eval_steps", "50", "--bf16", "false"]
+    )
     again = cli.parse(["--config", write(tmp_path / "resolved.yaml", settings.to_yaml())])
     assert (again.data, again.model) == (settings.data, settings.model)
     for name in ("max_steps", "weight_decay", "eval_steps", "eval_strategy", "learning_rate", "output_dir", "seed"):

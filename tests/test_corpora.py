@@ -39,7 +39,11 @@ def test_every_format_gives_the_records_in_order_with_their_place(tmp_path, name
 def test_a_text_file_is_one_document_a_line(tmp_path):
     (tmp_path / "a.txt").write_bytes("first line\r\n\nsecond größe\n   \nthird".encode())
     found = documents(corpora.open_corpus(str(tmp_path / "a.txt")))
-    assert [(document.row, document.text) for document in found] == [(0, "first line"), (2, "second größe"), (4, "third")]
+    assert [(document.row, document.text) for document in found] == [
+        (0, "first line"),
+        (2, "second größe"),
+        (4, "third"),
+    ]
 
 
 def test_a_glob_is_read_in_order_of_names(shards):
@@ -152,11 +156,7 @@ def _make(folder: Path, what: str) -> str:
     path = folder / what
     if what == "folder":
         path.mkdir()
-    elif what == "html.jsonl.zst":
-        path.write_text("<html>not found</html>")
-    elif what == "html.jsonl.gz":
-        path.write_text("<html>not found</html>")
-    elif what == "html.parquet":
+    elif what.startswith("html."):
         path.write_text("<html>not found</html>")
     elif what == "notext.parquet":
         write_records(path, [{"content": "a", "url": "b"}])
@@ -221,7 +221,16 @@ def test_the_first_mirror_that_opens_is_used_named_and_recorded(hub, tmp_path):
     run = tmp_path / "run"
     flags = ["--dataset", "slimpajama", "--model", "tiny", "--config_overrides", "n_layer=1,n_embd=32,n_head=2"]
     done = run_with(
-        hub, *flags, "--tokenizer", "builtin", "--max_steps", "18", "--no-checkpoint", "--output_dir", str(run), tmp_path=tmp_path
+        hub,
+        *flags,
+        "--tokenizer",
+        "builtin",
+        "--max_steps",
+        "18",
+        "--no-checkpoint",
+        "--output_dir",
+        str(run),
+        tmp_path=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]

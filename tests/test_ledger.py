@@ -33,9 +33,7 @@ def fill(path, steps, **changes):
 def test_rows_are_strict_json_one_per_line_with_the_promised_fields(tmp_path):
     fill(tmp_path / "ledger.jsonl", 3)
     rows = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
-    promised = (
-        "step loss accuracy tokens text_bytes throughput learning_rate grad_norm mirror shard row text_sha1 domain tokens_cut"
-    )
+    promised = "step loss accuracy tokens text_bytes throughput learning_rate grad_norm mirror shard row text_sha1 domain tokens_cut"
     assert set(promised.split()) <= set(rows[0])
     assert [each["step"] for each in rows] == [0, 1, 2]
 
@@ -53,7 +51,9 @@ def test_what_is_not_finite_is_null_and_read_as_nan(tmp_path):
 
 def test_the_chain_does_not_know_the_clock_but_everything_else(tmp_path):
     chains = []
-    for number, changes in enumerate([{}, {"throughput": 1.0, "step_seconds": 9.0}, {"loss": 1.0}, {"text_sha1": "1" * 40}]):
+    for number, changes in enumerate(
+        [{}, {"throughput": 1.0, "step_seconds": 9.0}, {"loss": 1.0}, {"text_sha1": "1" * 40}]
+    ):
         chains.append(fill(tmp_path / f"{number}.jsonl", 3, **changes).chain)
     assert chains[0] == chains[1]
     assert len(set(chains)) == 3
@@ -121,7 +121,12 @@ def test_a_reader_takes_in_only_what_is_new_and_starts_anew_after_a_cut(tmp_path
         file.write(b'{"torn')
     columns = reader.update()
     assert columns.step.tolist() == [0, 1, 2, 3]
-    assert [columns.domains[code] for code in columns.domain] == ["RedPajamaBook", "RedPajamaC4", "RedPajamaC4", "RedPajamaBook"]
+    assert [columns.domains[code] for code in columns.domain] == [
+        "RedPajamaBook",
+        "RedPajamaC4",
+        "RedPajamaC4",
+        "RedPajamaBook",
+    ]
     ledger.cut_back(path, 2)
     assert reader.update().step.tolist() == [0, 1]
 

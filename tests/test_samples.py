@@ -96,7 +96,9 @@ def test_it_goes_on_after_any_sample_as_if_never_stopped(shards, encoder, mode):
             )
 
 
-@pytest.mark.parametrize("text", [make_text(3, 9000), "中文没有空格的长文本，" * 2000, "x" * 30_000 + " end", "a\n" * 19000])
+@pytest.mark.parametrize(
+    "text", [make_text(3, 9000), "中文没有空格的长文本，" * 2000, "x" * 30_000 + " end", "a\n" * 19000]
+)
 def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(monkeypatch, encoder, text):
     monkeypatch.setattr(samples, "PIECE_CHARACTERS", 5000)
     pieces = list(samples.tokens_in_pieces(encoder, text))
@@ -107,7 +109,14 @@ def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(monkeypatch, enco
 
 
 def test_what_was_passed_over_rides_with_the_next_sample(tmp_path, encoder):
-    lines = ['{"text": null}', '{"text": "  "}', '{"text": ""}', '{"text": "two words here"}', "{", '{"text": "more words"}']
+    lines = [
+        '{"text": null}',
+        '{"text": "  "}',
+        '{"text": ""}',
+        '{"text": "two words here"}',
+        "{",
+        '{"text": "more words"}',
+    ]
     write_records(tmp_path / "a.jsonl", lines)
     made = list(stream(tmp_path / "a.jsonl", encoder, "truncate"))
     assert [sample.skipped for sample in made] == [{"text is null": 1, "blank": 1, "empty": 1}, {"not JSON": 1}]

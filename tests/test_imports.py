@@ -1,0 +1,89 @@
+"""Imports run one way, and nothing heavy comes along where it is not needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, environment
+
+PACKAGE = ROOT / "slimpajama_hf"
+
+#: Text and numbers know nothing of the model that they came from.
+WITHOUT_TORCH = ("arguments", "charts", "checkpoints", "corpora", "embedded", "errors", "files", "ledger", "palette",
+                 "resume", "run_folder", "samples", "screen", "signals", "view_process", "views", "cli")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_module_imports_without_torch_or_the_trainer(name):
+    code = (
+        f"import slimpajama_hf.{name}, sys\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'evaluate'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.glob("**/*.py"))
+
+
+def imported(path: Path, everywhere: bool = True) -> set[str]:
+    """Our own modules that a file imports; with `everywhere`, inside functions too (type-only imports left out)."""
+    found: set[str] = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    type_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if id(node) in type_only:
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("slimpajama_hf"):
+            inside = (node.module or "").removeprefix("slimpajama_hf").lstrip(".")
+            found |= {inside} if inside else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("slimpajama_hf.")}
+    return found - {"__version__"}
+
+
+def test_there_is_no_circle():
+    """At import time every module stands on modules below it."""
+    graph = {path.stem: imported(path, everywhere=False) for path in modules()}
+    done: set[str] = set()
+    while ready := {name for name, needs in graph.items() if name not in done and needs <= done}:
+        done |= ready
+    assert done == set(graph), {name: needs - done for name, needs in graph.items() if name not in done}
+
+
+def test_views_and_charts_stand_on_the_ledger_alone():
+    allowed = {"ledger", "files", "palette", "charts", "run_folder", "checkpoints", "errors", "views"}
+    for name in ("ledger", "charts", "palette", "views", "files"):
+        assert imported(PACKAGE / f"{name}.py") <= allowed, name
+
+
+def test_no_drawer_of_odds_and_ends():
+    assert not {path.stem for path in modules()} & {"utils", "helpers", "common", "misc"}
+
+
+def test_the_script_fits_on_one_screen():
+    assert len((ROOT / "run_clm_slimpajama.py").read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("path", [*modules(), ROOT / "run_clm_slimpajama.py"], ids=lambda path: path.name)
+def test_every_public_thing_says_what_it_is(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    missing = []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            one_liner = isinstance(node, ast.FunctionDef) and len(node.body) <= 2
+            if not ast.get_docstring(node) and not one_liner and node.name != "main":
+                missing.append(node.name)
+    assert ast.get_docstring(tree) and not missing, missing
