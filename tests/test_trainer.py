@@ -59,7 +59,9 @@ def test_the_recorder_writes_every_step_in_order_and_waits_for_no_device(tmp_pat
     assert recorder.last is not None
     assert (recorder.last["loss"], recorder.last["accuracy"], recorder.last["throughput"]) == (2.5, 0.75, 10.0)
     assert recorder.last["grad_norm"] == 0.1
-    assert recorder.last["code_bits"] == pytest.approx((2.5 * 4 + torch.log(torch.tensor(16.0)).item()) / 0.6931471805599453)
+    assert recorder.last["code_bits"] == pytest.approx(
+        (2.5 * 4 + torch.log(torch.tensor(16.0)).item()) / 0.6931471805599453
+    )
     assert recorder.last["skipped"] == {"blank": 2}
 
 
@@ -96,7 +98,10 @@ def test_the_bar_counts_this_sessions_steps_alone(capsys):
     now[0] = 20.0
     bar.update(loss=2.0, accuracy=0.25, learning_rate=1e-3, tokens=256, seconds=2.0)
     line = capsys.readouterr().err.strip()
-    assert line == "Training:  91%|█████████ | 91/100 [00:20<00:18, loss=2.0000, acc=25.0%, tps=128.0, lr=1.00e-03, eta=18.0s]"
+    assert (
+        line
+        == "Training:  91%|█████████ | 91/100 [00:20<00:18, loss=2.0000, acc=25.0%, tps=128.0, lr=1.00e-03, eta=18.0s]"
+    )
     now[0] = 21.0
     bar.update(loss=2.0, accuracy=0.25, learning_rate=1e-3, tokens=256, seconds=2.0)
     assert capsys.readouterr().err == "", "a log file gets a line every so often, not one a step"
@@ -121,7 +126,9 @@ def tokenizer():
     return load_tokenizer("builtin")
 
 
-@pytest.mark.parametrize(("name", "millions"), [("tiny", 5.3), ("small", 124.4), ("medium", 354.8), ("gpt2-small", 124.4)])
+@pytest.mark.parametrize(
+    ("name", "millions"), [("tiny", 5.3), ("small", 124.4), ("medium", 354.8), ("gpt2-small", 124.4)]
+)
 def test_presets_have_the_sizes_that_they_are_named_for(tokenizer, name, millions):
     config = models.model_config(name, None, tokenizer, 256)
     if name != "tiny":

@@ -1,0 +1,62 @@
+"""What README.md says is so: commands parse, targets and files exist, fields are in the ledger."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+
+from slimpajama_hf import __main__, cli
+from slimpajama_hf.arguments import OURS, TRAINING_DEFAULTS
+from slimpajama_hf.ledger import Row
+from tests.conftest import ROOT, read_ledger
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LINES = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+]
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if "run_clm_slimpajama.py" in line])
+def test_training_commands_parse(line):
+    words = shlex.split(line)
+    assert cli.parse(words[words.index("run_clm_slimpajama.py") + 1 :])
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if "-m slimpajama_hf" in line])
+def test_other_commands_parse(line):
+    assert __main__._parser().parse_args(shlex.split(line)[3:])
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("make ")])
+def test_targets_exist(line):
+    assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+def test_every_target_has_its_line_of_help():
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.M).group(1).split()
+    assert set(phony) == set(re.findall(r"^([a-z-]+):.*## ", makefile, re.M))
+
+
+def test_named_flags_and_files_exist():
+    flags = {field for group in OURS for field in group.__dataclass_fields__} | set(TRAINING_DEFAULTS)
+    flags |= {"steps", "checkpoint_interval", "config", "help", "prompt", "vocab_size", "output", "quiet"}
+    for flag in re.findall(r"(?<![-\w])--([a-z][a-z_-]*)", re.sub(r"```.*?```", "", README, flags=re.S)):
+        assert flag.replace("-", "_") in flags, flag
+    for path in re.findall(r"`((?:slimpajama_hf|configs|docs)/[\w./-]+)`|\]\((docs/[\w./-]+)\)", README):
+        assert (ROOT / (path[0] or path[1])).exists(), path
+
+
+def test_the_row_and_the_folder_are_as_described(finished):
+    sentence = re.search(r"A row of the ledger: (.*?)\n\n", README, re.S).group(1)
+    named = set(re.findall(r"`([a-z_0-9]+)`", sentence))
+    assert set(Row.__dataclass_fields__) | {"chain"} <= named
+    assert set(read_ledger(finished)[0]) <= named
+    tree = re.search(r"```\nruns/.*?```", README, re.S).group(0)
+    for path in finished.rglob("*"):
+        name = re.sub(r"checkpoint-\d+", "checkpoint-2000", str(path.relative_to(finished).parts[0]))
+        assert name in tree, name
