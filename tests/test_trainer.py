@@ -66,7 +66,7 @@ def test_the_recorder_writes_every_step_in_order_and_waits_for_no_device(tmp_pat
 
 
 def test_shortest_reads_back_as_the_same_float32():
-    for value in torch.randn(200).tolist() + [1e-30, 3e38, 0.1]:
+    for value in [*torch.randn(200).tolist(), 1e-30, 3e38, 0.1]:
         as_float32 = torch.tensor(value).item()
         assert torch.tensor(shortest(as_float32)).item() == as_float32
     assert str(shortest(float("nan"))) == "nan"
