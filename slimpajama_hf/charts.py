@@ -159,9 +159,9 @@ def spread(positions: Sequence[float] | np.ndarray, gap: float) -> np.ndarray:
 def band(values: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Last index, 5 % and 95 % quantile (nearest rank) of each of about `bins` chunks of `values` (n,)."""
     size = -(-values.size // bins)
-    chunks = np.full(-(-values.size // size) * size, np.nan)
-    chunks[: values.size] = np.where(np.isfinite(values), values, np.nan)
-    chunks = np.sort(chunks.reshape(-1, size), axis=1)  # NaN goes last
+    padded = np.full(-(-values.size // size) * size, np.nan)
+    padded[: values.size] = np.where(np.isfinite(values), values, np.nan)
+    chunks = np.sort(padded.reshape(-1, size), axis=1)  # NaN goes last
     top = np.isfinite(chunks).sum(axis=1) - 1
     row = np.arange(len(chunks))
     ends = np.minimum((row + 1) * size, values.size) - 1
