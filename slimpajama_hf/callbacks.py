@@ -146,15 +146,19 @@ class DrawViews(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM end the run after the step that is on, with a checkpoint."""
+    """Ctrl-C and SIGTERM end the run after the step that is on, with a checkpoint; SIGUSR1 saves one and goes on."""
 
     def __init__(self, signals: StopSignals) -> None:
         self._signals = signals
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saving = args.save_strategy != "no"
+        if self._signals.save_requested:
+            self._signals.save_requested = False
+            control.should_save = saving
         if self._signals.received is not None:
             control.should_training_stop = True
-            control.should_save = args.save_strategy != "no"
+            control.should_save = saving
 
 
 def _one_line(text: str, width: int) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
+import select
+import stat
 import sys
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TextIO
 
 #: Seconds between two lines of progress where there is no terminal.
 SECONDS_BETWEEN_LINES = 10.0
@@ -29,19 +32,63 @@ def format_clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute:02d}:{second:02d}"
 
 
-def say(line: str, stream: TextIO | None = None) -> None:
-    """Write one line to stderr. A terminal or a pipe that is gone is no reason to stop a training run."""
-    stream = stream or sys.stderr
-    try:
-        stream.write(line + "\n")
-        stream.flush()
-    except (OSError, ValueError):
-        pass
+class _Screen:
+    """stderr that neither stops nor delays a run: what a full or closed pipe, or a terminal that is gone, would not
+    take is dropped; Hub tokens are blanked out."""
+
+    def write(self, text: str) -> int:
+        text = redacted(text)
+        try:
+            if self._takes_it():
+                sys.stderr.write(text)
+                sys.stderr.flush()
+        except (OSError, ValueError):
+            pass
+        return len(text)
+
+    def flush(self) -> None:
+        """Every write is flushed."""
+
+    def isatty(self) -> bool:
+        return is_terminal()
+
+    def fileno(self) -> int:
+        # tqdm asks the terminal for its width.
+        return sys.stderr.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return getattr(sys.stderr, "encoding", None) or "utf-8"
+
+    @staticmethod
+    def _takes_it() -> bool:
+        """Whether a line can be written now. A pipe says yes when 4,096 bytes are free (POSIX), which a line is below."""
+        try:
+            descriptor = sys.stderr.fileno()
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return True
+            return bool(select.select([], [descriptor], [], 0)[1])
+        except (OSError, ValueError, AttributeError):
+            # Not a file at all (a test that captures): it cannot block.
+            return True
 
 
-def is_terminal(stream: TextIO | None = None) -> bool:
+SCREEN = _Screen()
+
+
+def redacted(text: str) -> str:
+    """`text` with Hub tokens blanked out."""
+    return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", text)
+
+
+def say(line: str) -> None:
+    """Write one line to stderr."""
+    SCREEN.write(line + "\n")
+
+
+def is_terminal() -> bool:
     try:
-        return (stream or sys.stderr).isatty()
+        return sys.stderr.isatty()
     except (OSError, ValueError):
         return False
 
@@ -74,18 +121,10 @@ class Waiting:
             if self._terminal:
                 frame = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"[int(elapsed * 5) % 10]
                 line = f"{frame} {self.what} ({format_time(elapsed)})"
-                self._write("\r" + line.ljust(self._width))
+                SCREEN.write("\r" + line.ljust(self._width))
                 self._width = len(line)
             else:
-                self._write(f"… {self.what} ({format_time(elapsed)})\n")
-
-    @staticmethod
-    def _write(text: str) -> None:
-        try:
-            sys.stderr.write(text)
-            sys.stderr.flush()
-        except (OSError, ValueError):
-            pass
+                say(f"… {self.what} ({format_time(elapsed)})")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -93,7 +132,7 @@ class Waiting:
         self._done.set()
         self._thread.join()
         if self._terminal and self._width:
-            self._write("\r" + " " * self._width + "\r")
+            SCREEN.write("\r" + " " * self._width + "\r")
 
 
 def bar_numbers(
@@ -124,6 +163,7 @@ class TrainingBar:
             from tqdm import tqdm
 
             self._bar = tqdm(
+                file=SCREEN,
                 total=total,
                 initial=done,
                 desc="Training",
@@ -163,7 +203,7 @@ class TrainingBar:
     def say(self, line: str) -> None:
         """A line above the bar."""
         if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
+            self._bar.write(line, file=SCREEN)
         else:
             say(line)
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: noted at once, obeyed between two steps."""
+"""Signals that ask a run to end, or to save: noted at once, obeyed between two steps."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.save_requested = False
+        """Set by SIGUSR1: save a checkpoint after this step and go on."""
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
         for number in self.SIGNALS:
             self._before[number] = signal.signal(number, self._note)
+        self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._note_save)
         _end_with_launcher()
         return self
 
@@ -42,6 +45,9 @@ class StopSignals:
         self.received = signal.Signals(number)
         name = "Ctrl-C" if number == signal.SIGINT else self.received.name
         screen.say(f"\n{name}: stopping after this step; once more to exit at once, without saving")
+
+    def _note_save(self, number: int, frame: FrameType | None) -> None:
+        self.save_requested = True
 
     @property
     def exit_code(self) -> int:
