@@ -26,14 +26,13 @@ def main(argv: list[str]) -> int:
     devices.choose_gpu(settings.run.gpu)
 
     # Where the run lives, and where it goes on if it goes on.
-    checkpoint = resume.checkpoint_of(training.resume_from_checkpoint, settings.output_dir)
-    resuming = training.resume_from_checkpoint is not None
+    resuming = resume.is_asked(training.resume_from_checkpoint)
     folder = run_folder.prepare(settings.output_dir, resume=resuming, overwrite=settings.run.overwrite_output_dir)
-    point = resume.go_on(folder, checkpoint)
+    checkpoint = resume.checkpoint_of(training.resume_from_checkpoint, settings.output_dir)
 
     # The corpus (a resumed run reads the one that it recorded), the tokenizer, the samples.
     with Waiting("opening the corpus") as waiting:
-        if checkpoint is not None:
+        if resuming and folder.record.is_file():
             corpus = corpora.recorded(folder.read_record()["corpus"])
         else:
             corpus = corpora.open_corpus(
@@ -63,16 +62,20 @@ def main(argv: list[str]) -> int:
         from slimpajama_hf.signals import StopSignals
         from slimpajama_hf.trainer import SlimPajamaTrainer
         from slimpajama_hf.view_process import ViewProcess
+
+        held_out = evaluation.during_training(settings, corpus, encoder, folder)
+
+    # All is there: from here on the folder changes.
+    point = resume.go_on(folder, checkpoint) if resuming else resume.begin(folder)
+    record = session.record_run(settings, folder, corpus, tokenizer_name, tokenizer, gpt, precision)
     stream = SampleStream(corpus, encoder, data.sample_mode, data.max_seq_length)
     stream.start = point.cursor
-    record = session.record_run(
-        settings, folder, corpus, tokenizer_name, gpt, precision, resumed=checkpoint is not None
-    )
 
     # What watches the run. Intervals that somebody typed are obeyed whatever they cost.
-    recorder = StepRecorder(Ledger(folder.ledger, point.chain), config.vocab_size)
+    recorder = StepRecorder(Ledger(folder.ledger, point.chain), config.vocab_size, point.rows)
     progress = ShowProgress()
     recorder.listeners.append(progress.on_row)
+    recorder.trouble = progress.say
     samples = GenerateSamples(
         folder, encoder, settings.run.display_samples, "display_samples" in settings.typed, progress
     )
@@ -88,7 +91,7 @@ def main(argv: list[str]) -> int:
             recorder=recorder,
             about={"run_id": record["run_id"]},
             callbacks=[samples, drawing, progress, StopOnSignal(signals)],
-            held_out=evaluation.during_training(settings, corpus, encoder, folder),
+            held_out=held_out,
         )
         samples.trainer = drawing.trainer = trainer
         return session.train(

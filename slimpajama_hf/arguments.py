@@ -72,6 +72,7 @@ class RunArguments:
     display_samples: int = _knob(5, "steps between generated samples (thinned likewise unless typed)")
     no_checkpoint: bool = _knob(False, "save nothing but metrics")
     overwrite_output_dir: bool = _knob(False, "start anew in a folder that holds a run, deleting that run")
+    allow_changes: str | None = _knob(None, "what a resume may change, by name, as learning_rate,seed")
     gpu: int | None = _knob(None, "the only GPU to use; default: GPU 0 if there is one")
     test: bool = _knob(False, "100 steps on the embedded corpus, charts every 25, samples every 10 (configs/test.yaml)")
 

@@ -104,6 +104,18 @@ def newest_good(run: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
+def newest_before_trouble(run: Path) -> Path | None:
+    """The newest checkpoint that was not saved amid steps whose loss or gradient was no number."""
+    for step in reversed(steps(run)):
+        try:
+            manifest = json.loads((path_of(run, step) / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if not manifest.get("not_finite_in_a_row"):
+            return path_of(run, step)
+    return None
+
+
 def keep_newest(run: Path, limit: int | None) -> None:
     """Remove all but the `limit` newest checkpoints, by step number."""
     if limit is None or limit <= 0:

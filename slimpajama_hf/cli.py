@@ -21,6 +21,7 @@ from slimpajama_hf.arguments import (
     help_text,
 )
 from slimpajama_hf.errors import UsageError, UserError
+from slimpajama_hf.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from slimpajama_hf.training_arguments import SlimPajamaTrainingArguments
@@ -42,6 +43,14 @@ class Settings:
     typed: frozenset[str]
     """Names that a configuration file or a flag set, as opposed to defaults."""
 
+    def value(self, name: str) -> Any:
+        """An argument by its flag's name, as it would be written down."""
+        for group in (self.data, self.model, self.run, self.training):
+            if hasattr(group, name):
+                value = getattr(group, name)
+                return getattr(value, "value", value)
+        return None
+
     @property
     def output_dir(self) -> str:
         """Folder of the run."""
@@ -56,7 +65,7 @@ class Settings:
             values |= dataclasses.asdict(group)
         values |= changed_fields(self.training)
         # What belongs to one start and not to the run is not written down.
-        for name in ("test", "overwrite_output_dir", "gpu", "resume_from_checkpoint"):
+        for name in ("test", "overwrite_output_dir", "gpu", "resume_from_checkpoint", "allow_changes"):
             values.pop(name, None)
         lines = ["# The resolved configuration of this run; `--config` takes it back."]
         for name, value in values.items():
@@ -167,8 +176,30 @@ def _refuse_unknown(unknown: Sequence[str], known: Sequence[str], origin: dict[s
 def parse(argv: Sequence[str]) -> Settings:
     """Resolve field defaults < configuration files in order < flags.
 
-    Raises UsageError with one sentence for anything that cannot be understood.
+    A resumed run goes on with its own configuration: what it was begun with stands below the files and flags given now.
+    Raises UsageError with one sentence for anything that cannot be understood, UserError for a resume that changes
+    what matters.
     """
+    from slimpajama_hf import resume
+
+    settings = _parse(argv)
+    asked = settings.training.resume_from_checkpoint
+    if not resume.is_asked(asked):
+        return settings
+    run = Path(settings.output_dir)
+    if str(asked).lower() != "true" and "output_dir" not in settings.typed:
+        run = Path(str(asked)).parent
+    own = RunFolder(run).config
+    if not own.is_file():
+        return settings
+    settings = _parse(["--config", str(own), *argv])
+    training: Any = settings.training
+    training.output_dir = str(run)
+    resume.refuse_changes(settings, _parse(["--config", str(own)]))
+    return settings
+
+
+def _parse(argv: Sequence[str]) -> Settings:
     configs, flags = split_config(argv)
     flags = rename(flags)
     if "--test" in flags or any(token.lower() in ("--test=true", "--test=1") for token in flags):

@@ -63,10 +63,16 @@ class Row:
     """Code length of the sample in bits: `(loss * (tokens - 1) + ln V) / ln 2`, the first token at its uniform cost."""
     step_seconds: float
     """Training time of the step in seconds, charts, samples, evaluation and saving left out."""
+    update_skipped: str = ""
+    """Why the weights were left as they were: `not finite` or `out of memory`; empty for an ordinary step."""
+    spike: float | None = None
+    """Robust z-score of the loss among the 200 steps before it, where it stands out; else null."""
     part: int = 0
     """Which sample of its document this is, from 0 (always 0 for `truncate`)."""
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     """Records passed over since the sample before, by reason."""
+    gaps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Shards set aside since the sample before: shard, row from which it is missing, reason."""
 
 
 def _finite(value: Any) -> Any:
@@ -116,6 +122,7 @@ class Ledger:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file; nothing is buffered here."""
         self._file.close()
 
 
@@ -141,6 +148,20 @@ def cut_back(path: Path, step: int) -> str:
     if expected < step:
         raise ValueError(f"{path} holds {expected} steps, the checkpoint was taken after {step}")
     return chain
+
+
+def last_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    """The last `count` rows, oldest first, read from the end of the file."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        block = b""
+        while end > 0 and block.count(b"\n") <= count:
+            start = max(0, end - 2**18)
+            file.seek(start)
+            block, end = file.read(end - start) + block, start
+    return [json.loads(line) for line in block.splitlines()[-count:]]
 
 
 #: Numeric columns that views need, with the type they are kept in.

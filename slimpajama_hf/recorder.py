@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
+from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from slimpajama_hf import screen
 from slimpajama_hf.ledger import Ledger, Row
 from slimpajama_hf.samples import Sample
 
@@ -54,7 +57,7 @@ class TrainingClock:
 
 
 class _Reading:
-    """A few numbers on their way from the device; `values` has shape (3,)."""
+    """A few numbers on their way from the device; `values` has shape (4,)."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -80,32 +83,86 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value))) if math.isfinite(value) else value
 
 
+class LossSpikes:
+    """Losses that stand out among the 200 before them: by how many robust standard deviations.
+
+    The scale is the interquartile range over 1.349 (that of a normal distribution), so that one spike does not hide
+    the next.
+    """
+
+    WINDOW = 200
+    FEWEST = 50
+    #: Documents differ a lot at batch size 1; so far out there is about one step in 10,000 of an ordinary run.
+    THRESHOLD = 5.0
+
+    def __init__(self, losses: Iterable[float] = ()) -> None:
+        self._recent: deque[float] = deque()
+        self._sorted: list[float] = []
+        for loss in losses:
+            self._remember(loss)
+
+    def _remember(self, loss: float) -> None:
+        self._recent.append(loss)
+        insort(self._sorted, loss)
+        if len(self._recent) > self.WINDOW:
+            oldest = self._recent.popleft()
+            del self._sorted[bisect_left(self._sorted, oldest)]
+
+    def score(self, loss: float) -> float | None:
+        """The robust z-score of `loss` if it is a spike, else None; `loss` (nats per token, finite) is remembered."""
+        spike, count = None, len(self._sorted)
+        if count >= self.FEWEST:
+            low, middle, high = (self._sorted[count * quarter // 4] for quarter in (1, 2, 3))
+            scale = max(high - low, 1e-3) / 1.349
+            z = (loss - middle) / scale
+            spike = round(z, 2) if z > self.THRESHOLD else None
+        self._remember(loss)
+        return spike
+
+
 class StepRecorder:
     """Turns finished steps into ledger rows, in order, and tells those who listen.
 
-    `tokens - 1` tokens of a sample are predicted; the first is coded at its uniform cost, ln(vocabulary) nats.
+    `tokens - 1` tokens of a sample are predicted; the first is coded at its uniform cost, ln(vocabulary) nats. Rows
+    that the disk does not take are kept and tried again at every later step. `remembered`: rows before a resume.
     """
 
-    def __init__(self, ledger: Ledger | None, vocab_size: int) -> None:
+    def __init__(self, ledger: Ledger | None, vocab_size: int, remembered: Sequence[dict[str, Any]] = ()) -> None:
         self._ledger = ledger
         self._uniform_nats = math.log(vocab_size)
-        self._waiting: deque[tuple[int, Sample, _Reading, float, float]] = deque()
+        self._waiting: deque[tuple[int, Sample, _Reading, float, float, str]] = deque()
+        self._unwritten: deque[Row] = deque()
+        self._spikes = LossSpikes(row["loss"] for row in remembered if row["loss"] is not None)
+        self.not_finite: list[dict[str, Any]] = []
+        """The latest rows, unbroken, whose loss or gradient was no number."""
+        for row in remembered:
+            self._watch(row)
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
-        self.last: dict[str, Any] | None = None
+        self.trouble: Callable[[str], None] = screen.say
+        """Told what is not being saved."""
+
+    @property
+    def chain(self) -> str:
+        """Hash chain of the ledger up to the last row written."""
+        return self._ledger.chain if self._ledger is not None else ""
+
+    @property
+    def unwritten(self) -> int:
+        """Rows that the disk has not taken."""
+        return len(self._unwritten)
 
     def add(
         self,
         step: int,
         sample: Sample,
-        loss: torch.Tensor,
-        correct: torch.Tensor,
-        grad_norm: torch.Tensor,
+        values: torch.Tensor,
         learning_rate: float,
         seconds: float,
+        update_skipped: str = "",
     ) -> None:
-        """One finished step; the three tensors are scalars on the device and are not waited for."""
-        values = torch.stack([loss.detach().float(), correct.float(), grad_norm.detach().float()])  # (3,)
-        self._waiting.append((step, sample, _Reading(values), learning_rate, seconds))
+        """One finished step; `values` (4,) is on the device and is not waited for: loss in nats per token, tokens
+        right, gradient norm, and 1.0 where the update was skipped because one of them is no number."""
+        self._waiting.append((step, sample, _Reading(values), learning_rate, seconds, update_skipped))
         while self._waiting and (self._waiting[0][2].here() or len(self._waiting) > MOST_BEHIND):
             self._write(*self._waiting.popleft())
 
@@ -114,12 +171,15 @@ class StepRecorder:
         while self._waiting:
             self._write(*self._waiting.popleft())
 
-    def _write(self, step: int, sample: Sample, reading: _Reading, learning_rate: float, seconds: float) -> None:
-        loss, correct, grad_norm = reading.numbers()
+    def _write(
+        self, step: int, sample: Sample, reading: _Reading, learning_rate: float, seconds: float, update_skipped: str
+    ) -> None:
+        loss, correct, grad_norm, not_finite = reading.numbers()
         tokens = len(sample.input_ids)
+        loss = shortest(loss)
         row = Row(
             step=step,
-            loss=shortest(loss),
+            loss=loss,
             accuracy=correct / (tokens - 1),
             tokens=tokens,
             text_bytes=sample.text_bytes,
@@ -133,24 +193,60 @@ class StepRecorder:
             domain=sample.document.domain,
             tokens_cut=sample.tokens_cut,
             tokens_cut_exact=sample.tokens_cut_exact,
-            code_bits=(shortest(loss) * (tokens - 1) + self._uniform_nats) / math.log(2),
+            code_bits=(loss * (tokens - 1) + self._uniform_nats) / math.log(2),
             step_seconds=round(seconds, 6),
+            update_skipped=update_skipped or ("not finite" if not_finite else ""),
+            spike=self._spikes.score(loss) if math.isfinite(loss) else None,
             part=sample.part,
             skipped=sample.skipped,
+            gaps=getattr(sample, "gaps", []),
         )
         # Only rank 0 keeps a ledger.
         if self._ledger is not None:
-            self.last = self._ledger.append(row)
+            self._unwritten.append(row)
+            record = self._drain() or dataclasses.asdict(row)
+            self._watch(record)
             for listener in self.listeners:
-                listener(self.last)
+                listener(record)
+
+    def _watch(self, row: dict[str, Any]) -> None:
+        if row["update_skipped"] == "not finite":
+            self.not_finite.append(row)
+        else:
+            self.not_finite.clear()
+
+    def _drain(self) -> dict[str, Any] | None:
+        """Write what is unwritten, in order; the last row as written, or None while the disk takes nothing."""
+        record = None
+        assert self._ledger is not None
+        before = len(self._unwritten)
+        while self._unwritten:
+            try:
+                record = self._ledger.append(self._unwritten[0])
+            except OSError as error:
+                if len(self._unwritten) % 100 == 1:
+                    self.trouble(
+                        f"not saved: {len(self._unwritten):,} rows of {self._ledger.path} ({error.strerror}); "
+                        "training goes on, and every step tries again"
+                    )
+                return None
+            self._unwritten.popleft()
+        if before > 1:
+            self.trouble(f"{self._ledger.path} is whole again: {before:,} rows were written")
+        return record
 
     def sync(self) -> None:
-        """Write and force to the disk what a checkpoint counts on."""
+        """Write and force to the disk what a checkpoint counts on. Raises OSError when the disk does not take it."""
         self.flush()
         if self._ledger is not None:
+            self._drain()
+            if self._unwritten:
+                raise OSError(28, f"{len(self._unwritten):,} rows of the ledger are not on the disk")
             self._ledger.sync()
 
     def close(self) -> None:
+        """Write what can be written and close the file."""
         self.flush()
         if self._ledger is not None:
+            self._drain()
             self._ledger.close()

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimpajama_hf import checkpoints, files, ledger, screen
 from slimpajama_hf.corpora import Cursor
 from slimpajama_hf.errors import UserError
-from slimpajama_hf.run_folder import RunFolder
+from slimpajama_hf.run_folder import RunFolder, delete_run
+
+if TYPE_CHECKING:
+    from slimpajama_hf.cli import Settings
+
+#: Rows that the policies on spikes and skipped updates look back on.
+ROWS_REMEMBERED = 200
+
+#: Arguments that make a run the run that it is: a resume that changes one is refused unless `--allow_changes` names it.
+WHAT_MATTERS = (
+    "dataset", "dataset_config_name", "dataset_revision", "dataset_split", "text_column", "sample_mode",
+    "max_seq_length", "shuffle_buffer", "model", "config_overrides", "tokenizer", "precision", "learning_rate",
+    "warmup_steps", "seed", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,20 +37,25 @@ class ResumePoint:
     step: int = 0
     cursor: Cursor = dataclasses.field(default_factory=Cursor)
     chain: str = ledger.CHAIN_START
+    rows: tuple[dict[str, Any], ...] = ()
+    """The last rows before `step`, at most `ROWS_REMEMBERED`."""
+
+
+def is_asked(asked: str | bool | None) -> bool:
+    """Whether `--resume_from_checkpoint` asks for anything."""
+    return asked is not None and str(asked).lower() != "false"
 
 
 def checkpoint_of(asked: str | bool | None, output_dir: str) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means: `true` is the newest good one of the folder, if any.
 
-    Raises UserError for a path that is no good checkpoint.
+    With `true`, checkpoints that do not verify are set aside under another name, and named. Raises UserError for a
+    path that is no good checkpoint.
     """
-    if asked in (None, False) or str(asked).lower() == "false":
+    if not is_asked(asked):
         return None
     if str(asked).lower() == "true":
-        newest, complaints = checkpoints.newest_good(Path(output_dir))
-        for complaint in complaints:
-            screen.say(f"passed over {complaint}")
-        return newest
+        return _newest_good(Path(output_dir))
     folder = Path(str(asked))
     if not folder.is_dir():
         raise UserError(f"--resume_from_checkpoint {asked}: no such folder; expected true or a checkpoint-N of a run")
@@ -48,12 +69,54 @@ def checkpoint_of(asked: str | bool | None, output_dir: str) -> Path | None:
     return folder
 
 
+def _newest_good(run: Path) -> Path | None:
+    for unfinished in run.glob(f"{checkpoints.STAGING}.*"):
+        screen.say(f"removed {unfinished}: a save that was cut short; the checkpoint before it is whole")
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for step in reversed(checkpoints.steps(run)):
+        folder = checkpoints.path_of(run, step)
+        wrong = checkpoints.problem(folder)
+        if wrong is None:
+            return folder
+        aside = run / f"_bad-{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+        os.rename(folder, aside)
+        screen.say(f"{folder}: {wrong}; set aside as {aside.name}, going on from the one before it")
+    return None
+
+
+def refuse_changes(settings: Settings, recorded: Settings) -> None:
+    """Raise UserError when a resume changes what matters, by the name and both values of each."""
+    allowed = {name.strip() for name in (settings.run.allow_changes or "").split(",") if name.strip()}
+    unknown = allowed - set(WHAT_MATTERS)
+    if unknown:
+        raise UserError(f"--allow_changes {sorted(unknown)[0]}: expected one or more of {', '.join(WHAT_MATTERS)}")
+    changes = []
+    for name in WHAT_MATTERS:
+        before, now = recorded.value(name), settings.value(name)
+        if before != now and name not in allowed:
+            changes.append((name, before, now))
+    if changes:
+        listed = ", ".join(f"--{name} {now} (begun with {before})" for name, before, now in changes)
+        names = ",".join(name for name, _, _ in changes)
+        raise UserError(
+            f"{settings.output_dir}: this run was begun otherwise: {listed}; leave them out to go on with it as it is, "
+            f"or add --allow_changes {names}"
+        )
+
+
 def cut_back_lines(path: Path, keep: Any) -> None:
     """Keep the lines of a JSON-lines file whose object satisfies `keep`; a torn last line goes."""
     if path.exists():
         with open(path, encoding="utf-8") as file:
             kept = [line for line in file if line.endswith("\n") and keep(json.loads(line))]
         files.write_whole(path, "".join(kept))
+
+
+def begin(folder: RunFolder) -> ResumePoint:
+    """The very start of a run in its folder; a run that was there is deleted (`--overwrite_output_dir`)."""
+    if folder.holds_a_run():
+        delete_run(folder)
+    return ResumePoint()
 
 
 def go_on(folder: RunFolder, checkpoint: Path | None) -> ResumePoint:
@@ -69,4 +132,4 @@ def go_on(folder: RunFolder, checkpoint: Path | None) -> ResumePoint:
         raise UserError(f"{folder.path}: {error}; resume from an older checkpoint or start anew") from None
     cut_back_lines(folder.samples, lambda sample: sample["step"] < point.step)
     cut_back_lines(folder.evaluations, lambda scores: scores["step"] <= point.step)
-    return dataclasses.replace(point, chain=chain)
+    return dataclasses.replace(point, chain=chain, rows=tuple(ledger.last_rows(folder.ledger, ROWS_REMEMBERED)))

@@ -15,6 +15,8 @@ from typing import Any
 
 from slimpajama_hf import __version__, checkpoints, files, ledger
 from slimpajama_hf.errors import UserError
+from slimpajama_hf.lock import FolderLock
+from slimpajama_hf.screen import redacted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,22 +70,34 @@ class RunFolder:
 
 
 def prepare(path: str, *, resume: bool, overwrite: bool) -> RunFolder:
-    """The folder of a run that starts, made and tried. Raises UserError when it holds a run or cannot be written."""
+    """The folder of a run that starts, made, tried and locked.
+
+    Raises UserError when it holds a run, when another run is on in it, or when it cannot be written.
+    """
     folder = RunFolder(Path(path).expanduser())
-    if folder.path.is_dir() and not resume and folder.holds_a_run():
-        if not overwrite:
-            raise UserError(
-                f"{path} holds a run already; go on with it: --resume_from_checkpoint true, "
-                "or delete it and start anew: --overwrite_output_dir"
-            )
-        delete_run(folder)
+    if folder.path.is_dir() and folder.holds_a_run() and not resume and not overwrite:
+        raise UserError(
+            f"{path} holds a run already; go on with it: --resume_from_checkpoint true, "
+            "or delete it and start anew: --overwrite_output_dir"
+        )
     try:
         folder.viz.mkdir(parents=True, exist_ok=True)
         files.write_whole(folder.path / "_writable", b"")
         (folder.path / "_writable").unlink()
+        FolderLock(folder.path).take()
     except OSError as error:
         raise UserError(f"--output_dir {path}: cannot be written ({error.strerror}); choose another folder") from None
     return folder
+
+
+def refuse_full_disk(folder: RunFolder, checkpoint_bytes: int) -> None:
+    """Raise UserError when not even one checkpoint fits on the disk."""
+    free = shutil.disk_usage(folder.path).free
+    if free < 1.1 * checkpoint_bytes:
+        raise UserError(
+            f"{folder.path}: {free / 1e6:,.0f} MB free, a checkpoint is {checkpoint_bytes / 1e6:,.0f} MB; "
+            "make room, choose another folder, or add --no-checkpoint"
+        )
 
 
 def delete_run(folder: RunFolder) -> None:
@@ -93,16 +107,17 @@ def delete_run(folder: RunFolder) -> None:
     shutil.rmtree(folder.viz, ignore_errors=True)
     for path in (folder.ledger, folder.samples, folder.evaluations, folder.record, folder.config):
         path.unlink(missing_ok=True)
+    folder.viz.mkdir()
 
 
-def new_record(corpus: dict[str, Any], tokenizer: str, model: dict[str, Any]) -> dict[str, Any]:
+def new_record(corpus: dict[str, Any]) -> dict[str, Any]:
     """`run.json` of a run that starts: what it is, and what it ran on."""
     from importlib.metadata import version
 
     return {
         "run_id": uuid.uuid4().hex,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [redacted(word) for word in (Path(sys.argv[0]).name, *sys.argv[1:])],
         "version": __version__,
         "libraries": {
             name: version(name) for name in ("torch", "transformers", "datasets", "accelerate", "tokenizers")
@@ -111,6 +126,4 @@ def new_record(corpus: dict[str, Any], tokenizer: str, model: dict[str, Any]) ->
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "corpus": corpus,
-        "tokenizer": tokenizer,
-        "model": model,
     }

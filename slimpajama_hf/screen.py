@@ -62,7 +62,7 @@ class _Screen:
 
     @staticmethod
     def _takes_it() -> bool:
-        """Whether a line can be written now. A pipe says yes when 4,096 bytes are free (POSIX), which a line is below."""
+        """Whether a line can be written now. A pipe says yes when 4,096 bytes are free (POSIX)."""
         try:
             descriptor = sys.stderr.fileno()
             if stat.S_ISREG(os.fstat(descriptor).st_mode):

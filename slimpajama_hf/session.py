@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from slimpajama_hf import files, plan, run_folder, screen, views
 from slimpajama_hf.corpora import Corpus
-from slimpajama_hf.errors import UserError
+from slimpajama_hf.errors import StopRequested, UserError
+from slimpajama_hf.resume import is_asked
 from slimpajama_hf.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -38,10 +43,23 @@ def tokenizer_name(asked: str, corpus: Corpus) -> str:
     return "gpt2" if any(shard.url.startswith("hf://") for shard in corpus.files[:1]) or corpus.repo else "builtin"
 
 
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def record_run(
-    settings: Settings, folder: RunFolder, corpus: Corpus, tokenizer: str, model: Any, precision: str, *, resumed: bool
+    settings: Settings,
+    folder: RunFolder,
+    corpus: Corpus,
+    tokenizer_name: str,
+    tokenizer: Any,
+    model: Any,
+    precision: str,
 ) -> dict[str, Any]:
-    """Write `run.json` and `run_config.yaml` (a resumed run keeps its own identity); returns the record."""
+    """Write `run.json` and `run_config.yaml`; returns the record. A run that goes on keeps its identity.
+
+    Raises UserError when the tokenizer or the model's configuration is not what the run was begun with.
+    """
     described = {
         "name": settings.model.model,
         "parameters": model.num_parameters(),
@@ -49,12 +67,37 @@ def record_run(
         "precision": precision,
         "max_seq_length": settings.data.max_seq_length,
         "sample_mode": settings.data.sample_mode,
+        "sha256": _digest(
+            {k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "use_cache")}
+        ),
     }
-    if resumed:
-        record = folder.read_record() | {"max_steps": settings.training.max_steps}
+    tokenizer_sha256 = _digest(sorted(tokenizer.get_vocab().items()))
+    resuming = is_asked(settings.training.resume_from_checkpoint)
+    if resuming and folder.record.is_file():
+        record = folder.read_record()
+        allowed = (settings.run.allow_changes or "").split(",")
+        if record["tokenizer_sha256"] != tokenizer_sha256 and "tokenizer" not in allowed:
+            raise UserError(
+                f"--tokenizer {tokenizer_name}: its vocabulary is not the one that this run was begun with; "
+                "bring that one back, or add --allow_changes tokenizer"
+            )
+        if record["model"]["sha256"] != described["sha256"] and not {"model", "config_overrides", "tokenizer"} & set(
+            allowed
+        ):
+            raise UserError(
+                f"--model {settings.model.model}: its configuration is not the one that this run was begun with; "
+                "bring that one back, or add --allow_changes model"
+            )
     else:
-        record = run_folder.new_record(corpus.describe(), tokenizer, described)
-        record["max_steps"] = settings.training.max_steps
+        record = run_folder.new_record(corpus.describe())
+    record |= {
+        "max_steps": settings.training.max_steps,
+        "tokenizer": tokenizer_name,
+        "tokenizer_sha256": tokenizer_sha256,
+        "model": described,
+        # Sums come out in another order with another number of threads: bit for bit needs the same.
+        "torch_threads": torch.get_num_threads(),
+    }
     files.write_json(folder.record, record, indent=1)
     files.write_whole(folder.config, settings.to_yaml())
     return record
@@ -77,20 +120,50 @@ def train(
     point: ResumePoint,
 ) -> int:
     """Train to the end, to a signal or to an error; leave checkpoint, views and summary; return the exit code."""
+    if trainer.args.save_strategy != "no":
+        # Weights and the two moments of AdamW, float32.
+        run_folder.refuse_full_disk(folder, 12 * folder.read_record()["model"]["parameters"])
     plan.show(settings, trainer, precision, tokenizer, folder)
     if point.checkpoint is not None:
         screen.say(f"{'resumed':>10}  {point.checkpoint}, at step {point.step:,}")
     failure: Exception | None = None
+    if point.step >= settings.training.max_steps:
+        screen.say(f"nothing left to do: the run has its {point.step:,} steps; raise --max_steps to go on")
+        trainer.state.global_step = point.step
+        return _finish(settings, trainer, folder, signals, samples, view_process, None)
     try:
         trainer.train(resume_from_checkpoint=str(point.checkpoint) if point.checkpoint else None)
+    except StopRequested:
+        # The signal came while the stream was waiting for the network: between two steps.
+        pass
     except Exception as error:
         failure = error
     trainer.recorder.flush()
     progress.close()
     if failure is None or isinstance(failure, UserError):
         # A stream that broke did so between two steps: what was learned is whole, and is kept.
-        trainer.save_now()
+        if trainer.failure is None:
+            trainer.save_now()
+        failure = failure or trainer.failure
+    return _finish(settings, trainer, folder, signals, samples, view_process, failure)
+
+
+def _finish(
+    settings: Settings,
+    trainer: SlimPajamaTrainer,
+    folder: RunFolder,
+    signals: StopSignals,
+    samples: GenerateSamples,
+    view_process: ViewProcess,
+    failure: Exception | None,
+) -> int:
+    """Final views and summary; the exit code, or the failure again."""
     trainer.recorder.close()
+    if failure is None and (trainer.save_failure or trainer.recorder.unwritten):
+        failure = UserError(
+            f"the end of the run is not saved ({trainer.save_failure or 'rows of the ledger'}); make room and go on "
+            "from the last checkpoint"
+        )
     steps = trainer.state.global_step
     if not view_process.finish(steps):
         screen.say(f"the final chart was not drawn: {view_process.errors[-1]}")

@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from slimpajama_hf import checkpoints
+from slimpajama_hf.errors import UserError
 from slimpajama_hf.evaluation import HeldOutScores
 from slimpajama_hf.recorder import StepRecorder, TrainingClock
 from slimpajama_hf.samples import Sample, SampleStream
+
+#: So many updates in a row that cannot be made mean that the weights are lost, not that a document is odd.
+MOST_NOT_FINITE_IN_A_ROW = 10
 
 #: Private methods of Trainer that we override or call: a test fails when their signature moves.
 PRIVATE_HOOKS = {
@@ -54,7 +59,7 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
 class _AfterEachStep(TrainerCallback):
     """Hands the finished step to the recorder before any other callback sees it."""
 
-    def __init__(self, clock: TrainingClock, record: Callable[[], None]) -> None:
+    def __init__(self, clock: TrainingClock, record: Callable[[], bool]) -> None:
         self._clock = clock
         self._record = record
 
@@ -64,7 +69,8 @@ class _AfterEachStep(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The Trainer counts it from the start of the session (ignore_data_skip); a resume must not show.
         state.epoch = state.global_step / state.max_steps
-        self._record()
+        if not self._record():
+            control.should_training_stop = True
 
 
 class SlimPajamaTrainer(Trainer):
@@ -99,7 +105,13 @@ class SlimPajamaTrainer(Trainer):
         self.skipped_records: Counter[str] = Counter()
         """Records passed over in this session, by reason."""
         self._held_out = held_out
-        self._correct = self._loss = self._grad_norm = torch.tensor(0.0)
+        self._correct = self._loss = self._grad_norm = self._not_finite = torch.tensor(0.0)
+        self._out_of_memory = 0
+        self._update_skipped = ""
+        self.failure: UserError | None = None
+        """Why training stopped by itself, if it did."""
+        self.save_failure: str | None = None
+        """Why the last save did not succeed, if it did not."""
         self._staging: Path | None = None
         super().__init__(
             train_dataset=_Samples(stream),
@@ -151,8 +163,34 @@ class SlimPajamaTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward on one sample; returns its loss, nats per token, on the device."""
         self.sample = inputs.pop("sample")
-        self._loss = super().training_step(model, inputs, num_items_in_batch)
+        self._update_skipped = ""
+        try:
+            self._loss = super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError as error:
+            self._loss = self._without_memory(error)
         return self._loss
+
+    def _without_memory(self, error: torch.OutOfMemoryError) -> torch.Tensor:
+        """The first time a step does not fit it is skipped: another program may have been at the card. Then it is the
+        model that does not fit, and UserError stops the run before anything of the step is applied."""
+        self._out_of_memory += 1
+        self.model.zero_grad(set_to_none=True)  # type: ignore[union-attr]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        assert self.sample is not None
+        document = self.sample.document
+        if self._out_of_memory > 1:
+            raise UserError(
+                f"out of memory at step {self.state.global_step} ({document.shard} row {document.row}), again; "
+                "close what else uses the device, or start a run with a smaller --max_seq_length or --model"
+            ) from error
+        self._update_skipped = "out of memory"
+        self.recorder.trouble(
+            f"step {self.state.global_step}: out of memory on {document.shard} row {document.row}; it is skipped, "
+            "the next time the run stops"
+        )
+        self._correct = torch.zeros((), device=self.args.device)
+        return torch.full((), float("nan"), device=self.args.device)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -170,7 +208,26 @@ class SlimPajamaTrainer(Trainer):
         # Of a sharded model the norm is a DTensor.
         if hasattr(self._grad_norm, "full_tensor"):
             self._grad_norm = self._grad_norm.full_tensor()
+        self._skip_update_unless_finite()
         return norm
+
+    def _skip_update_unless_finite(self) -> None:
+        """Leave the weights as they are when the loss or the gradient is no number; the device is not waited for.
+
+        Fused optimizers take a flag for it on the device, made for gradient scaling (`found_inf`, torch/optim/adam.py);
+        others, and a CPU, are told by having no gradients.
+        """
+        self._grad_norm = self._grad_norm.detach().to(self._loss.device)
+        finite = torch.isfinite(self._grad_norm)
+        if self.args.world_size == 1:
+            # With several processes the loss is each rank's own, and all ranks must decide alike.
+            finite = finite & torch.isfinite(self._loss)
+        self._not_finite = 1.0 - finite.float()
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self._loss.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf = self._not_finite
+        elif self._not_finite.item():
+            optimizer.zero_grad(set_to_none=True)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 x tokens x parameters, counted without walking over the modules at every step."""
@@ -181,7 +238,8 @@ class SlimPajamaTrainer(Trainer):
         assert self.sample is not None
         return self._correct.item() / (len(self.sample.input_ids) - 1)
 
-    def _record_step(self) -> None:
+    def _record_step(self) -> bool:
+        """Hand the finished step to the recorder; False when the run has to stop."""
         assert self.sample is not None
         self.cursor = self.sample.after
         self.steps_of_session += 1
@@ -190,8 +248,20 @@ class SlimPajamaTrainer(Trainer):
         # The scheduler has moved on already: this is the rate that the step used.
         warmup = self.args.get_warmup_steps(self.state.max_steps)
         rate = get_learning_rate(step, self.args.learning_rate, warmup)
-        device_norm = self._grad_norm.to(self._loss.device)
-        self.recorder.add(step, self.sample, self._loss, self._correct, device_norm, rate, self.clock.lap())
+        values = torch.stack(
+            [self._loss.detach().float(), self._correct.float(), self._grad_norm.float(), self._not_finite]
+        )  # (4,)
+        self.recorder.add(step, self.sample, values, rate, self.clock.lap(), self._update_skipped)
+        bad = self.recorder.not_finite
+        if len(bad) >= MOST_NOT_FINITE_IN_A_ROW:
+            places = ", ".join(f"{row['shard']} row {row['row']} (step {row['step']})" for row in bad)
+            good = checkpoints.newest_before_trouble(self.run_path)
+            advice = f"go on from {good} " if good else "no checkpoint is older than this; start again "
+            self.failure = UserError(
+                f"{len(bad)} steps in a row had a loss or a gradient that is no number and were skipped; the "
+                f"documents were {places}; {advice}with a smaller --learning_rate"
+            )
+        return self.failure is None
 
     # ---- evaluation ----
 
@@ -211,23 +281,34 @@ class SlimPajamaTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Stage, write, add the manifest, rename. The ledger is on the disk before the checkpoint that counts on it."""
-        step = self.state.global_step
-        run = self.run_path
         with self.clock.paused():
-            self.recorder.sync()
-            writer = self.args.should_save
-            with checkpoints.staged(run, step, self.about) if writer else contextlib.nullcontext() as staging:
-                self._staging = staging
-                try:
-                    super()._save_checkpoint(model, trial)
-                    if staging is not None:
-                        state = {"cursor": dataclasses.asdict(self.cursor)}
-                        path = checkpoints.path_of(staging, step) / checkpoints.DATA_STATE
-                        path.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-                finally:
-                    self._staging = None
-            if writer:
-                checkpoints.keep_newest(run, self.args.save_total_limit)
+            try:
+                self._stage_checkpoint(model, trial)
+                self.save_failure = None
+            except (OSError, RuntimeError, SafetensorError) as error:
+                # torch and safetensors have errors of their own for a disk that is full.
+                self.save_failure = f"checkpoint-{self.state.global_step}: {' '.join(str(error).split())[:200]}"
+                self.recorder.trouble(
+                    f"not saved: {self.save_failure}; training goes on, and the next interval tries again"
+                )
+
+    def _stage_checkpoint(self, model: Any, trial: Any) -> None:
+        step, run = self.state.global_step, self.run_path
+        writer = self.args.should_save
+        self.recorder.sync()
+        about = self.about | {"chain": self.recorder.chain, "not_finite_in_a_row": len(self.recorder.not_finite)}
+        with checkpoints.staged(run, step, about) if writer else contextlib.nullcontext() as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+                if staging is not None:
+                    state = {"cursor": dataclasses.asdict(self.cursor)}
+                    path = checkpoints.path_of(staging, step) / checkpoints.DATA_STATE
+                    path.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            finally:
+                self._staging = None
+        if writer:
+            checkpoints.keep_newest(run, self.args.save_total_limit)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Weights, configuration and tokenizer. Loaded elsewhere, the model shall generate with a cache."""

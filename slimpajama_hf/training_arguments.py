@@ -72,7 +72,7 @@ def changed_fields(arguments: TrainingArguments) -> dict[str, Any]:
         if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         value = plain[name]
-        if name in _DERIVED or value is None or (not value and not default):
+        if name in _DERIVED or value is None or (not value and default in (None, False, 0, "", "none", [], {})):
             continue
         # to_dict() turns enumerations into their values.
         if TRAINING_DEFAULTS.get(name, (None, None))[1] is not None or value != getattr(default, "value", default):
@@ -83,9 +83,9 @@ def changed_fields(arguments: TrainingArguments) -> dict[str, Any]:
 #: Filled in by transformers from the machine or from other fields: not part of what was asked for.
 _DERIVED = frozenset(
     {
-        "local_rank", "logging_dir", "run_name", "optim", "bf16", "accelerator_config", "eval_strategy",
+        "local_rank", "logging_dir", "run_name", "bf16", "accelerator_config", "eval_strategy",
         "parallelism_config",
-        "lr_scheduler_kwargs", "fsdp_config", "report_to", "hub_token", "ddp_backend", "per_device_train_batch_size",
+        "lr_scheduler_kwargs", "fsdp_config", "hub_token", "ddp_backend", "per_device_train_batch_size",
         "trackio_space_id", "fsdp", "project", "do_eval",
     }
 )  # fmt: skip
