@@ -94,9 +94,9 @@ def main(argv: list[str]) -> int:
             held_out=held_out,
         )
         samples.trainer = drawing.trainer = trainer
-        return session.train(
-            settings, trainer, folder, signals, samples, views, progress, precision, tokenizer_name, point
-        )
+        return session.Session(
+            settings, trainer, folder, point, signals, samples, views, progress, precision, tokenizer_name
+        ).run()
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from slimpajama_hf import generation, screen
+from slimpajama_hf.files import GrowingFile
 from slimpajama_hf.run_folder import RunFolder
 from slimpajama_hf.screen import TrainingBar
 from slimpajama_hf.signals import StopSignals
@@ -66,7 +66,7 @@ class GenerateSamples(TrainerCallback):
     def __init__(
         self, folder: RunFolder, encoder: Encoder, interval: int, obeyed: bool, progress: ShowProgress
     ) -> None:
-        self._path = folder.samples
+        self.file = GrowingFile(folder.samples)
         self._encoder = encoder
         self._interval, self._obeyed = interval, obeyed
         self._progress = progress
@@ -86,15 +86,16 @@ class GenerateSamples(TrainerCallback):
         before = trainer.clock._now()
         with trainer.clock.paused():
             sample = self._sample(trainer, state.global_step)
-            try:
-                with open(self._path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(sample, ensure_ascii=False, allow_nan=False) + "\n")
-            except OSError as error:
-                self.failures.append(f"step {state.global_step}: {error}")
+            problem = self.file.append(sample)
+            if problem is not None:
+                self._progress.say(
+                    f"not saved: the sample of step {state.global_step} ({problem}); the next one tries again"
+                )
         self.seconds += trainer.clock._now() - before
         self.taken += 1
 
     def _sample(self, trainer: SlimPajamaTrainer, step: int) -> dict[str, Any]:
+        """What the model writes after the opening of the step's document, with the accuracy of the step itself."""
         assert trainer.sample is not None
         ids = trainer.sample.input_ids
         prompt = ids[: generation.PROMPT_TOKENS]
@@ -128,6 +129,7 @@ class DrawViews(TrainerCallback):
     def __init__(self, views: ViewProcess, interval: int, obeyed: bool) -> None:
         self.views = views
         self._interval, self._obeyed = interval, obeyed
+        self._said = False
         self.trainer: SlimPajamaTrainer | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -139,6 +141,17 @@ class DrawViews(TrainerCallback):
         with trainer.clock.paused():
             trainer.recorder.flush()
             self.views.request(state.global_step)
+            self._say_errors()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._say_errors()
+
+    def _say_errors(self) -> None:
+        """Say once that charts fail, when it begins."""
+        self.views.collect()
+        if self.views.errors and not self._said and self.trainer is not None:
+            self._said = True
+            self.trainer.recorder.trouble(f"charts are not being drawn ({self.views.errors[-1]}); training goes on")
 
     def _affordable(self, clock: TrainingClock) -> bool:
         self.views.collect()

@@ -21,7 +21,6 @@ from slimpajama_hf.arguments import (
     help_text,
 )
 from slimpajama_hf.errors import UsageError, UserError
-from slimpajama_hf.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from slimpajama_hf.training_arguments import SlimPajamaTrainingArguments
@@ -181,6 +180,7 @@ def parse(argv: Sequence[str]) -> Settings:
     what matters.
     """
     from slimpajama_hf import resume
+    from slimpajama_hf.run_folder import RunFolder
 
     settings = _parse(argv)
     asked = settings.training.resume_from_checkpoint

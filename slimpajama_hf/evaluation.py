@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -18,6 +17,7 @@ import torch
 from slimpajama_hf import corpora
 from slimpajama_hf.corpora import Corpus, Cursor
 from slimpajama_hf.errors import UserError
+from slimpajama_hf.files import GrowingFile
 from slimpajama_hf.run_folder import RunFolder
 from slimpajama_hf.samples import Sample, SampleStream
 
@@ -163,7 +163,8 @@ class HeldOutScores:
 
     def __init__(self, documents: Corpus, samples: list[Sample], folder: RunFolder) -> None:
         self.samples = samples
-        self._documents, self._folder = documents, folder
+        self._documents = documents
+        self.file = GrowingFile(folder.evaluations)
         self._metric: Any = None
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
@@ -171,9 +172,7 @@ class HeldOutScores:
             self._metric = next_token_accuracy()
         scores = score(trainer.accelerator.unwrap_model(trainer.model), self.samples)
         table = {domain: each.to_dict(self._metric) for domain, each in scores.items()}
-        with open(self._folder.evaluations, "a", encoding="utf-8") as file:
-            entry = {"step": trainer.state.global_step, "corpus": self._documents.mirror, "scores": table}
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.file.append({"step": trainer.state.global_step, "corpus": self._documents.mirror, "scores": table})
         names = ("loss", "perplexity", "accuracy", "bits_per_byte")
         return {f"eval_{name}": table["all"][name] for name in names}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -38,6 +39,36 @@ def write_whole(path: Path, content: bytes | str) -> None:
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+class GrowingFile:
+    """A JSON-lines file that only grows; what the disk does not take is kept and written before the next line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pending: list[bytes] = []
+
+    def append(self, value: Any) -> str | None:
+        """Add one object as a line; why it could not be written yet, or None."""
+        self._pending.append((json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        return self.flush()
+
+    def flush(self) -> str | None:
+        """Try to write what is pending; why it cannot be written, or None."""
+        data = b"".join(self._pending)
+        if not data:
+            return None
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(data) != len(data):
+                    # Half a line must not stay.
+                    file.truncate(end)
+                    return os.strerror(errno.ENOSPC)
+        except OSError as error:
+            return error.strerror or str(error)
+        self._pending.clear()
+        return None
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:

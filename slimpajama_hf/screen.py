@@ -158,6 +158,8 @@ class TrainingBar:
         self._start = clock()
         self._next_line = 0.0
         self._tokens, self._seconds = 0, 0.0
+        self._numbers = (float("nan"), 0.0, 0.0)
+        self._shown = done
         self._bar = None
         if is_terminal():
             from tqdm import tqdm
@@ -177,6 +179,7 @@ class TrainingBar:
         self.done += 1
         self._tokens += tokens
         self._seconds += seconds
+        self._numbers = (loss, accuracy, learning_rate)
         if self._bar is not None:
             # tqdm redraws at most every `mininterval` seconds; the words are only made when it will.
             if self._clock() >= self._next_line:
@@ -185,12 +188,13 @@ class TrainingBar:
             self._bar.update(1)
         elif self._clock() >= self._next_line or self.done == self.total:
             self._next_line = self._clock() + SECONDS_BETWEEN_LINES
-            percent = 100 * self.done // max(self.total, 1)
-            filled = "█" * (percent // 10)
-            say(
-                f"Training: {percent:3d}%|{filled:<10}| {self.done}/{self.total} "
-                f"[{self._words(loss, accuracy, learning_rate)}]"
-            )
+            self._show_line()
+
+    def _show_line(self) -> None:
+        self._shown = self.done
+        percent = 100 * self.done // max(self.total, 1)
+        filled = "█" * (percent // 10)
+        say(f"Training: {percent:3d}%|{filled:<10}| {self.done}/{self.total} [{self._words(*self._numbers)}]")
 
     def _words(self, loss: float, accuracy: float, learning_rate: float) -> str:
         steps = self.done - self.first
@@ -208,6 +212,11 @@ class TrainingBar:
             say(line)
 
     def close(self) -> None:
+        """Leave the last step's numbers on the screen."""
         if self._bar is not None:
+            if self.done > self.first:
+                self._bar.set_postfix_str(self._words(*self._numbers), refresh=True)
             self._bar.close()
             self._bar = None
+        elif self.done > self._shown:
+            self._show_line()

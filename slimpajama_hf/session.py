@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -107,83 +108,84 @@ def caption(record: dict[str, Any]) -> tuple[str, str]:
     return views.caption_of(record)
 
 
-def train(
-    settings: Settings,
-    trainer: SlimPajamaTrainer,
-    folder: RunFolder,
-    signals: StopSignals,
-    samples: GenerateSamples,
-    view_process: ViewProcess,
-    progress: ShowProgress,
-    precision: str,
-    tokenizer: str,
-    point: ResumePoint,
-) -> int:
-    """Train to the end, to a signal or to an error; leave checkpoint, views and summary; return the exit code."""
-    if trainer.args.save_strategy != "no":
-        # Weights and the two moments of AdamW, float32.
-        run_folder.refuse_full_disk(folder, 12 * folder.read_record()["model"]["parameters"])
-    plan.show(settings, trainer, precision, tokenizer, folder)
-    if point.checkpoint is not None:
-        screen.say(f"{'resumed':>10}  {point.checkpoint}, at step {point.step:,}")
-    failure: Exception | None = None
-    if point.step >= settings.training.max_steps:
-        screen.say(f"nothing left to do: the run has its {point.step:,} steps; raise --max_steps to go on")
-        trainer.state.global_step = point.step
-        return _finish(settings, trainer, folder, signals, samples, view_process, None)
-    try:
-        trainer.train(resume_from_checkpoint=str(point.checkpoint) if point.checkpoint else None)
-    except StopRequested:
-        # The signal came while the stream was waiting for the network: between two steps.
-        pass
-    except Exception as error:
-        failure = error
-    trainer.recorder.flush()
-    progress.close()
-    if failure is None or isinstance(failure, UserError):
-        # A stream that broke did so between two steps: what was learned is whole, and is kept.
-        if trainer.failure is None:
+@dataclasses.dataclass
+class Session:
+    """One start of the program, from its plan to its summary."""
+
+    settings: Settings
+    trainer: SlimPajamaTrainer
+    folder: RunFolder
+    point: ResumePoint
+    signals: StopSignals
+    samples: GenerateSamples
+    views: ViewProcess
+    progress: ShowProgress
+    precision: str
+    tokenizer_name: str
+
+    def run(self) -> int:
+        """Train to the end, to a signal or to an error; leave checkpoint, views and summary; return the exit code."""
+        trainer, point = self.trainer, self.point
+        if trainer.args.save_strategy != "no":
+            # Weights and the two moments of AdamW, float32.
+            run_folder.refuse_full_disk(self.folder, 12 * self.folder.read_record()["model"]["parameters"])
+        plan.show(self.settings, trainer, self.precision, self.tokenizer_name, self.folder)
+        if point.checkpoint is not None:
+            screen.say(f"{'resumed':>10}  {point.checkpoint}, at step {point.step:,}")
+        if point.step >= self.settings.training.max_steps:
+            screen.say(f"nothing left to do: the run has its {point.step:,} steps; raise --max_steps to go on")
+            trainer.state.global_step = point.step
+            return self._finish(None)
+        failure: Exception | None = None
+        try:
+            trainer.train(resume_from_checkpoint=str(point.checkpoint) if point.checkpoint else None)
+        except StopRequested:
+            # The signal came while the stream was waiting for the network: between two steps.
+            pass
+        except Exception as error:
+            failure = error
+        trainer.recorder.flush()
+        self.progress.close()
+        if trainer.failure is not None:
+            failure = failure or trainer.failure
+        elif failure is None or isinstance(failure, UserError):
+            # A stream that broke did so between two steps: what was learned is whole, and is kept.
             trainer.save_now()
-        failure = failure or trainer.failure
-    return _finish(settings, trainer, folder, signals, samples, view_process, failure)
+        return self._finish(failure)
 
+    def _finish(self, failure: Exception | None) -> int:
+        """Final views and summary; the exit code, or the failure again."""
+        trainer, views = self.trainer, self.views
+        trainer.recorder.close()
+        unsaved = trainer.save_failure or self.samples.file.flush()
+        if trainer.recorder.unwritten:
+            unsaved = unsaved or "rows of the ledger"
+        if unsaved and failure is None:
+            failure = UserError(
+                f"the end of the run is not saved ({unsaved}); make room and go on from the last checkpoint"
+            )
+        steps = trainer.state.global_step
+        if not views.finish(steps):
+            screen.say(f"the final chart was not drawn: {views.errors[-1]}")
+        for what, errors in (("chart", views.errors[:-1]), ("sample", self.samples.failures)):
+            if errors:
+                screen.say(f"{len(errors)} {what}s failed, the first at {errors[0]}")
+        outcome = self._outcome(failure)
+        for line in plan.summary(self.folder, trainer, outcome, self.samples.seconds + views.cpu_seconds):
+            screen.say(line)
+        if outcome != "done" and trainer.args.save_strategy != "no" and steps:
+            screen.say(f"         go on  {plan.resume_command(self.folder.path)}")
+        if failure is not None:
+            raise failure
+        if steps == 0:
+            raise UserError(f"{self.settings.data.dataset}: no document to learn from in this corpus")
+        return self.signals.exit_code
 
-def _finish(
-    settings: Settings,
-    trainer: SlimPajamaTrainer,
-    folder: RunFolder,
-    signals: StopSignals,
-    samples: GenerateSamples,
-    view_process: ViewProcess,
-    failure: Exception | None,
-) -> int:
-    """Final views and summary; the exit code, or the failure again."""
-    trainer.recorder.close()
-    if failure is None and (trainer.save_failure or trainer.recorder.unwritten):
-        failure = UserError(
-            f"the end of the run is not saved ({trainer.save_failure or 'rows of the ledger'}); make room and go on "
-            "from the last checkpoint"
-        )
-    steps = trainer.state.global_step
-    if not view_process.finish(steps):
-        screen.say(f"the final chart was not drawn: {view_process.errors[-1]}")
-    for what, errors in (("chart", view_process.errors[:-1]), ("sample", samples.failures)):
-        if errors:
-            screen.say(f"{len(errors)} {what}s failed, the first at {errors[0]}")
-    if failure is not None:
-        outcome = "stopped by an error"
-    elif signals.received is not None:
-        outcome = "stopped by Ctrl-C" if signals.exit_code == 130 else f"stopped by {signals.received.name}"
-    elif trainer.stream_ended and steps < settings.training.max_steps:
-        outcome = "the corpus ended"
-    else:
-        outcome = "done"
-    for line in plan.summary(folder, trainer, outcome, samples.seconds + view_process.cpu_seconds):
-        screen.say(line)
-    if outcome != "done" and trainer.args.save_strategy != "no" and steps:
-        screen.say(f"         go on  {plan.resume_command(folder.path)}")
-    if failure is not None:
-        raise failure
-    if steps == 0:
-        raise UserError(f"{settings.data.dataset}: no document to learn from in this corpus")
-    return signals.exit_code
+    def _outcome(self, failure: Exception | None) -> str:
+        if failure is not None:
+            return "stopped by an error"
+        if self.signals.received is not None:
+            return "stopped by Ctrl-C" if self.signals.exit_code == 130 else f"stopped by {self.signals.received.name}"
+        if self.trainer.stream_ended and self.trainer.state.global_step < self.settings.training.max_steps:
+            return "the corpus ended"
+        return "done"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -287,10 +288,17 @@ class SlimPajamaTrainer(Trainer):
                 self.save_failure = None
             except (OSError, RuntimeError, SafetensorError) as error:
                 # torch and safetensors have errors of their own for a disk that is full.
-                self.save_failure = f"checkpoint-{self.state.global_step}: {' '.join(str(error).split())[:200]}"
+                self.save_failure = f"checkpoint-{self.state.global_step}: {self._why_not_saved(error)}"
                 self.recorder.trouble(
                     f"not saved: {self.save_failure}; training goes on, and the next interval tries again"
                 )
+
+    def _why_not_saved(self, error: Exception) -> str:
+        # torch says of a full disk: "[enforce fail at inline_container.cc] . unexpected pos 528576 vs 528464".
+        free = shutil.disk_usage(self.run_path).free
+        if free < 12 * self._parameters:
+            return f"{free / 1e6:.1f} MB are free on the disk, too few for a checkpoint"
+        return " ".join(str(error).split())[:200]
 
     def _stage_checkpoint(self, model: Any, trial: Any) -> None:
         step, run = self.state.global_step, self.run_path

@@ -262,14 +262,15 @@ def test_a_stream_that_breaks_saves_what_was_learned_and_exits_1(tmp_path):
 
 
 def test_no_checkpoint_saves_nothing_but_metrics_and_nan_stays_visible(tmp_path):
-    """A learning rate that blows the weights up: the loss that is no number is kept as what it is."""
+    """A learning rate that blows the weights up: losses that are no number are kept as that, and end the run."""
     write_records(tmp_path / "a.jsonl", make_records(30))
     run = tmp_path / "run"
     done = run_script(
-        *NANO, "--dataset", str(tmp_path / "a.jsonl"), "--max_steps", "12", "--learning_rate", "1e38", "--warmup_steps", "0",
+        *NANO, "--dataset", str(tmp_path / "a.jsonl"), "--max_steps", "25", "--learning_rate", "1e38", "--warmup_steps", "0",
         "--no-checkpoint", "--display_samples", "6", "--output_dir", str(run),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
+    assert "10 steps in a row" in done.stderr and "(step 10)" in done.stderr and "--learning_rate" in done.stderr
     assert checkpoints.steps(run) == []
     losses = [row["loss"] for row in read_ledger(run)]
     assert losses[0] == pytest.approx(math.log(4096), abs=0.3)

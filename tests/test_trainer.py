@@ -11,7 +11,7 @@ from transformers import Trainer
 from slimpajama_hf import model as models
 from slimpajama_hf.corpora import Cursor, Document
 from slimpajama_hf.errors import UserError
-from slimpajama_hf.ledger import Ledger
+from slimpajama_hf.ledger import Ledger, last_rows
 from slimpajama_hf.recorder import StepRecorder, TrainingClock, shortest
 from slimpajama_hf.samples import Sample
 from slimpajama_hf.screen import TrainingBar, Waiting, format_time
@@ -52,17 +52,15 @@ def test_the_recorder_writes_every_step_in_order_and_waits_for_no_device(tmp_pat
     heard = []
     recorder.listeners.append(lambda row: heard.append(row["step"]))
     for step in range(5):
-        loss, correct, norm = torch.tensor(2.5), torch.tensor(3), torch.tensor(0.1)
-        recorder.add(step, sample(), loss, correct, norm, learning_rate=1e-3, seconds=0.5)
+        values = torch.tensor([2.5, 3.0, 0.1, 0.0])
+        recorder.add(step, sample(), values, learning_rate=1e-3, seconds=0.5)
     recorder.close()
     assert heard == [0, 1, 2, 3, 4]
-    assert recorder.last is not None
-    assert (recorder.last["loss"], recorder.last["accuracy"], recorder.last["throughput"]) == (2.5, 0.75, 10.0)
-    assert recorder.last["grad_norm"] == 0.1
-    assert recorder.last["code_bits"] == pytest.approx(
-        (2.5 * 4 + torch.log(torch.tensor(16.0)).item()) / 0.6931471805599453
-    )
-    assert recorder.last["skipped"] == {"blank": 2}
+    (last,) = last_rows(tmp_path / "ledger.jsonl", 1)
+    assert (last["loss"], last["accuracy"], last["throughput"]) == (2.5, 0.75, 10.0)
+    assert last["grad_norm"] == 0.1
+    assert last["code_bits"] == pytest.approx((2.5 * 4 + torch.log(torch.tensor(16.0)).item()) / 0.6931471805599453)
+    assert last["skipped"] == {"blank": 2}
 
 
 def test_shortest_reads_back_as_the_same_float32():
