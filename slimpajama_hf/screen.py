@@ -171,7 +171,9 @@ class TrainingBar:
                 desc="Training",
                 dynamic_ncols=True,
                 mininterval=0.2,
-                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{postfix}]",
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+                # Time left by the mean rate of this session, as in the lines below.
+                smoothing=0,
             )
 
     def update(self, loss: float, accuracy: float, learning_rate: float, tokens: int, seconds: float) -> None:
@@ -194,15 +196,17 @@ class TrainingBar:
         self._shown = self.done
         percent = 100 * self.done // max(self.total, 1)
         filled = "█" * (percent // 10)
-        say(f"Training: {percent:3d}%|{filled:<10}| {self.done}/{self.total} [{self._words(*self._numbers)}]")
+        times = f"{format_clock(self._clock() - self._start)}<{format_clock(self._eta())}"
+        words = self._words(*self._numbers)
+        say(f"Training: {percent:3d}%|{filled:<10}| {self.done}/{self.total} [{times}, {words}]")
 
     def _words(self, loss: float, accuracy: float, learning_rate: float) -> str:
-        steps = self.done - self.first
-        eta = self._seconds / max(steps, 1) * (self.total - self.done)
-        elapsed = self._clock() - self._start
         rate = self._tokens / self._seconds if self._seconds else 0.0
-        numbers = bar_numbers(loss, accuracy, rate, learning_rate, eta)
-        return f"{format_clock(elapsed)}<{format_clock(eta)}, {numbers}"
+        return bar_numbers(loss, accuracy, rate, learning_rate, self._eta())
+
+    def _eta(self) -> float:
+        """Seconds left at the mean step time of this session."""
+        return self._seconds / max(self.done - self.first, 1) * (self.total - self.done)
 
     def say(self, line: str) -> None:
         """A line above the bar."""
