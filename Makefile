@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: help install test-run test check lint types bench train clean
+.PHONY: help install test-run test test-faults check lint types bench train clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,11 @@ test-run: $(RUN_STAMP) ## 100 real steps on the embedded corpus into runs/test-r
 
 test: $(DEV_STAMP) ## the whole test suite; no Hub, no GPU
 	@$(BIN)/python -m pytest
+
+test-faults: $(DEV_STAMP) ## the long version of the faults (kills, full disks, broken streams), and their table
+	@rm -f $(VENV)/faults.jsonl
+	@FAULT_TABLE=$(VENV)/faults.jsonl $(BIN)/python -m pytest -m "slow or not slow" tests/test_faults.py tests/test_stream_faults.py
+	@$(BIN)/python -m tests.fault_table $(VENV)/faults.jsonl
 
 lint: $(DEV_STAMP) ## style
 	@$(BIN)/ruff check .

@@ -197,7 +197,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 def fault_table(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
     """Rows of the table that `make test-faults` prints; kept in the file that $FAULT_TABLE names, if it is set."""
 
-    def add(fault: str, injected: int, *, lost: int = 0, repeated: int = 0, checkpoints: int = 0, bit_equal: bool) -> None:
+    def add(
+        fault: str, injected: int, *, lost: int = 0, repeated: int = 0, checkpoints: int = 0, bit_equal: bool
+    ) -> None:
         path = os.environ.get("FAULT_TABLE")
         if path:
             row = {"fault": fault, "injected": injected, "documents lost": lost, "documents repeated": repeated,

@@ -130,7 +130,7 @@ def test_killed_fifty_times_it_is_the_run_that_was_never_stopped(corpus, unbroke
     "damage",
     ["torn weights", "flipped bit", "no optimizer", "no manifest", "empty state"],
 )
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(corpus, unbroken, tmp_path, damage):
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(corpus, unbroken, tmp_path, damage, fault_table):
     run = tmp_path / "run"
     shutil.copytree(unbroken, run)
     newest = run / "checkpoint-200"
@@ -152,6 +152,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(corpus, un
     assert "set aside as _bad-checkpoint-200" in done.stderr and "checkpoint-175, at step 175" in done.stderr
     assert len(list(run.glob("_bad-checkpoint-200.*"))) == 1
     assert_the_same_run(run, unbroken, 200)
+    fault_table(f"newest checkpoint damaged: {damage}", 1, checkpoints=1, bit_equal=True)
 
 
 def test_retention_is_by_step_number_whatever_the_clock_says(tmp_path):
@@ -207,7 +208,7 @@ def _wait_for_rows(run: Path, count: int) -> None:
     raise AssertionError(f"{run} did not reach {count} rows")
 
 
-def test_a_pipe_that_nobody_reads_does_not_stop_training(corpus, tmp_path):
+def test_a_pipe_that_nobody_reads_does_not_stop_training(corpus, unbroken, tmp_path, fault_table):
     run = tmp_path / "run"
     reading, writing = os.pipe()
     fcntl.fcntl(writing, 1031, 4096)  # F_SETPIPE_SZ: the smallest pipe there is
@@ -217,7 +218,9 @@ def test_a_pipe_that_nobody_reads_does_not_stop_training(corpus, tmp_path):
     finally:
         os.close(reading)
         os.close(writing)
-    assert len(read_ledger(run)) == 100
+    same = rows_without_times(run) == rows_without_times(unbroken)[:100]
+    assert same
+    fault_table("output pipe full from the first line on", 1, bit_equal=same)
 
 
 def test_two_runs_in_one_folder_are_refused_and_a_stale_lock_is_recognised(corpus, tmp_path):
@@ -258,7 +261,7 @@ def small_disk(tmp_path, request):
 
 
 @pytest.mark.parametrize("small_disk", [24], indirect=True)
-def test_a_full_disk_stops_the_saving_and_not_the_training(corpus, unbroken, small_disk):
+def test_a_full_disk_stops_the_saving_and_not_the_training(corpus, unbroken, small_disk, fault_table):
     run = small_disk / "run"
     process = start(*flags_of(corpus, run, 200))
     _wait_for_rows(run, 60)
@@ -280,6 +283,8 @@ def test_a_full_disk_stops_the_saving_and_not_the_training(corpus, unbroken, sma
         assert "the next interval tries again" in stderr or "every step tries again" in stderr
     assert_the_same_run(run, unbroken, 200)
     assert not list(run.glob("_staging*"))
+    missed = {25, 50, 75, 100, 125, 150, 175, 200} - set(checkpoints.steps(run))
+    fault_table("disk full for half a second, then room again", 1, checkpoints=len(missed), bit_equal=True)
 
 
 def test_a_folder_that_becomes_read_only_is_said_and_the_exit_code_is_honest(corpus, small_disk):
@@ -531,3 +536,37 @@ def test_every_pickle_of_a_checkpoint_loads_weights_only(unbroken):
         [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType]
     ):
         torch.load(unbroken / "checkpoint-200" / "rng_state.pth", weights_only=True)
+
+
+# ---- the long version ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_ten_signals_at_random_moments(corpus, unbroken, tmp_path, fault_table, number):
+    """Each stop saves, each start goes on; at the end it is the run that was never stopped."""
+    run = tmp_path / "run"
+    draw = random.Random(int(number))
+    flags = flags_of(corpus, run, 200, "--resume_from_checkpoint", "true")
+    sent = 0
+    while sent < 10:
+        process = start(*flags, stderr=subprocess.DEVNULL)
+        begun = len(read_ledger(run)) if (run / "ledger.jsonl").exists() else 0
+        _wait_for_rows(run, min(begun + draw.randint(1, 12), 199))
+        if process.poll() is None:
+            process.send_signal(number)
+        if process.wait(timeout=60) == 0:
+            break
+        assert process.returncode == 128 + number
+        sent += 1
+        assert checkpoints.steps(run)[-1] == len(read_ledger(run)), "everything learned is saved"
+    done = run_script(*flags)
+    assert done.returncode == 0, done.stderr
+    assert_the_same_run_apart_from_extra_checkpoints(run, unbroken)
+    fault_table(f"{number.name} at a random moment", sent, bit_equal=True)
+
+
+def assert_the_same_run_apart_from_extra_checkpoints(left: Path, right: Path) -> None:
+    assert set(checkpoints.steps(right)) <= set(checkpoints.steps(left))
+    assert_the_same_run(left, right, 200)
