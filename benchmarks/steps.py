@@ -1,0 +1,252 @@
+"""What a step costs, and what seeing costs: side by side in one run, rounds interleaved.
+
+    python benchmarks/steps.py                     # tiny, 300 steps a round, 3 rounds
+    python benchmarks/steps.py --model small --steps 20 --precision bfloat16
+
+Every row is measured in a process of its own. Times are the medians of the rounds; machines are noisy, so read the
+ratios. The table is printed and kept as JSON under benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+#: Steps that are not counted: caches warm up, the optimizer makes its state.
+WARM_UP = 10
+
+ROWS = {
+    "bare loop": "forward, backward, clip, AdamW; nothing else",
+    "stock Trainer": "transformers.Trainer, logging every step to nothing",
+    "stock Trainer, plain callbacks": "figure every 50 steps, generate every 5, JSON rewritten every step",
+    "ours, outputs off": "run_clm_slimpajama.py with ledger and bar, no charts, no samples",
+    "ours, everything on": "run_clm_slimpajama.py at its defaults",
+}
+
+
+def samples(count: int) -> Iterator[list[int]]:
+    """Blocks of 256 tokens of the embedded corpus."""
+    import itertools
+
+    from slimpajama_hf import corpora
+    from slimpajama_hf.samples import SampleStream
+    from slimpajama_hf.tokenizer import Encoder, load_tokenizer
+
+    stream = SampleStream(corpora.open_corpus("embedded"), Encoder(load_tokenizer("builtin")), "pack", 256)
+    return (sample.input_ids for sample in itertools.islice(stream, count))
+
+
+def build(options: argparse.Namespace) -> Any:
+    from slimpajama_hf import model
+    from slimpajama_hf.tokenizer import load_tokenizer
+
+    return model.build(model.model_config(options.model, None, load_tokenizer("builtin"), 256), seed=42)
+
+
+def bare_loop(options: argparse.Namespace) -> list[float]:
+    """The least that a training loop can be; returns the time at which each step ended, seconds."""
+    import contextlib
+
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = build(options).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+    autocast = (
+        torch.autocast(device.type, torch.bfloat16) if options.precision == "bfloat16" else contextlib.nullcontext()
+    )
+    network.train()
+    ended = []
+    for ids in samples(options.steps):
+        input_ids = torch.tensor([ids], device=device)  # (1, 256)
+        with autocast:
+            loss = network(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        ended.append(time.perf_counter())
+    return ended
+
+
+def stock_trainer(options: argparse.Namespace, plain_callbacks: bool) -> list[float]:
+    """transformers.Trainer as its documentation shows it, with or without the plainest callbacks for our outputs."""
+    import datasets
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    from slimpajama_hf import session
+    from slimpajama_hf.tokenizer import load_tokenizer
+
+    session.quiet_libraries()
+    ended: list[float] = []
+    network = build(options)
+    tokenizer = load_tokenizer("builtin")
+    folder = Path(tempfile.mkdtemp())
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            ended.append(time.perf_counter())
+
+    class Plain(TrainerCallback):
+        """What a user writes first: the whole history drawn, the whole history written."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            history = [entry for entry in state.log_history if "loss" in entry]
+            (folder / "metrics.json").write_text(json.dumps(history))
+            if state.global_step % 50 == 0:
+                from matplotlib.figure import Figure
+
+                figure = Figure(figsize=(20, 14))
+                for place, name in enumerate(("loss", "grad_norm", "learning_rate"), 1):
+                    figure.add_subplot(2, 2, place).plot([entry[name] for entry in history])
+                figure.savefig(folder / "chart.png")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step % 5 == 0:
+                ids = tokenizer("def main(", return_tensors="pt").input_ids.to(model.device)
+                model.generate(ids, max_new_tokens=40, do_sample=False)
+
+    def examples() -> Iterator[dict[str, list[int]]]:
+        for ids in samples(options.steps):
+            yield {"input_ids": ids, "labels": ids}
+
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=1, max_steps=options.steps, learning_rate=1e-6,
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+        bf16=options.precision == "bfloat16",
+    )  # fmt: skip
+    trainer = Trainer(
+        model=network,
+        args=arguments,
+        train_dataset=datasets.IterableDataset.from_generator(examples),
+        callbacks=[*([Plain()] if plain_callbacks else []), Clock()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return ended
+
+
+def ours(options: argparse.Namespace, outputs: bool) -> list[float]:
+    """The real program, with a clock in its recorder."""
+    import run_clm_slimpajama
+    from slimpajama_hf import recorder
+
+    ended: list[float] = []
+    add = recorder.StepRecorder.add
+
+    def timed(self: Any, *arguments: Any, **keywords: Any) -> None:
+        add(self, *arguments, **keywords)
+        ended.append(time.perf_counter())
+
+    recorder.StepRecorder.add = timed  # type: ignore[method-assign]
+    flags = [
+        "--dataset", "embedded", "--sample_mode", "pack", "--model", options.model, "--tokenizer", "builtin",
+        "--max_steps", str(options.steps), "--learning_rate", "1e-6", "--no-checkpoint",
+        "--output_dir", tempfile.mkdtemp(), "--precision", options.precision,
+    ]  # fmt: skip
+    if not outputs:
+        flags += ["--viz_interval", "1000000000", "--display_samples", "1000000000"]
+    run_clm_slimpajama.main(flags)
+    return ended
+
+
+def measure(options: argparse.Namespace, started: float) -> dict[str, float]:
+    """One row in this process: milliseconds a step, seconds to the first step, peak memory."""
+    functions = {
+        "bare loop": lambda: bare_loop(options),
+        "stock Trainer": lambda: stock_trainer(options, plain_callbacks=False),
+        "stock Trainer, plain callbacks": lambda: stock_trainer(options, plain_callbacks=True),
+        "ours, outputs off": lambda: ours(options, outputs=False),
+        "ours, everything on": lambda: ours(options, outputs=True),
+    }
+    ended = functions[options.row]()
+    return {
+        # The mean: what charts and samples take counts.
+        "ms_per_step": 1000 * (ended[-1] - ended[WARM_UP - 1]) / (len(ended) - WARM_UP),
+        "seconds_to_first_step": ended[0] - started,
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000,
+    }
+
+
+def machine() -> dict[str, Any]:
+    import torch
+    import transformers
+
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = names[0] if names else name
+    return {
+        "processor": name,
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    started = time.perf_counter()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--steps", type=int, default=300, help="steps a round [300]")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, interleaved [3]")
+    parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        print(json.dumps(measure(options, started)))
+        return
+    found: dict[str, list[dict[str, float]]] = {row: [] for row in ROWS}
+    for number in range(options.rounds):
+        for row in ROWS:
+            print(f"round {number + 1} of {options.rounds}: {row}", file=sys.stderr)
+            done = subprocess.run(
+                [sys.executable, __file__, "--row", row, "--model", options.model, "--precision", options.precision,
+                 "--steps", str(options.steps)],
+                capture_output=True, text=True, cwd=ROOT,
+            )  # fmt: skip
+            if done.returncode:
+                raise SystemExit(f"{row} failed:\n{done.stderr}")
+            found[row].append(json.loads(done.stdout.splitlines()[-1]))
+    result = {
+        "date": time.strftime("%Y-%m-%d"), "model": options.model, "precision": options.precision,
+        "tokens_per_step": 256, "steps": options.steps, "rounds": options.rounds, "machine": machine(), "rows": found,
+    }  # fmt: skip
+    path = ROOT / "benchmarks" / "results" / f"steps-{options.model}-{options.precision}-{result['date']}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\n{options.model}, {options.precision}, 256 tokens a step, {options.steps} steps, {result['machine']}\n")
+    print("| | ms a step | spread | tokens/s | speed, bare = 1 | peak MB | s to first step |")
+    print("|---|---|---|---|---|---|---|")
+    bare = statistics.median(each["ms_per_step"] for each in found["bare loop"])
+    for row, rounds in found.items():
+        times = [each["ms_per_step"] for each in rounds]
+        middle = statistics.median(times)
+        memory = max(each["peak_memory_mb"] for each in rounds)
+        first = statistics.median(each["seconds_to_first_step"] for each in rounds)
+        print(
+            f"| {row} | {middle:.1f} | {min(times):.1f} to {max(times):.1f} | {256000 / middle:,.0f} | "
+            f"{bare / middle:.2f} | {memory:,.0f} | {first:.1f} |"
+        )
+    print(f"\nkept in {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
