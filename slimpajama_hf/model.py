@@ -59,7 +59,8 @@ def model_config(
     name = model.removeprefix("gpt2-") if model.startswith("gpt2-") else model
     config: PreTrainedConfig
     if name in PRESETS:
-        config = GPT2Config(**PRESETS[name], **NO_DROPOUT)  # type: ignore[arg-type]
+        # GPT-2's `gelu_new` is six elementwise kernels; this is the same function in one.
+        config = GPT2Config(**PRESETS[name], **NO_DROPOUT, activation_function="gelu_pytorch_tanh")  # type: ignore[arg-type]
     elif model.endswith(".json"):
         if not Path(model).is_file():
             raise UserError(f"--model {model}: no such file; expected a config.json or one of {', '.join(PRESETS)}")
