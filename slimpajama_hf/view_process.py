@@ -119,12 +119,21 @@ class ViewProcess:
         return True
 
 
+def _stand_back() -> None:
+    """Take only the processor time that training leaves: its threads wait for each other many times a step, and one
+    that is pushed aside for a chart holds up all."""
+    with contextlib.suppress(OSError):
+        if hasattr(os, "SCHED_IDLE"):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        else:
+            os.nice(19)
+
+
 def serve(run: str) -> None:
     """The drawing side: answer requests from stdin until it ends."""
     # Ctrl-C goes to the whole terminal; the training process decides when drawing ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(OSError):
-        os.nice(5)
+    _stand_back()
     from slimpajama_hf.views import Views
 
     views = Views(RunFolder(Path(run)))
