@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     # The corpus (a resumed run reads the one that it recorded), the tokenizer, the samples.
     with Waiting("opening the corpus") as waiting:
         if resuming and folder.record.is_file():
-            corpus = corpora.recorded(folder.read_record()["corpus"])
+            corpus = corpora.check_unchanged(corpora.recorded(folder.read_record()["corpus"]), waiting)
         else:
             corpus = corpora.open_corpus(
                 data.dataset,
@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
                 split=data.dataset_split,
                 config_name=data.dataset_config_name,
                 revision=data.dataset_revision,
+                skip_broken_shards=data.skip_broken_shards,
                 waiting=waiting,
             )
         waiting("loading the tokenizer and building the model")
@@ -68,7 +69,17 @@ def main(argv: list[str]) -> int:
     # All is there: from here on the folder changes.
     point = resume.go_on(folder, checkpoint) if resuming else resume.begin(folder)
     record = session.record_run(settings, folder, corpus, tokenizer_name, tokenizer, gpt, precision)
-    stream = SampleStream(corpus, encoder, data.sample_mode, data.max_seq_length)
+    stream = SampleStream(
+        corpus,
+        encoder,
+        data.sample_mode,
+        data.max_seq_length,
+        shuffle_buffer=data.shuffle_buffer,
+        seed=training.seed,
+        epochs=data.epochs,
+        skip_broken_shards=data.skip_broken_shards,
+        patience_seconds=data.stream_patience,
+    )
     stream.start = point.cursor
 
     # What watches the run. Intervals that somebody typed are obeyed whatever they cost.
@@ -83,6 +94,7 @@ def main(argv: list[str]) -> int:
     drawing = DrawViews(views, settings.run.viz_interval, "viz_interval" in settings.typed)
 
     with StopSignals() as signals:
+        stream.stop = lambda: signals.received is not None
         trainer = SlimPajamaTrainer(
             model=gpt,
             args=training,

@@ -1,4 +1,4 @@
-"""The other commands: `python -m slimpajama_hf evaluate|generate|tokenizer|views --help`."""
+"""The other commands: `python -m slimpajama_hf evaluate|generate|tokenizer|verify|views --help`."""
 
 from __future__ import annotations
 
@@ -49,6 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--vocab_size", type=_positive, default=8192, help="tokens of the vocabulary [8192]")
     tokenizer.add_argument("--documents", type=_positive, default=10_000, help="documents read [10000]")
     tokenizer.add_argument("--output", required=True, help="a new folder, for --tokenizer")
+
+    verify = commands.add_parser("verify", help="prove that a run is what its ledger says, or that two are the same")
+    verify.add_argument("run", help="a run folder")
+    verify.add_argument("other", nargs="?", help="a second run folder: are the two the same run?")
+    verify.add_argument(
+        "--replay", metavar="A:B", help="train steps A to B-1 again from the nearest checkpoint, compare bit by bit"
+    )
+    verify.add_argument("--json", action="store_true", help="print JSON")
 
     views = commands.add_parser("views", help="make metrics, samples and chart again from the ledger")
     views.add_argument("run", help="a run folder")
@@ -124,6 +132,23 @@ def _tokenizer(options: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(options: argparse.Namespace) -> int:
+    from slimpajama_hf import verify
+    from slimpajama_hf.screen import Waiting
+
+    if options.replay is not None:
+        if options.other is not None:
+            raise UsageError("--replay: of one run; leave the second folder out")
+        # No Waiting here: the training that it starts shows its own progress.
+        report = verify.replay(options.run, *verify.parse_range(options.replay))
+    else:
+        with Waiting("reading the ledger and the checkpoints"):
+            report = verify.compare(options.run, options.other) if options.other else verify.verify(options.run)
+    text = json.dumps(report.data, indent=1) if options.json else "\n".join(report.lines)
+    sys.stdout.write(text + "\n")
+    return 0 if report.ok else 1
+
+
 def _views(options: argparse.Namespace) -> int:
     from slimpajama_hf import views
 
@@ -132,7 +157,13 @@ def _views(options: argparse.Namespace) -> int:
 
 def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
-    commands = {"evaluate": _evaluate, "generate": _generate, "tokenizer": _tokenizer, "views": _views}
+    commands = {
+        "evaluate": _evaluate,
+        "generate": _generate,
+        "tokenizer": _tokenizer,
+        "verify": _verify,
+        "views": _views,
+    }
     return commands[options.command](options)
 
 

@@ -37,6 +37,10 @@ class DataArguments:
         choices=SAMPLE_MODES,
     )
     max_seq_length: int = _knob(256, "tokens kept of a document")
+    shuffle_buffer: int = _knob(0, "records shuffled together, block by block, drawn from --seed; 0: in order")
+    epochs: int = _knob(1, "passes over the corpus at most")
+    skip_broken_shards: bool = _knob(False, "leave out the rest of a shard that cannot be read, instead of stopping")
+    stream_patience: float = _knob(600.0, "seconds that a Hub which fails is waited for before the run stops")
     eval_dataset: str | None = _knob(
         None, "held-out documents for --eval_steps; default: the corpus' own validation part"
     )
@@ -45,6 +49,12 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.max_seq_length < 2:
             raise ValueError(f"--max_seq_length {self.max_seq_length}: a step needs at least 2 tokens; type 2 or more")
+        if self.shuffle_buffer < 0:
+            raise ValueError(f"--shuffle_buffer {self.shuffle_buffer}: expected a number of records, or 0 for none")
+        if self.epochs < 1:
+            raise ValueError(f"--epochs {self.epochs}: expected at least 1")
+        if not self.stream_patience >= 0:
+            raise ValueError(f"--stream_patience {self.stream_patience}: expected seconds, 0 or more")
         if self.eval_documents < 1:
             raise ValueError(f"--eval_documents {self.eval_documents}: expected at least 1")
 
@@ -150,6 +160,6 @@ def help_text() -> str:
         f"  the others: {TRAINING_ARGUMENTS_PAGE}",
         "",
         "Old flags still understood: --steps (--max_steps), --checkpoint-interval (--save_steps), and any flag written",
-        "with hyphens. Other commands (evaluate, generate, tokenizer): python -m slimpajama_hf --help",
+        "with hyphens. Other commands (evaluate, generate, tokenizer, verify, views): python -m slimpajama_hf --help",
     ]
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 Each becomes a `Corpus`: shards in a fixed order and records inside them, read as a stream of `Document`s. The place of
 a document (mirror, shard, row) rides with it, so reading can start again at any row without a look at earlier shards.
 
-To add a corpus: a row in `CORPORA`. To add a file format: a row in `FORMATS` and a reader.
+To add a corpus: a row in `CORPORA`. File formats stand in `shards.FORMATS`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import concurrent.futures
 import dataclasses
-import gzip
 import hashlib
 import json
 import os
@@ -20,20 +19,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import Any
 
 from slimpajama_hf.errors import UserError
-
-if TYPE_CHECKING:
-    import datasets
+from slimpajama_hf.patience import OutOfPatience, Patience
+from slimpajama_hf.patience import StopRequested as StopRequested  # what the trainer takes for a stop
+from slimpajama_hf.shards import DOMAIN_KEYS, FORMATS, BrokenShard, Shard, fingerprint, one_line, read_shard, reader_of
 
 #: Seconds that all mirrors together may take to open before the program gives up (the promise is 30 s on screen).
 OPENING_SECONDS = 20.0
 
-#: A longer line is passed over without being held in memory. The longest documents of SlimPajama are books of some MB.
-LONGEST_LINE_BYTES = 32 * 2**20
+#: Seconds that a mirror's failures are sat out while it opens; then the next one has its turn.
+OPENING_PATIENCE = 4.0
 
-DOMAIN_KEYS = ("redpajama_set_name", "domain", "pile_set_name", "source", "subset")
+#: So many broken shards in a row are no broken shards: the source itself is wrong, `--skip_broken_shards` or not.
+MOST_BROKEN_IN_A_ROW = 10
+
 UNKNOWN_DOMAIN = "unknown"
 
 
@@ -80,21 +81,24 @@ OFFLINE_COMMAND = "accelerate launch run_clm_slimpajama.py --dataset embedded --
 
 @dataclasses.dataclass(frozen=True)
 class Cursor:
-    """A place in a corpus: what is read next. `row` counts records of `shard` from 0, `token` tokens of that record."""
+    """A place in a corpus: what is read next. `row` counts records of `shard` from 0, `token` tokens of that record.
+
+    Scalars alone, each with a default: it is kept in checkpoints, and those of older versions have fewer fields. In a
+    shuffled block (`size` above 0) shard and row are where the block begins, not the record.
+    """
 
     epoch: int = 0
+    """Which pass over the corpus, from 0."""
     shard: str | None = None
     """None: the first shard."""
     row: int = 0
     token: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """One file. `name` is what the ledger records; `url` is what is opened (`hf://...` or a local path)."""
-
-    name: str
-    url: str
+    block: int = 0
+    """Number of the shuffled block in its pass."""
+    used: int = 0
+    """Records of the block already used, in its shuffled order."""
+    size: int = 0
+    """Records in the block; 0: not inside one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +113,10 @@ class Document:
     sha1: str
     size: int
     """UTF-8 bytes of the whole text."""
+    here: Cursor = Cursor()
+    """Where reading must start to read it again."""
+    after: Cursor = Cursor()
+    """Where reading goes on after it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +126,19 @@ class Unusable:
     reason: str
     shard: str
     row: int
+    here: Cursor = Cursor()
+    after: Cursor = Cursor()
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """The rest of a shard that was set aside, from `row` on; `after` is the start of the next shard."""
+
+    reason: str
+    shard: str
+    row: int
+    here: Cursor = Cursor()
+    after: Cursor = Cursor()
 
 
 # ---- records -------------------------------------------------------------------------------------------------------
@@ -162,157 +183,6 @@ def to_document(record: Any, text_column: str, mirror: str, shard: str, row: int
     return Document(text, domain_of(record), mirror, shard, row, hashlib.sha1(data).hexdigest(), len(data))
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------
-
-
-def open_raw(url: str) -> IO[bytes]:
-    """The bytes of a local path or of a file on the Hub (`hf://datasets/...`, fetched range by range)."""
-    if url.startswith("hf://"):
-        from slimpajama_hf.hub_files import open_on_hub
-
-        return open_on_hub(url)
-    return open(url, "rb")
-
-
-def decompressed(raw: IO[bytes], name: str) -> IO[bytes]:
-    """`raw` behind the decompression that its name asks for. Both readers raise EOFError on a truncated file."""
-    if name.endswith(".zst"):
-        from backports import zstd
-
-        return cast("IO[bytes]", zstd.ZstdFile(raw))
-    if name.endswith(".gz"):
-        return cast("IO[bytes]", gzip.GzipFile(fileobj=raw))
-    return raw
-
-
-def lines(file: IO[bytes]) -> Iterator[bytes | None]:
-    """Lines without their newline; None stands for one that is longer than `LONGEST_LINE_BYTES` (never held whole)."""
-    pending: list[bytes] = []
-    size = 0
-    while chunk := file.read(2**18):
-        first, *more = chunk.split(b"\n")
-        size += len(first)
-        if size <= LONGEST_LINE_BYTES:
-            pending.append(first)
-        else:
-            pending.clear()
-        for piece in more:
-            yield b"".join(pending) if size <= LONGEST_LINE_BYTES else None
-            pending, size = [piece], len(piece)
-    if size:
-        yield b"".join(pending) if size <= LONGEST_LINE_BYTES else None
-
-
-def read_json_lines(file: IO[bytes], start: int, text_column: str) -> Iterator[tuple[int, Any]]:
-    """(row, record) from row `start`; a record is a value, or Unusable's reason as a string."""
-    for row, line in enumerate(lines(file)):
-        if row < start:
-            continue
-        if line is None:
-            yield row, f"longer than {LONGEST_LINE_BYTES // 2**20} MB"
-            continue
-        try:
-            yield row, json.loads(line)
-        except UnicodeDecodeError:
-            yield row, "not UTF-8"
-        except (ValueError, RecursionError):
-            yield row, "not JSON" if line.strip() else "empty line"
-
-
-def read_text_lines(file: IO[bytes], start: int, text_column: str) -> Iterator[tuple[int, Any]]:
-    """A plain text file: one document a line; empty lines only separate."""
-    for row, line in enumerate(lines(file)):
-        if row < start or (line is not None and not line.strip()):
-            continue
-        if line is None:
-            yield row, f"longer than {LONGEST_LINE_BYTES // 2**20} MB"
-            continue
-        try:
-            yield row, {text_column: line.decode("utf-8").rstrip("\r")}
-        except UnicodeDecodeError:
-            yield row, "not UTF-8"
-
-
-def read_parquet(file: IO[bytes], start: int, text_column: str) -> Iterator[tuple[int, Any]]:
-    """A parquet file, row group by row group: those before `start` are not read."""
-    from pyarrow import parquet
-
-    reader = parquet.ParquetFile(file)
-    names = reader.schema_arrow.names
-    if text_column not in names:
-        raise UserError(
-            f"no column {text_column!r} among {', '.join(names) or 'no columns at all'}; name it with --text_column"
-        )
-    columns = [text_column, *(name for name in ("meta", *DOMAIN_KEYS) if name in names)]
-    row = 0
-    for group in range(reader.num_row_groups):
-        size = reader.metadata.row_group(group).num_rows
-        if row + size <= start:
-            row += size
-            continue
-        for batch in reader.iter_batches(batch_size=64, row_groups=[group], columns=columns):
-            for record in batch.to_pylist():
-                if row >= start:
-                    yield row, record
-                row += 1
-
-
-Reader = Callable[[IO[bytes], int, str], Iterator[tuple[int, Any]]]
-
-#: File name ending -> reader of (row, record).
-FORMATS: dict[str, Reader] = {
-    ".jsonl": read_json_lines,
-    ".jsonl.zst": read_json_lines,
-    ".jsonl.gz": read_json_lines,
-    ".json.gz": read_json_lines,
-    ".ndjson": read_json_lines,
-    ".parquet": read_parquet,
-    ".txt": read_text_lines,
-    ".txt.gz": read_text_lines,
-    ".txt.zst": read_text_lines,
-}
-
-
-def reader_of(name: str) -> Reader | None:
-    """The reader for a file name, or None for a format that we do not read."""
-    return next((reader for ending, reader in FORMATS.items() if name.lower().endswith(ending)), None)
-
-
-def read_shard(shard: Shard, start: int, text_column: str) -> Iterator[tuple[int, Any]]:
-    """(row, record) of one shard from row `start`. Raises UserError for a file that is not what its name says."""
-    import pyarrow
-
-    reader = reader_of(shard.name)
-    assert reader is not None, shard.name  # a corpus lists only files that can be read
-    try:
-        with open_raw(shard.url) as raw, decompressed(raw, shard.name) as file:
-            yield from reader(file, start, text_column)
-    except EOFError:
-        raise UserError(
-            f"{shard.name}: the file is truncated: it ends inside its compressed data; fetch it again"
-        ) from None
-    except (pyarrow.ArrowInvalid, gzip.BadGzipFile) as error:
-        raise UserError(f"{shard.name}: not a readable {reader_kind(shard.name)} file ({_one_line(error)})") from None
-    except UserError as error:
-        raise UserError(f"{shard.name}: {error}") from None
-    except Exception as error:
-        # backports.zstd raises its own ZstdError on 3.10 to 3.13.
-        if type(error).__name__ == "ZstdError":
-            raise UserError(
-                f"{shard.name}: not a readable {reader_kind(shard.name)} file ({_one_line(error)})"
-            ) from None
-        raise
-
-
-def reader_kind(name: str) -> str:
-    return "." + name.rpartition(".")[2]
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
 # ---- corpora -------------------------------------------------------------------------------------------------------
 
 
@@ -330,39 +200,76 @@ class Corpus:
     prefixes: tuple[str, ...] = ()
     files: tuple[Shard, ...] = ()
 
-    def shards(self) -> Iterator[Shard]:
+    def shards(self, patience: Patience | None = None) -> Iterator[Shard]:
         """Shards in reading order. On the Hub a page of 1,000 names is fetched when the reading reaches it."""
         if self.repo is None:
             yield from self.files
             return
         for prefix in self.prefixes:
             found = False
-            for name in _list_names(self.repo, self.revision, prefix):
+            for name in _list_names(self.repo, self.revision, prefix, patience or Patience()):
                 found = True
                 yield Shard(name, f"hf://datasets/{self.repo}@{self.revision}/{name}")
             if not found:
                 raise UserError(f"{self.mirror}: no readable file under {prefix}")
 
-    def records(self, start: Cursor, world_size: int = 1, rank: int = 0) -> Iterator[Document | Unusable]:
-        """Documents from `start` to the end of the corpus; every `world_size`-th one, this rank's own."""
+    def records(
+        self,
+        start: Cursor,
+        world_size: int = 1,
+        rank: int = 0,
+        *,
+        skip_broken_shards: bool = False,
+        patience: Patience | None = None,
+    ) -> Iterator[Document | Unusable | Gap]:
+        """Documents from `start` to the end of this pass, in order; every `world_size`-th one, this rank's own.
+
+        Raises BrokenShard at a file that cannot be read; with `skip_broken_shards` a Gap stands there instead, and
+        reading goes on with the next shard.
+        """
+        patience = patience or Patience()
         waiting = start.shard is not None
-        for shard in self.shards():
+        gap: Gap | None = None
+        broken_in_a_row = 0
+        for shard in self.shards(patience):
             if waiting and shard.name != start.shard:
                 continue
             first = start.row if waiting or start.shard is None else 0
-            waiting, start = False, Cursor(shard=shard.name)
-            for row, record in read_shard(shard, first, self.text_column):
-                if row % world_size != rank:
-                    continue
-                if isinstance(record, str):
-                    yield Unusable(record, shard.name, row)
-                else:
-                    yield to_document(record, self.text_column, self.mirror, shard.name, row)
+            waiting, start = False, Cursor(start.epoch, shard.name)
+            if gap is not None:
+                # Held back until the shard after it is known, which is where reading goes on.
+                yield dataclasses.replace(gap, after=start)
+                gap = None
+            try:
+                for row, record in read_shard(shard, first, self.text_column, patience):
+                    broken_in_a_row = 0
+                    if row % world_size != rank:
+                        continue
+                    here, after = dataclasses.replace(start, row=row), dataclasses.replace(start, row=row + 1)
+                    found: Document | Unusable
+                    if isinstance(record, str):
+                        found = Unusable(record, shard.name, row)
+                    else:
+                        found = to_document(record, self.text_column, self.mirror, shard.name, row)
+                    yield dataclasses.replace(found, here=here, after=after)
+            except BrokenShard as error:
+                if not skip_broken_shards:
+                    raise
+                broken_in_a_row += 1
+                if broken_in_a_row == MOST_BROKEN_IN_A_ROW:
+                    raise UserError(
+                        f"{self.name} ({self.mirror}): {broken_in_a_row} shards in a row cannot be read, the last: "
+                        f"{error.shard}: {error.reason}"
+                    ) from None
+                place = dataclasses.replace(start, row=error.row)
+                gap = Gap(error.reason, shard.name, error.row, place, place)
+        if gap is not None:
+            yield gap
         if waiting:
             raise UserError(f"{self.mirror}: {start.shard} is not there any more; this run stopped inside it")
 
     def describe(self) -> dict[str, Any]:
-        """What `recorded` needs to open the same corpus again."""
+        """What `recorded` needs to open the same corpus again, and `check_unchanged` to see whether it is the same."""
         return {
             "name": self.name,
             "mirror": self.mirror,
@@ -370,12 +277,24 @@ class Corpus:
             "revision": self.revision,
             "prefixes": list(self.prefixes),
             "text_column": self.text_column,
-            "files": [[shard.name, shard.url] for shard in self.files],
+            "files": [_described(shard) for shard in self.files],
         }
 
 
+def _described(shard: Shard) -> list[Any]:
+    if not shard.is_local:
+        return [shard.name, shard.url]
+    if shard.fingerprint is not None:
+        return [shard.name, shard.url, shard.size, shard.fingerprint]
+    try:
+        return [shard.name, shard.url, *fingerprint(shard.url)]
+    except OSError:
+        # Reading will say what is wrong with it, when it is reached.
+        return [shard.name, shard.url]
+
+
 def recorded(description: dict[str, Any]) -> Corpus:
-    """The corpus that a run recorded: that one and nothing else."""
+    """The corpus that a run recorded: that one and nothing else. Whether it is still the same: `check_unchanged`."""
     return Corpus(
         name=description["name"],
         mirror=description["mirror"],
@@ -383,19 +302,64 @@ def recorded(description: dict[str, Any]) -> Corpus:
         repo=description["repo"],
         revision=description["revision"],
         prefixes=tuple(description["prefixes"]),
-        files=tuple(Shard(name, url) for name, url in description["files"]),
+        # Runs of older versions noted name and url alone.
+        files=tuple(Shard(*entry) for entry in description["files"]),
     )
 
 
-def _list_names(repo: str, revision: str | None, prefix: str) -> Iterator[str]:
-    """Readable files of a Hub dataset under a prefix, in the Hub's order (by name), page by page."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
+def check_unchanged(corpus: Corpus, waiting: Callable[[str], None] = lambda what: None) -> Corpus:
+    """The corpus, if its local files are still those that its run began with (by size and both ends of each).
 
-    folder = prefix.rpartition("/")[0]
-    for entry in HfApi().list_repo_tree(repo, folder or None, revision=revision, repo_type="dataset"):
-        if isinstance(entry, RepoFile) and entry.path.startswith(prefix) and reader_of(entry.path):
-            yield entry.path
+    An embedded corpus whose cache is gone is built again. Raises UserError that names the file and what differs. Files
+    on the Hub are pinned by their commit: nothing to check.
+    """
+    if corpus.mirror == "embedded" and not all(os.path.isfile(shard.url) for shard in corpus.files):
+        from slimpajama_hf import embedded
+
+        folder = embedded.build(embedded.default_cache(), waiting)
+        moved = tuple(dataclasses.replace(shard, url=str(folder / shard.name)) for shard in corpus.files)
+        corpus = dataclasses.replace(corpus, files=moved)
+    for number, shard in enumerate(corpus.files):
+        if shard.fingerprint is None or not shard.is_local:
+            continue
+        if number % 100 == 99:
+            waiting(f"checking that the corpus is unchanged: {number + 1:,} of {len(corpus.files):,} files")
+        difference = _difference(shard)
+        if difference is not None:
+            reason = " (it was cut from the sources of another Python)" if corpus.mirror == "embedded" else ""
+            raise UserError(
+                f"{shard.url}: {difference}{reason}; this run began with it as it was: put it back, or start anew in "
+                "another --output_dir"
+            )
+    return corpus
+
+
+def _difference(shard: Shard) -> str | None:
+    """What is different about a local file since its fingerprint was taken; None: nothing."""
+    try:
+        size, digest = fingerprint(shard.url)
+    except FileNotFoundError:
+        return "not there any more"
+    except OSError as error:
+        return f"cannot be read ({one_line(error)})"
+    if size != shard.size:
+        return f"changed: it has {size:,} bytes and had {shard.size:,}"
+    return "changed: its content is another" if digest != shard.fingerprint else None
+
+
+def _list_names(repo: str, revision: str | None, prefix: str, patience: Patience) -> Iterator[str]:
+    """Readable files of a Hub dataset under a prefix, in the Hub's order (by name), page by page."""
+    from slimpajama_hf import hub_files
+
+    try:
+        for path in hub_files.list_folder(repo, revision, prefix.rpartition("/")[0], patience):
+            if path.startswith(prefix) and reader_of(path):
+                yield path
+    except Exception as error:
+        status = hub_files.status_of(error)
+        if status is None or isinstance(error, UserError):
+            raise
+        raise UserError(f"{repo}: the list of {prefix}: {hub_files.status_words(status)}") from error
 
 
 def open_corpus(
@@ -405,6 +369,7 @@ def open_corpus(
     split: str = "train",
     config_name: str | None = None,
     revision: str | None = None,
+    skip_broken_shards: bool = False,
     waiting: Callable[[str], None] = lambda what: None,
 ) -> Corpus:
     """Open what `--dataset` names and read its first record. `waiting` is told what is being waited for.
@@ -412,13 +377,13 @@ def open_corpus(
     Raises UserError with one sentence when nothing opens, within `OPENING_SECONDS`, naming the offline command.
     """
     if dataset in CORPORA:
-        return _first_that_opens(dataset, CORPORA[dataset], text_column, split, waiting)
+        return _first_that_opens(dataset, CORPORA[dataset], text_column, split, skip_broken_shards, waiting)
     if dataset == "embedded":
         return _open_embedded(split, waiting)
     if any(mark in dataset for mark in "*?[") or os.path.exists(dataset) or reader_of(dataset):
-        return _open_local(dataset, text_column)
+        return _open_local(dataset, text_column, skip_broken_shards)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) and not dataset.startswith("."):
-        return _open_hub(dataset, text_column, split, config_name, revision, waiting)
+        return _open_hub(dataset, text_column, split, config_name, revision, skip_broken_shards, waiting)
     raise UserError(
         f"--dataset {dataset}: no such file, and not a Hub dataset id; expected {', '.join(CORPORA)}, embedded, a file "
         f"({', '.join(FORMATS)}), a 'glob' or an id like owner/name"
@@ -433,7 +398,7 @@ def _open_embedded(split: str, waiting: Callable[[str], None]) -> Corpus:
     return Corpus("embedded", "embedded", "text", files=(Shard(name, str(folder / name)),))
 
 
-def _open_local(pattern: str, text_column: str) -> Corpus:
+def _open_local(pattern: str, text_column: str, skip_broken_shards: bool) -> Corpus:
     import glob
 
     readable = ", ".join(FORMATS)
@@ -458,24 +423,26 @@ def _open_local(pattern: str, text_column: str) -> Corpus:
     base = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     shards = tuple(Shard(os.path.relpath(os.path.abspath(path), base), os.path.abspath(path)) for path in paths)
     corpus = Corpus(pattern, "local", text_column, files=shards)
-    _read_first(corpus)
+    _read_first(corpus, skip_broken_shards)
     return corpus
 
 
-def _read_first(corpus: Corpus) -> None:
+def _read_first(corpus: Corpus, skip_broken_shards: bool) -> None:
     """Read until the first record, usable or not; raises what is wrong with the file."""
-    for _ in corpus.records(Cursor()):
-        return
+    patience = Patience(OPENING_PATIENCE)
+    for record in corpus.records(Cursor(), skip_broken_shards=skip_broken_shards, patience=patience):
+        if not isinstance(record, Gap):
+            return
     raise UserError(f"--dataset {corpus.name}: no record in {', '.join(shard.name for shard in corpus.files[:3])}")
 
 
-def _knock_and_read(corpus: Corpus) -> None:
+def _knock_and_read(corpus: Corpus, skip_broken_shards: bool) -> None:
     """Ask whether the mirror is there (one small request, not repeated: no network shows at once), then read it."""
     from huggingface_hub import HfApi
 
     assert corpus.repo is not None
     HfApi().dataset_info(corpus.repo, revision=corpus.revision, expand=["sha"], timeout=8)
-    _read_first(corpus)
+    _read_first(corpus, skip_broken_shards)
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
@@ -497,21 +464,29 @@ def _why(error: BaseException, seconds: float) -> str:
     """A failure of the Hub in a few words."""
     if isinstance(error, concurrent.futures.TimeoutError):
         return f"no answer in {seconds:.0f} s"
-    code = getattr(getattr(error, "response", None), "status_code", None)
-    if code:
-        words = {401: "not there, private or gated", 403: "forbidden", 404: "not there", 429: "too many requests"}
-        return f"HTTP {code} ({words.get(code, 'error')})"
+    if isinstance(error, OutOfPatience) and error.__cause__ is not None:
+        error = error.__cause__
+    from slimpajama_hf import hub_files
+
+    status = hub_files.status_of(error)
+    if status:
+        return hub_files.status_words(status)
     if type(error).__name__ == "OfflineModeIsEnabled":
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, UserError):
         return str(error)
     if any(word in type(error).__name__ for word in ("Connect", "Timeout", "Network")) or isinstance(error, OSError):
         return "the Hub cannot be reached"
-    return _one_line(error)
+    return one_line(error)
 
 
 def _first_that_opens(
-    dataset: str, mirrors: tuple[Mirror, ...], text_column: str, split: str, waiting: Callable[[str], None]
+    dataset: str,
+    mirrors: tuple[Mirror, ...],
+    text_column: str,
+    split: str,
+    skip_broken_shards: bool,
+    waiting: Callable[[str], None],
 ) -> Corpus:
     deadline = time.monotonic() + OPENING_SECONDS
     failures = []
@@ -522,7 +497,7 @@ def _first_that_opens(
         prefixes = mirror.train if split == "train" else mirror.validation
         corpus = Corpus(dataset, mirror.name, text_column, mirror.repo, mirror.revision, prefixes)
         try:
-            _within(seconds, lambda corpus=corpus: _knock_and_read(corpus))  # type: ignore[misc]
+            _within(seconds, lambda corpus=corpus: _knock_and_read(corpus, skip_broken_shards))  # type: ignore[misc]
             return corpus
         except Exception as error:
             failures.append(f"{mirror.repo}: {_why(error, seconds)}")
@@ -538,6 +513,7 @@ def _open_hub(
     split: str,
     config_name: str | None,
     revision: str | None,
+    skip_broken_shards: bool,
     waiting: Callable[[str], None],
 ) -> Corpus:
     """Any dataset on the Hub whose files we read; `datasets` says which files make the split."""
@@ -564,7 +540,7 @@ def _open_hub(
         commit = parts[0].group(2)  # type: ignore[union-attr]
         shards = tuple(Shard(part.group(3), url) for part, url in zip(parts, urls, strict=True) if part)
         corpus = Corpus(dataset, f"{dataset}@{commit[:12]}", text_column, files=shards)
-        _read_first(corpus)
+        _read_first(corpus, skip_broken_shards)
         return corpus
 
     try:
@@ -574,18 +550,3 @@ def _open_hub(
             f"--dataset {dataset}: no such file, and on the Hub it does not open ({_why(error, OPENING_SECONDS)}); "
             f"without the Hub: {OFFLINE_COMMAND}"
         ) from None
-
-
-def stream(corpus: Corpus, start: Cursor, world_size: int = 1, rank: int = 0) -> datasets.IterableDataset:
-    """The documents of a corpus as a streaming dataset of `datasets`, ready for `map`."""
-    import datasets
-
-    return datasets.IterableDataset.from_generator(
-        _records_as_examples,
-        gen_kwargs={"corpus": corpus, "start": start, "world_size": world_size, "rank": rank},
-    )
-
-
-def _records_as_examples(corpus: Corpus, start: Cursor, world_size: int, rank: int) -> Iterator[dict[str, Any]]:
-    for record in corpus.records(start, world_size, rank):
-        yield {"record": record}

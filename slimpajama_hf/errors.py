@@ -12,10 +12,6 @@ class UserError(Exception):
     exit_code = 1
 
 
-class StopRequested(Exception):
-    """A signal asked the run to end while it was waiting for the network; nothing is wrong."""
-
-
 class UsageError(UserError):
     """A flag or a configuration key that cannot be understood."""
 

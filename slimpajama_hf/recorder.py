@@ -199,7 +199,7 @@ class StepRecorder:
             spike=self._spikes.score(loss) if math.isfinite(loss) else None,
             part=sample.part,
             skipped=sample.skipped,
-            gaps=getattr(sample, "gaps", []),
+            gaps=sample.gaps,
         )
         # Only rank 0 keeps a ledger.
         if self._ledger is not None:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from slimpajama_hf import corpora
-from slimpajama_hf.corpora import Corpus, Cursor, Document, Unusable
+from slimpajama_hf import patience, screen
+from slimpajama_hf.corpora import Corpus, Cursor, Document, Gap, Unusable
 from slimpajama_hf.errors import UserError
+from slimpajama_hf.passes import Passes, Record, stream
+from slimpajama_hf.patience import Patience
+from slimpajama_hf.read_ahead import read_ahead
 
 if TYPE_CHECKING:
     from slimpajama_hf.tokenizer import Encoder
@@ -40,43 +43,81 @@ class Sample:
     tokens_cut: int = 0
     tokens_cut_exact: bool = True
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Unusable records since the sample before, by reason."""
+    gaps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Shards set aside since the sample before: {"shard", "row", "reason"}."""
 
 
 class SampleStream:
     """The training samples of a corpus from a cursor on. Iterating opens the stream anew at `start`.
 
-    Yields `Sample`s of 2 to `max_length` tokens. Raises UserError after 1,000 unusable records in a row.
+    Yields `Sample`s of 2 to `max_length` tokens, made ready up to `read_ahead` at a time in a thread of its own (0:
+    when asked for). Raises UserError after 1,000 unusable records in a row, at a shard that is broken (unless
+    `skip_broken_shards`) and when the Hub failed for `patience_seconds`; patience.StopRequested when `stop()` is true
+    while it waits.
     """
 
     def __init__(
-        self, corpus: Corpus, encoder: Encoder, mode: str, max_length: int, world_size: int = 1, rank: int = 0
+        self,
+        corpus: Corpus,
+        encoder: Encoder,
+        mode: str,
+        max_length: int,
+        world_size: int = 1,
+        rank: int = 0,
+        *,
+        shuffle_buffer: int = 0,
+        seed: int = 0,
+        epochs: int = 1,
+        skip_broken_shards: bool = False,
+        patience_seconds: float = patience.SECONDS,
+        read_ahead: int = 8,
     ) -> None:
         self.corpus, self.encoder, self.mode, self.max_length = corpus, encoder, mode, max_length
-        self.world_size, self.rank = world_size, rank
+        self.passes = Passes(corpus, epochs, shuffle_buffer, seed, world_size, rank, skip_broken_shards)
+        self.patience_seconds, self.read_ahead = patience_seconds, read_ahead
         self.start = Cursor()
+        self.stop: Callable[[], bool] = lambda: False
+        """Whether the run is to stop; asked while waiting, from this thread and from another."""
 
     def __iter__(self) -> Iterator[Sample]:
-        records = corpora.stream(self.corpus, self.start, self.world_size, self.rank)
-        samples: Iterable[Sample | Unusable]
+        start = self.start
+        if self.read_ahead < 1:
+            return self._samples(start, Patience(self.patience_seconds, lambda: self.stop(), visible=True))
+        return read_ahead(
+            lambda patience: self._samples(start, patience),
+            self.read_ahead,
+            self.patience_seconds,
+            lambda: self.stop(),
+            f"waiting for the next document of {self.corpus.mirror}",
+        )
+
+    def _samples(self, start: Cursor, patience: Patience) -> Iterator[Sample]:
+        records = stream(self.passes, start, patience)
+        samples: Iterable[Sample | Unusable | Gap]
         if self.mode == "truncate":
             # The streaming map of `datasets`: one record in, its first tokens out.
             mapped = records.map(
                 truncate,
-                fn_kwargs={"encoder": self.encoder, "max_length": self.max_length, "epoch": self.start.epoch},
+                fn_kwargs={"encoder": self.encoder, "max_length": self.max_length},
                 remove_columns=["record"],
             )
             samples = (example["sample"] for example in mapped)
         else:
             make = windows if self.mode == "window" else packed
-            samples = make((example["record"] for example in records), self.encoder, self.max_length, self.start)
-        yield from self._count_unusable(samples)
+            samples = make((example["record"] for example in records), self.encoder, self.max_length, start)
+        yield from self._with_what_was_passed_over(samples)
 
-    def _count_unusable(self, samples: Iterable[Sample | Unusable]) -> Iterator[Sample]:
+    def _with_what_was_passed_over(self, samples: Iterable[Sample | Unusable | Gap]) -> Iterator[Sample]:
         """Pass usable samples on; what was passed over before one rides with it."""
         skipped: Counter[str] = Counter()
+        gaps: list[dict[str, Any]] = []
         in_a_row = 0
         for sample in samples:
-            if isinstance(sample, Unusable):
+            if isinstance(sample, Gap):
+                gaps.append({"shard": sample.shard, "row": sample.row, "reason": sample.reason})
+                screen.say(f"{sample.shard}: {sample.reason}; set aside from row {sample.row:,} on")
+            elif isinstance(sample, Unusable):
                 skipped[sample.reason] += 1
                 in_a_row += 1
                 if in_a_row == MOST_UNUSABLE_IN_A_ROW:
@@ -86,14 +127,15 @@ class SampleStream:
                         f"the last at {sample.shard} row {sample.row} ({reasons}); check --dataset and --text_column"
                     )
             else:
-                sample.skipped, skipped, in_a_row = dict(skipped), Counter(), 0
+                sample.skipped, sample.gaps = dict(skipped), gaps
+                skipped, gaps, in_a_row = Counter(), [], 0
                 yield sample
 
 
-def truncate(example: dict[str, Any], encoder: Encoder, max_length: int, epoch: int = 0) -> dict[str, Any]:
+def truncate(example: dict[str, Any], encoder: Encoder, max_length: int) -> dict[str, Any]:
     """{"record": Document} -> {"sample": Sample}: the document's first `max_length` tokens; a function for `map`."""
     record = example["record"]
-    if isinstance(record, Unusable):
+    if not isinstance(record, Document):
         return {"sample": record}
     opening = encoder.opening(record.text, max_length)
     if len(opening.ids) < 2:
@@ -109,7 +151,7 @@ def truncate(example: dict[str, Any], encoder: Encoder, max_length: int, epoch: 
         "sample": Sample(
             input_ids=opening.ids,
             document=record,
-            after=Cursor(epoch, record.shard, record.row + 1),
+            after=record.after,
             text_bytes=covered,
             tokens_cut=tokens_cut,
             tokens_cut_exact=exact,
@@ -184,15 +226,20 @@ def _slices(pieces: Iterable[tuple[list[int], list[int]]], size: int) -> Iterato
         yield ids, ends[-1], True
 
 
+def _tokens_used(record: Document, start: Cursor) -> int:
+    """Tokens of a document that were used before the stream was opened at `start`."""
+    return start.token if dataclasses.replace(record.here, token=start.token) == start else 0
+
+
 def windows(
-    records: Iterable[Document | Unusable], encoder: Encoder, max_length: int, start: Cursor
-) -> Iterator[Sample | Unusable]:
+    records: Iterable[Record], encoder: Encoder, max_length: int, start: Cursor
+) -> Iterator[Sample | Unusable | Gap]:
     """Consecutive windows of each document, nothing thrown away; a last one of one token borrows the one before."""
     for record in records:
-        if isinstance(record, Unusable):
+        if not isinstance(record, Document):
             yield record
             continue
-        resumed = start.token if (record.shard, record.row) == (start.shard, start.row) else 0
+        resumed = _tokens_used(record, start)
         taken, covered_to = 0, 0
         before: list[int] = []
         for part, (ids, end, last) in enumerate(_slices(tokens_in_pieces(encoder, record.text), max_length)):
@@ -202,19 +249,19 @@ def windows(
             if len(sample_ids) < 2:
                 yield Unusable("fewer than 2 tokens", record.shard, record.row)
             elif taken > resumed:
-                place = (record.row + 1, 0) if last else (record.row, taken)
-                after = Cursor(start.epoch, record.shard, *place)
+                after = record.after if last else dataclasses.replace(record.here, token=taken)
                 size_bytes = len(record.text[covered_to:end].encode("utf-8"))
                 yield Sample(sample_ids, record, after, size_bytes, part)
             covered_to, before = end, ids[-1:]
 
 
 def packed(
-    records: Iterable[Document | Unusable], encoder: Encoder, max_length: int, start: Cursor
-) -> Iterator[Sample | Unusable]:
+    records: Iterable[Record], encoder: Encoder, max_length: int, start: Cursor
+) -> Iterator[Sample | Unusable | Gap]:
     """Documents joined by EOS, cut into blocks of `max_length`; a block is named after the document that begins it.
 
-    The cursor after a block is the document that it stops in and the tokens of it (EOS counted) already used.
+    The cursor after a block is the document that it stops in and the tokens of it (EOS counted) already used. A block
+    belongs to one pass over the corpus: the last one of a pass is as long as it comes, at least 2 tokens.
     """
     eos = encoder.tokenizer.eos_token_id
     if eos is None:
@@ -223,12 +270,18 @@ def packed(
         )
     block: list[int] = []
     size_bytes, first, part = 0, None, 0
+    last: Document | None = None
     for record in records:
-        if isinstance(record, Unusable):
+        if last is not None and record.here.epoch != last.here.epoch:
+            if len(block) >= 2 and first is not None:
+                yield Sample(block, first, last.after, size_bytes, part)
+            block, size_bytes, first, last = [], 0, None, None
+        if not isinstance(record, Document):
             yield record
             continue
-        used = start.token if (record.shard, record.row) == (start.shard, start.row) else 0
-        position, covered_to, part = 0, 0, 0
+        last = record
+        used = _tokens_used(record, start)
+        position, covered_to = 0, 0
         pieces = tokens_in_pieces(encoder, record.text)
         for ids, ends in _with_eos(pieces, eos, len(record.text)):
             for index, (token, end) in enumerate(zip(ids, ends, strict=True)):
@@ -244,12 +297,10 @@ def packed(
                     covered_to = end
                 if len(block) == max_length:
                     assert first is not None
-                    yield Sample(
-                        block, first, Cursor(start.epoch, record.shard, record.row, position), size_bytes, part
-                    )
+                    yield Sample(block, first, dataclasses.replace(record.here, token=position), size_bytes, part)
                     block, size_bytes, first = [], 0, None
-    if len(block) >= 2 and first is not None:
-        yield Sample(block, first, Cursor(start.epoch, record.shard, record.row + 1), size_bytes, part)
+    if len(block) >= 2 and first is not None and last is not None:
+        yield Sample(block, first, last.after, size_bytes, part)
 
 
 def _with_eos(

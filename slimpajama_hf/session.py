@@ -12,7 +12,8 @@ import torch
 
 from slimpajama_hf import files, plan, run_folder, screen, views
 from slimpajama_hf.corpora import Corpus
-from slimpajama_hf.errors import StopRequested, UserError
+from slimpajama_hf.errors import UserError
+from slimpajama_hf.patience import StopRequested
 from slimpajama_hf.resume import is_asked
 from slimpajama_hf.run_folder import RunFolder
 

@@ -1,21 +1,55 @@
 """A read-only stand-in for the Hub's HTTP API on loopback: dataset info, file lists, files by range.
 
 Only what `huggingface_hub` 2.4 and `datasets` 5.2 ask for while a dataset is streamed. Every request is logged as
-"METHOD path -> status"; `refuse` maps a part of a path to the status that it gets.
+"METHOD path -> status"; `refuse` maps a part of a path to the status that it gets; `faults` break single answers.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
+import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 PAGE = 1000
+
+
+@dataclasses.dataclass
+class Fault:
+    """What goes wrong with requests whose path holds `part`: the first `times` of them, or all for `seconds`."""
+
+    part: str
+    status: int | None = None
+    """Answer with this status."""
+    how: str = ""
+    """Or: `reset` after half of the body, `short` (a close after half of it), `stall` (no answer while `seconds`)."""
+    times: int | None = None
+    seconds: float | None = None
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+    method: str = "GET"
+    met: int = 0
+    since: float | None = None
+
+    def strikes(self, method: str, path: str) -> bool:
+        """Whether this request is broken; counts it."""
+        if self.part not in path or method != self.method:
+            return False
+        self.since = self.since or time.monotonic()
+        if self.times is not None and self.met >= self.times:
+            return False
+        if self.seconds is not None and time.monotonic() - self.since > self.seconds:
+            return False
+        self.met += 1
+        return True
 
 
 class LoopbackHub(ThreadingHTTPServer):
@@ -25,9 +59,13 @@ class LoopbackHub(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.page = PAGE
         self.datasets: dict[str, Path] = {}
         self.refuse: dict[str, int] = {}
+        self.faults: list[Fault] = []
         self.log: list[str] = []
+        self.released = threading.Event()
+        """Set at the end: requests that stall are let go."""
 
     @property
     def url(self) -> str:
@@ -38,6 +76,7 @@ class LoopbackHub(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.released.set()
         self.shutdown()
         self.server_close()
 
@@ -49,6 +88,11 @@ class LoopbackHub(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: LoopbackHub
+    broken = ""
+
+    def finish(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            super().finish()
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -61,7 +105,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            if self.broken:
+                self.wfile.write(body[: len(body) // 2])
+                self.wfile.flush()
+                if self.broken == "reset":
+                    # Closing with a linger of 0 s sends RST.
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.connection.close()
+                self.close_connection = True
+                return
+            with contextlib.suppress(OSError):
+                self.wfile.write(body)
 
     def _json(self, value: Any, headers: dict[str, str] | None = None) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
@@ -83,6 +137,20 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bytes) -> None:
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
+        self.broken = ""
+        for fault in self.server.faults:
+            if not fault.strikes(self.command, path):
+                continue
+            if fault.status is not None:
+                self._send(fault.status, b'{"error":"fault"}', fault.headers)
+                return
+            if fault.how == "stall":
+                self.server.log.append(f"{self.command} {self.path} -> stall")
+                self.server.released.wait(fault.seconds)
+                self.close_connection = True
+                return
+            self.broken = fault.how
+            break
         for part, status in self.server.refuse.items():
             if part in path:
                 self._send(status, b'{"error":"refused"}', {"X-Error-Code": "RepoNotFound"} if status == 401 else {})
@@ -126,11 +194,11 @@ class _Handler(BaseHTTPRequestHandler):
         found = sorted(place.rglob("*") if recursive else place.iterdir(), key=str)
         start = int(query.get("cursor", ["0"])[0])
         headers = {}
-        if start + PAGE < len(found):
+        if start + self.server.page < len(found):
             headers["Link"] = (
-                f'<{self.server.url}{urllib.parse.urlsplit(self.path).path}?cursor={start + PAGE}>; rel="next"'
+                f'<{self.server.url}{urllib.parse.urlsplit(self.path).path}?cursor={start + self.server.page}>; rel="next"'
             )
-        self._json([_entry(folder, path) for path in found[start : start + PAGE]], headers)
+        self._json([_entry(folder, path) for path in found[start : start + self.server.page]], headers)
 
     def _file(self, path: Path, revision: str) -> None:
         if not path.is_file():
