@@ -72,7 +72,8 @@ class LoopbackHub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def __enter__(self) -> LoopbackHub:
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        # Looks every 0.05 s whether it is to end; 0.5 s, the default, would be most of the time of a test.
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
     def __exit__(self, *_: Any) -> None:
