@@ -72,11 +72,11 @@ def test_packed_blocks_joined_are_the_documents_joined_by_eos(shards, encoder):
     for record in corpora.open_corpus(f"{shards}/*").records(Cursor()):
         whole += [*encoder.encode(record.text)[0], eos]
     joined = [token for sample in made for token in sample.input_ids]
-    assert joined == whole or joined == whole[: len(whole) - len(whole) % 64]
+    # A last block of one token predicts nothing; what it leaves out is an EOS, which covers no text.
+    assert joined == (whole[:-1] if len(whole) % 64 == 1 else whole)
     assert all(len(sample.input_ids) == 64 for sample in made[:-1])
     total = sum(record.size for record in corpora.open_corpus(f"{shards}/*").records(Cursor()))
-    lost = 0 if joined == whole else total
-    assert sum(sample.text_bytes for sample in made) == total or lost
+    assert sum(sample.text_bytes for sample in made) == total
 
 
 @pytest.mark.parametrize("mode", MODES)
