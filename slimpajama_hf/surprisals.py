@@ -1,0 +1,67 @@
+"""How much each token surprised the model when it was read: the step's loss before its mean, kept for every step.
+
+`surprisals.f16` holds little-endian float16, nats, `tokens - 1` values a ledger row (the first token of a sample is not
+predicted), one row after the other: where a row begins follows from the ledger. NaN where a step has no loss.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+FILE_NAME = "surprisals.f16"
+_DTYPE = np.dtype("<f2")
+
+
+class Surprisals:
+    """Appends the values of finished steps; `predicted` tokens stand in the file already."""
+
+    def __init__(self, path: Path, predicted: int = 0) -> None:
+        self.path = path
+        self._offset = predicted * _DTYPE.itemsize
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+
+    def append(self, nats: np.ndarray) -> None:
+        """Write the values (tokens - 1,) of the next step. Raises OSError when the disk is full; may be called again."""
+        # Beyond 65,504 float16 is infinite; a surprisal that large says the same as the largest.
+        data = np.clip(nats, 0.0, 65504.0).astype(_DTYPE).tobytes()
+        # At its own place: a write that was cut short is simply made again.
+        if os.pwrite(self._file, data, self._offset) != len(data):
+            raise OSError(28, "No space left on device", str(self.path))
+        self._offset += len(data)
+
+    def sync(self) -> None:
+        """Force the values to the disk."""
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def cut_back(path: Path, predicted: int) -> None:
+    """Keep the first `predicted` values; where the file is shorter (or not there), the rest reads as NaN."""
+    size = path.stat().st_size if path.exists() else 0
+    if size > predicted * _DTYPE.itemsize:
+        os.truncate(path, predicted * _DTYPE.itemsize)
+    elif missing := predicted - size // _DTYPE.itemsize:
+        with open(path, "r+b" if size else "wb") as file:
+            file.seek(size // _DTYPE.itemsize * _DTYPE.itemsize)
+            file.write(np.full(missing, np.nan, _DTYPE).tobytes())
+
+
+def offsets(tokens: np.ndarray) -> np.ndarray:
+    """Where each step begins, in values: (steps + 1,) for the ledger's column `tokens` (steps,)."""
+    return np.concatenate([[0], np.cumsum(np.maximum(tokens - 1, 0))])
+
+
+def read(path: Path, first: int, count: int) -> np.ndarray:
+    """`count` values from the `first` on, float32, nats; NaN where the file ends before."""
+    found = np.full(count, np.nan, np.float32)
+    if path.exists() and count:
+        with open(path, "rb") as file:
+            file.seek(first * _DTYPE.itemsize)
+            values = np.frombuffer(file.read(count * _DTYPE.itemsize), _DTYPE)
+        found[: len(values)] = values
+    return found
