@@ -24,6 +24,7 @@ def main(argv: list[str]) -> int:
     training, data = settings.training, settings.data
     session.quiet_libraries()
     devices.choose_gpu(settings.run.gpu)
+    devices.keep_freed_memory()
 
     # Where the run lives, and where it goes on if it goes on.
     resuming = resume.is_asked(training.resume_from_checkpoint)
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> int:
         from slimpajama_hf.recorder import StepRecorder
         from slimpajama_hf.samples import SampleStream
         from slimpajama_hf.signals import StopSignals
+        from slimpajama_hf.surprisals import Surprisals
         from slimpajama_hf.trainer import SlimPajamaTrainer
         from slimpajama_hf.view_process import ViewProcess
 
@@ -83,7 +85,8 @@ def main(argv: list[str]) -> int:
     stream.start = point.cursor
 
     # What watches the run. Intervals that somebody typed are obeyed whatever they cost.
-    recorder = StepRecorder(Ledger(folder.ledger, point.chain), config.vocab_size, point.rows)
+    surprisals = Surprisals(folder.surprisals, point.predicted)
+    recorder = StepRecorder(Ledger(folder.ledger, point.chain), config.vocab_size, point.rows, surprisals)
     progress = ShowProgress()
     recorder.listeners.append(progress.on_row)
     recorder.trouble = progress.say
@@ -104,6 +107,7 @@ def main(argv: list[str]) -> int:
             about={"run_id": record["run_id"]},
             callbacks=[samples, drawing, progress, StopOnSignal(signals)],
             held_out=held_out,
+            backward=settings.model.backward,
         )
         samples.trainer = drawing.trainer = trainer
         return session.Session(

@@ -11,6 +11,7 @@ from typing import Any
 
 SAMPLE_MODES = ("truncate", "window", "pack")
 PRECISIONS = ("auto", "float32", "bfloat16")
+BACKWARDS = ("auto", "autograd")
 
 
 def _knob(default: Any, help: str, **more: Any) -> Any:
@@ -70,7 +71,10 @@ class ModelArguments:
         "builtin, a folder, tokenizer.json, SentencePiece .model or Hub id; auto: gpt2 for a Hub corpus, else builtin",
     )
     precision: str = _knob(
-        "auto", "auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16", choices=PRECISIONS
+        "auto", "auto (bfloat16 where the processor or GPU has it, else float32), float32, bfloat16", choices=PRECISIONS
+    )
+    backward: str = _knob(
+        "auto", "auto (GPT-2's forward and backward written out, faster; else autograd's), autograd", choices=BACKWARDS
     )
 
 

@@ -1,8 +1,10 @@
-"""Which device the run may use. Chosen before CUDA wakes up, so that accelerate sees that one only."""
+"""Which device the run may use, and what its processor can do."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 
 from slimpajama_hf.errors import UserError
 
@@ -14,6 +16,8 @@ def is_distributed() -> bool:
 
 def choose_gpu(gpu: int | None) -> None:
     """Leave only GPU `gpu` visible (None: GPU 0 if there is any). Raises UserError for one that is not there.
+
+    Called before CUDA wakes up, so that accelerate sees that one only.
 
     Without this a single process on a machine with several GPUs becomes `nn.DataParallel` with a batch of several
     documents (transformers training_args.py, 5.23, line 1820).
@@ -40,3 +44,35 @@ def choose_gpu(gpu: int | None) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(number) for number in range(count)]
         os.environ["CUDA_VISIBLE_DEVICES"] = names[gpu or 0]
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep what is freed for the next step instead of giving it back; False where it cannot.
+
+    A step frees and asks again for hundreds of megabytes; every page of them is then faulted in and zeroed by the
+    kernel, which takes longer than the arithmetic on it. glibc only (malloc/malloc.h: M_TRIM_THRESHOLD,
+    M_MMAP_THRESHOLD, M_MMAP_MAX). Peak memory is the same; it just stays.
+    """
+    if sys.platform != "linux":
+        return False
+    import ctypes
+
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        # Old versions refuse so high a threshold; then nothing is mapped at all, which is the same for us.
+        return bool(
+            library.mallopt(trim_threshold, 2**31 - 1)
+            and (library.mallopt(mmap_threshold, 2**30) or library.mallopt(mmap_max, 0))
+        )
+    return False
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this processor multiplies in bfloat16 in hardware (AVX512-BF16 or AMX; Linux on x86).
+
+    Elsewhere it is emulated, which is a hundred times slower than float32.
+    """
+    import torch
+
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

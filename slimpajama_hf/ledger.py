@@ -73,6 +73,8 @@ class Row:
     """Records passed over since the sample before, by reason."""
     gaps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """Shards set aside since the sample before: shard, row from which it is missing, reason."""
+    documents: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """In `pack`, all documents of the block in order: shard, row, text_sha1, first_token, tokens (its EOS counted)."""
 
 
 def _finite(value: Any) -> Any:
@@ -126,12 +128,22 @@ class Ledger:
         self._file.close()
 
 
-def cut_back(path: Path, step: int) -> str:
-    """Drop the rows of `step` and later (and a torn last line); return the chain hash of the last row kept.
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What a ledger holds after it was cut back."""
+
+    chain: str
+    """Chain hash of the last row."""
+    predicted: int
+    """Tokens that its steps predicted: where the surprisals of the next step begin."""
+
+
+def cut_back(path: Path, step: int) -> Kept:
+    """Drop the rows of `step` and later (and a torn last line).
 
     Raises ValueError when the ledger ends before `step`: then it does not belong to the checkpoint.
     """
-    chain, kept, expected = CHAIN_START, 0, 0
+    chain, kept, expected, predicted = CHAIN_START, 0, 0, 0
     if path.exists():
         with open(path, "rb") as file:
             for line in file:
@@ -141,13 +153,14 @@ def cut_back(path: Path, step: int) -> str:
                 if row["step"] != expected:
                     raise ValueError(f"{path} has step {row['step']} where step {expected} was expected")
                 chain, expected = row["chain"], expected + 1
+                predicted += row["tokens"] - 1
                 kept += len(line)
         with open(path, "r+b") as file:
             file.truncate(kept)
             os.fsync(file.fileno())
     if expected < step:
         raise ValueError(f"{path} holds {expected} steps, the checkpoint was taken after {step}")
-    return chain
+    return Kept(chain, predicted)
 
 
 def last_rows(path: Path, count: int) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimpajama_hf import devices
 from slimpajama_hf.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,10 +118,10 @@ def choose_precision(asked: str, device: torch.device) -> str:
 
     if asked != "auto":
         return asked
-    # Emulated bfloat16 (before Ampere) is slower than float32.
-    return (
-        "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    )
+    # Emulated bfloat16 (GPUs before Ampere, processors without it) is slower than float32.
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if device.type == "cpu" and devices.has_fast_bfloat16() else "float32"
 
 
 @dataclasses.dataclass

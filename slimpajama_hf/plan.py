@@ -40,6 +40,7 @@ def show(
         "device": f"{trainer.args.device}, {precision}, about {format_bytes(need.total_bytes)} of memory",
         "steps": f"{training.max_steps:,}, one document each; learning rate {training.learning_rate:g} after "
         f"{training.get_warmup_steps(training.max_steps):,} steps of warm-up",
+        "backward": f"autograd's ({why})" if (why := trainer.why_autograd()) else "written out for GPT-2",
         "folder": str(folder.path),
     }
     for name, value in rows.items():

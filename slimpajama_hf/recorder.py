@@ -17,6 +17,7 @@ import torch
 from slimpajama_hf import screen
 from slimpajama_hf.ledger import Ledger, Row
 from slimpajama_hf.samples import Sample
+from slimpajama_hf.surprisals import Surprisals
 
 #: Steps that the ledger may lag behind a device before it waits for it.
 MOST_BEHIND = 16
@@ -57,7 +58,7 @@ class TrainingClock:
 
 
 class _Reading:
-    """A few numbers on their way from the device; `values` has shape (4,)."""
+    """Numbers on their way from the device; `values` has shape (4 + predicted tokens,)."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -72,10 +73,12 @@ class _Reading:
     def here(self) -> bool:
         return self._event is None or self._event.query()
 
-    def numbers(self) -> list[float]:
+    def numbers(self) -> tuple[list[float], np.ndarray]:
+        """The four numbers of the step, and the surprisal of each predicted token."""
         if self._event is not None:
             self._event.synchronize()
-        return self._values.tolist()
+        values = self._values.numpy()
+        return values[:4].tolist(), values[4:]
 
 
 def shortest(value: float) -> float:
@@ -125,13 +128,21 @@ class StepRecorder:
 
     `tokens - 1` tokens of a sample are predicted; the first is coded at its uniform cost, ln(vocabulary) nats. Rows
     that the disk does not take are kept and tried again at every later step. `remembered`: rows before a resume.
+    `surprisals`: where the loss of every token goes, if it is kept.
     """
 
-    def __init__(self, ledger: Ledger | None, vocab_size: int, remembered: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        ledger: Ledger | None,
+        vocab_size: int,
+        remembered: Sequence[dict[str, Any]] = (),
+        surprisals: Surprisals | None = None,
+    ) -> None:
         self._ledger = ledger
+        self._surprisals = surprisals
         self._uniform_nats = math.log(vocab_size)
         self._waiting: deque[tuple[int, Sample, _Reading, float, float, str]] = deque()
-        self._unwritten: deque[Row] = deque()
+        self._unwritten: deque[tuple[Row, np.ndarray]] = deque()
         self._spikes = LossSpikes(row["loss"] for row in remembered if row["loss"] is not None)
         self.not_finite: list[dict[str, Any]] = []
         """The latest rows, unbroken, whose loss or gradient was no number."""
@@ -160,8 +171,9 @@ class StepRecorder:
         seconds: float,
         update_skipped: str = "",
     ) -> None:
-        """One finished step; `values` (4,) is on the device and is not waited for: loss in nats per token, tokens
-        right, gradient norm, and 1.0 where the update was skipped because one of them is no number."""
+        """One finished step; `values` (4 + tokens - 1,), float32, is on the device and is not waited for: loss in nats
+        per token, tokens right, gradient norm, 1.0 where the update was skipped because one of them is no number; then
+        the surprisal of each predicted token, nats."""
         self._waiting.append((step, sample, _Reading(values), learning_rate, seconds, update_skipped))
         while self._waiting and (self._waiting[0][2].here() or len(self._waiting) > MOST_BEHIND):
             self._write(*self._waiting.popleft())
@@ -174,7 +186,7 @@ class StepRecorder:
     def _write(
         self, step: int, sample: Sample, reading: _Reading, learning_rate: float, seconds: float, update_skipped: str
     ) -> None:
-        loss, correct, grad_norm, not_finite = reading.numbers()
+        (loss, correct, grad_norm, not_finite), nats = reading.numbers()
         tokens = len(sample.input_ids)
         loss = shortest(loss)
         row = Row(
@@ -200,10 +212,11 @@ class StepRecorder:
             part=sample.part,
             skipped=sample.skipped,
             gaps=sample.gaps,
+            documents=sample.documents,
         )
         # Only rank 0 keeps a ledger.
         if self._ledger is not None:
-            self._unwritten.append(row)
+            self._unwritten.append((row, nats))
             record = self._drain() or dataclasses.asdict(row)
             self._watch(record)
             for listener in self.listeners:
@@ -221,8 +234,11 @@ class StepRecorder:
         assert self._ledger is not None
         before = len(self._unwritten)
         while self._unwritten:
+            row, nats = self._unwritten[0]
             try:
-                record = self._ledger.append(self._unwritten[0])
+                if self._surprisals is not None:
+                    self._surprisals.write(nats)
+                record = self._ledger.append(row)
             except OSError as error:
                 if len(self._unwritten) % 100 == 1:
                     self.trouble(
@@ -231,6 +247,8 @@ class StepRecorder:
                     )
                 return None
             self._unwritten.popleft()
+            if self._surprisals is not None:
+                self._surprisals.advance(len(nats))
         if before > 1:
             self.trouble(f"{self._ledger.path} is whole again: {before:,} rows were written")
         return record
@@ -242,6 +260,8 @@ class StepRecorder:
             self._drain()
             if self._unwritten:
                 raise OSError(28, f"{len(self._unwritten):,} rows of the ledger are not on the disk")
+            if self._surprisals is not None:
+                self._surprisals.sync()
             self._ledger.sync()
 
     def close(self) -> None:
@@ -250,3 +270,5 @@ class StepRecorder:
         if self._ledger is not None:
             self._drain()
             self._ledger.close()
+            if self._surprisals is not None:
+                self._surprisals.close()

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimpajama_hf import checkpoints, files, ledger, screen
+from slimpajama_hf import checkpoints, files, ledger, screen, surprisals
 from slimpajama_hf.corpora import Cursor
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.run_folder import RunFolder, delete_run
@@ -25,7 +25,8 @@ ROWS_REMEMBERED = 200
 WHAT_MATTERS = (
     "dataset", "dataset_config_name", "dataset_revision", "dataset_split", "text_column", "sample_mode",
     "max_seq_length", "shuffle_buffer", "model", "config_overrides", "tokenizer", "precision", "learning_rate",
-    "warmup_steps", "seed", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim",
+    "warmup_steps", "seed", "backward", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "optim",
 )  # fmt: skip
 
 
@@ -39,6 +40,8 @@ class ResumePoint:
     chain: str = ledger.CHAIN_START
     rows: tuple[dict[str, Any], ...] = ()
     """The last rows before `step`, at most `ROWS_REMEMBERED`."""
+    predicted: int = 0
+    """Tokens predicted before `step`."""
 
 
 def is_asked(asked: str | bool | None) -> bool:
@@ -127,9 +130,11 @@ def go_on(folder: RunFolder, checkpoint: Path | None) -> ResumePoint:
         state = json.loads((checkpoint / checkpoints.DATA_STATE).read_text(encoding="utf-8"))
         point = ResumePoint(checkpoint, step, Cursor(**state["cursor"]))
     try:
-        chain = ledger.cut_back(folder.ledger, point.step)
+        kept = ledger.cut_back(folder.ledger, point.step)
     except ValueError as error:
         raise UserError(f"{folder.path}: {error}; resume from an older checkpoint or start anew") from None
     cut_back_lines(folder.samples, lambda sample: sample["step"] < point.step)
     cut_back_lines(folder.evaluations, lambda scores: scores["step"] <= point.step)
-    return dataclasses.replace(point, chain=chain, rows=tuple(ledger.last_rows(folder.ledger, ROWS_REMEMBERED)))
+    surprisals.cut_back(folder.surprisals, kept.predicted)
+    rows = tuple(ledger.last_rows(folder.ledger, ROWS_REMEMBERED))
+    return dataclasses.replace(point, chain=kept.chain, predicted=kept.predicted, rows=rows)

@@ -13,7 +13,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from slimpajama_hf import __version__, checkpoints, files, ledger
+from slimpajama_hf import __version__, checkpoints, files, ledger, surprisals
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.lock import FolderLock
 from slimpajama_hf.screen import redacted
@@ -28,6 +28,10 @@ class RunFolder:
     @property
     def ledger(self) -> Path:
         return self.path / ledger.FILE_NAME
+
+    @property
+    def surprisals(self) -> Path:
+        return self.path / surprisals.FILE_NAME
 
     @property
     def samples(self) -> Path:
@@ -105,7 +109,9 @@ def delete_run(folder: RunFolder) -> None:
     for step in checkpoints.steps(folder.path):
         shutil.rmtree(checkpoints.path_of(folder.path, step))
     shutil.rmtree(folder.viz, ignore_errors=True)
-    for path in (folder.ledger, folder.samples, folder.evaluations, folder.record, folder.config):
+    for path in (
+        folder.ledger, folder.surprisals, folder.samples, folder.evaluations, folder.record, folder.config
+    ):  # fmt: skip
         path.unlink(missing_ok=True)
     folder.viz.mkdir()
 

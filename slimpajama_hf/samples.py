@@ -46,6 +46,8 @@ class Sample:
     """Unusable records since the sample before, by reason."""
     gaps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """Shards set aside since the sample before: {"shard", "row", "reason"}."""
+    documents: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """In `pack`, what the block is made of: {"shard", "row", "text_sha1", "first_token", "tokens"}, EOS counted."""
 
 
 class SampleStream:
@@ -270,18 +272,19 @@ def packed(
         )
     block: list[int] = []
     size_bytes, first, part = 0, None, 0
+    parts: list[dict[str, Any]] = []
     last: Document | None = None
     for record in records:
         if last is not None and record.here.epoch != last.here.epoch:
             if len(block) >= 2 and first is not None:
-                yield Sample(block, first, last.after, size_bytes, part)
-            block, size_bytes, first, last = [], 0, None, None
+                yield Sample(block, first, last.after, size_bytes, part, documents=parts)
+            block, size_bytes, first, last, parts = [], 0, None, None, []
         if not isinstance(record, Document):
             yield record
             continue
         last = record
         used = _tokens_used(record, start)
-        position, covered_to = 0, 0
+        position, covered_to, begins = 0, 0, True
         pieces = tokens_in_pieces(encoder, record.text)
         for ids, ends in _with_eos(pieces, eos, len(record.text)):
             for index, (token, end) in enumerate(zip(ids, ends, strict=True)):
@@ -291,16 +294,24 @@ def packed(
                     continue
                 if not block:
                     first, part = record, (position - 1) // max_length
+                if not parts or begins:
+                    parts.append(
+                        {"shard": record.shard, "row": record.row, "text_sha1": record.sha1,
+                         "first_token": position - 1, "tokens": 0}
+                    )  # fmt: skip
+                    begins = False
+                parts[-1]["tokens"] += 1
                 block.append(token)
                 if len(block) == max_length or index == len(ids) - 1:
                     size_bytes += len(record.text[covered_to:end].encode("utf-8"))
                     covered_to = end
                 if len(block) == max_length:
                     assert first is not None
-                    yield Sample(block, first, dataclasses.replace(record.here, token=position), size_bytes, part)
-                    block, size_bytes, first = [], 0, None
+                    after = dataclasses.replace(record.here, token=position)
+                    yield Sample(block, first, after, size_bytes, part, documents=parts)
+                    block, size_bytes, first, parts = [], 0, None, []
     if len(block) >= 2 and first is not None and last is not None:
-        yield Sample(block, first, last.after, size_bytes, part)
+        yield Sample(block, first, last.after, size_bytes, part, documents=parts)
 
 
 def _with_eos(

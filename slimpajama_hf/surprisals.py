@@ -16,21 +16,26 @@ _DTYPE = np.dtype("<f2")
 
 
 class Surprisals:
-    """Appends the values of finished steps; `predicted` tokens stand in the file already."""
+    """Writes the values of finished steps; `predicted` tokens stand in the file already."""
 
     def __init__(self, path: Path, predicted: int = 0) -> None:
         self.path = path
-        self._offset = predicted * _DTYPE.itemsize
+        self._predicted = predicted
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
-    def append(self, nats: np.ndarray) -> None:
-        """Write the values (tokens - 1,) of the next step. Raises OSError when the disk is full; may be called again."""
+    def write(self, nats: np.ndarray) -> None:
+        """The values (tokens - 1,) of the next step, at their place; `advance` makes it the place of the one after.
+
+        Raises OSError when the disk is full; the same step can then be written again.
+        """
         # Beyond 65,504 float16 is infinite; a surprisal that large says the same as the largest.
         data = np.clip(nats, 0.0, 65504.0).astype(_DTYPE).tobytes()
-        # At its own place: a write that was cut short is simply made again.
-        if os.pwrite(self._file, data, self._offset) != len(data):
+        if os.pwrite(self._file, data, self._predicted * _DTYPE.itemsize) != len(data):
             raise OSError(28, "No space left on device", str(self.path))
-        self._offset += len(data)
+
+    def advance(self, predicted: int) -> None:
+        """The step that was written, of `predicted` values, stands in the ledger too."""
+        self._predicted += predicted
 
     def sync(self) -> None:
         """Force the values to the disk."""

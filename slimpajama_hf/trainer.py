@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
@@ -20,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from slimpajama_hf import checkpoints
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.evaluation import HeldOutScores
+from slimpajama_hf.gpt2_step import GPT2Step, unsupported
 from slimpajama_hf.recorder import StepRecorder, TrainingClock
 from slimpajama_hf.samples import Sample, SampleStream
 
@@ -28,6 +30,7 @@ MOST_NOT_FINITE_IN_A_ROW = 10
 
 #: Private methods of Trainer that we override or call: a test fails when their signature moves.
 PRIVATE_HOOKS = {
+    "_clip_grad_norm": "(self, model)",
     "_get_grad_norm": "(self, model, grad_norm=None)",
     "_get_output_dir": "(self, trial)",
     "_save": "(self, output_dir=None, state_dict=None)",
@@ -60,11 +63,12 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
 class _AfterEachStep(TrainerCallback):
     """Hands the finished step to the recorder before any other callback sees it."""
 
-    def __init__(self, clock: TrainingClock, record: Callable[[], bool]) -> None:
+    def __init__(self, clock: TrainingClock, begin: Callable[[], None], record: Callable[[], bool]) -> None:
         self._clock = clock
-        self._record = record
+        self._begin, self._record = begin, record
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begin()
         self._clock.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -80,6 +84,9 @@ class SlimPajamaTrainer(Trainer):
     Beside what `transformers.Trainer` does: the loss is the mean over the predicted tokens (5.23 alone under-scales
     GPT-2's by (L-1)/L); accuracy is taken where the logits are; every step becomes a row of the ledger; checkpoints
     are staged, given a manifest and renamed; no `training_args.bin` (it pickles the Hub token).
+
+    `backward`: `auto` computes GPT-2's step with `gpt2_step.py` where that can, else and with `autograd` the Trainer
+    does.
     """
 
     def __init__(
@@ -90,6 +97,7 @@ class SlimPajamaTrainer(Trainer):
         about: dict[str, Any],
         callbacks: list[TrainerCallback] | None = None,
         held_out: HeldOutScores | None = None,
+        backward: str = "auto",
         **trainer_arguments: Any,
     ) -> None:
         self.stream = stream
@@ -107,6 +115,9 @@ class SlimPajamaTrainer(Trainer):
         """Records passed over in this session, by reason."""
         self._held_out = held_out
         self._correct = self._loss = self._grad_norm = self._not_finite = torch.tensor(0.0)
+        self._nats = torch.zeros(0)
+        self._backward = backward
+        self._written_out: GPT2Step | None = None
         self._out_of_memory = 0
         self._update_skipped = ""
         self.failure: UserError | None = None
@@ -118,7 +129,7 @@ class SlimPajamaTrainer(Trainer):
             train_dataset=_Samples(stream),
             eval_dataset=held_out.samples if held_out is not None else None,
             data_collator=collate,
-            callbacks=[_AfterEachStep(self.clock, self._record_step), *(callbacks or [])],
+            callbacks=[_AfterEachStep(self.clock, self._begin_training, self._record_step), *(callbacks or [])],
             **trainer_arguments,
         )
         # The bar and the lines are ours; the dictionary that this one prints is noise.
@@ -161,12 +172,39 @@ class SlimPajamaTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def why_autograd(self) -> str | None:
+        """Why the step is left to autograd, in words; None where it is written out (`gpt2_step.py`)."""
+        if self._backward == "autograd":
+            return "--backward autograd"
+        args = self.args
+        if args.world_size > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "several processes"
+        if args.gradient_accumulation_steps > 1 or args.gradient_checkpointing or args.torch_compile:
+            return "gradient accumulation, checkpointing or torch.compile"
+        if args.fp16 or self.label_smoother is not None:
+            return "float16 or label smoothing"
+        return unsupported(self.accelerator.unwrap_model(self.model))
+
+    def _begin_training(self) -> None:
+        """Weights are loaded, the optimizer is there: now the step can be made ready."""
+        if self.why_autograd() is None:
+            self._written_out = GPT2Step(
+                self.accelerator.unwrap_model(self.model),
+                "bfloat16" if self.args.bf16 else "float32",
+                self.stream.max_length,
+                self.recorder.trouble,
+            )
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward on one sample; returns its loss, nats per token, on the device."""
         self.sample = inputs.pop("sample")
         self._update_skipped = ""
         try:
-            self._loss = super().training_step(model, inputs, num_items_in_batch)
+            if self._written_out is not None:
+                result = self._written_out(self._prepare_inputs(inputs)["input_ids"][0])
+                self._loss, self._correct, self._nats = result.loss, result.correct, result.nats
+            else:
+                self._loss = super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
             self._loss = self._without_memory(error)
         return self._loss
@@ -191,19 +229,42 @@ class SlimPajamaTrainer(Trainer):
             "the next time the run stops"
         )
         self._correct = torch.zeros((), device=self.args.device)
+        self._nats = torch.full((len(self.sample.input_ids) - 1,), float("nan"), device=self.args.device)
         return torch.full((), float("nan"), device=self.args.device)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean cross-entropy of the predicted tokens; counts the right ones while the logits are here."""
-        outputs = model(**inputs, use_cache=False)
+        """Mean cross-entropy of the predicted tokens; keeps that of each, and counts the right ones, on the way."""
+        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
+        logits, targets = outputs.logits[0, :-1].float(), inputs["labels"][0, 1:]  # (T-1, V), (T-1,)
+        nats = F.cross_entropy(logits, targets, reduction="none")  # (T-1,)
+        loss = nats.mean()
         with torch.no_grad():
-            guesses = outputs.logits[:, :-1].argmax(dim=-1)  # (1, T-1)
-            self._correct = (guesses == inputs["labels"][:, 1:]).sum()
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+            self._nats = nats.detach()
+            self._correct = (logits.argmax(dim=-1) == targets).sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        """The norm of the gradient; the optimizer scales by it while it reads, which saves a pass over the weights."""
+        if self._written_out is None:
+            return super()._clip_grad_norm(model)
+        norm = self._written_out.squared_norms().sum().sqrt()
+        too_long_by = ((norm + 1e-6) / self.args.max_grad_norm).clamp(min=1.0)
+        optimizer = self._plain_optimizer()
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.grad_scale = too_long_by
+        else:
+            self._written_out.gradients.div_(too_long_by)
+        return norm
+
+    def _plain_optimizer(self) -> Any:
+        """The optimizer without accelerate's wrapping."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self._written_out is not None:
+            grad_norm = self._written_out.squared_norms().sum().sqrt()
         norm = super()._get_grad_norm(model, grad_norm)
         self._grad_norm = norm if isinstance(norm, torch.Tensor) else torch.tensor(float(norm))
         # Of a sharded model the norm is a DTensor.
@@ -224,7 +285,7 @@ class SlimPajamaTrainer(Trainer):
             # With several processes the loss is each rank's own, and all ranks must decide alike.
             finite = finite & torch.isfinite(self._loss)
         self._not_finite = 1.0 - finite.float()
-        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer = self._plain_optimizer()
         if self._loss.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.found_inf = self._not_finite
         elif self._not_finite.item():
@@ -249,9 +310,9 @@ class SlimPajamaTrainer(Trainer):
         # The scheduler has moved on already: this is the rate that the step used.
         warmup = self.args.get_warmup_steps(self.state.max_steps)
         rate = get_learning_rate(step, self.args.learning_rate, warmup)
-        values = torch.stack(
-            [self._loss.detach().float(), self._correct.float(), self._grad_norm.float(), self._not_finite]
-        )  # (4,)
+        numbers = [self._loss.detach().float(), self._correct.float(), self._grad_norm.float(), self._not_finite]
+        predicted = len(self.sample.input_ids) - 1
+        values = torch.cat([torch.stack(numbers), self._nats[:predicted]])  # (4 + T-1,)
         self.recorder.add(step, self.sample, values, rate, self.clock.lap(), self._update_skipped)
         bad = self.recorder.not_finite
         if len(bad) >= MOST_NOT_FINITE_IN_A_ROW:

@@ -65,7 +65,7 @@ def test_cutting_back_and_going_on_equals_never_having_stopped(tmp_path):
     fill(path, 8)
     with open(path, "ab") as file:
         file.write(b'{"step": 8, "torn')
-    book = Ledger(path, ledger.cut_back(path, 5))
+    book = Ledger(path, ledger.cut_back(path, 5).chain)
     for step in range(5, 10):
         book.append(row(step))
     book.close()

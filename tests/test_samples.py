@@ -79,6 +79,27 @@ def test_packed_blocks_joined_are_the_documents_joined_by_eos(shards, encoder):
     assert sum(sample.text_bytes for sample in made) == total
 
 
+def test_a_packed_block_names_every_document_that_it_is_made_of(shards, encoder):
+    eos = encoder.tokenizer.eos_token_id
+    whole = {
+        (record.shard, record.row): (record.sha1, [*encoder.encode(record.text)[0], eos])
+        for record in corpora.open_corpus(f"{shards}/*").records(Cursor())
+    }
+    made = list(stream(f"{shards}/*", encoder, "pack"))
+    for sample in made:
+        rebuilt = []
+        for part in sample.documents:
+            sha1, ids = whole[part["shard"], part["row"]]
+            assert part["text_sha1"] == sha1 and part["tokens"] > 0
+            rebuilt += ids[part["first_token"] : part["first_token"] + part["tokens"]]
+        assert rebuilt == sample.input_ids
+        assert (sample.documents[0]["shard"], sample.documents[0]["row"]) == (
+            sample.document.shard,
+            sample.document.row,
+        )
+    assert max(len(sample.documents) for sample in made) > 2
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_it_goes_on_after_any_sample_as_if_never_stopped(shards, encoder, mode):
     whole = list(stream(f"{shards}/*", encoder, mode))

@@ -1,0 +1,376 @@
+"""GPT-2's forward and backward on one sample, written out: the arithmetic of autograd's step with fewer bytes moved.
+
+Why it is faster (figures of 2 CPU cores in benchmarks/results):
+- gradients go straight into one buffer that lives as long as the run: none is zeroed, added up or allocated anew, and
+  the tied embedding gets one dense gradient where autograd makes two and adds them;
+- softmax of the logits, its loss and its gradient are one buffer, worked on in place; from it come, for nothing, the
+  surprisal of every token and the tokens that were guessed right;
+- the norm for clipping is taken from that buffer, and the optimizer scales while it reads (`grad_scale`);
+- GELU's tanh is written as the sigmoid that it equals, which is one third of the cost, and its backward is
+  multiplications;
+- attention of up to 512 tokens in float32 on a CPU is three products a head: cheaper backward than the fused kernel's;
+- no modules, hooks or graph: on CUDA all of it is captured once and replayed as one graph.
+
+What is trained is the same function: losses and gradients agree with `GPT2LMHeadModel` to float32 rounding
+(tests/test_gpt2_step.py); in bfloat16 the casts are where autocast has them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+#: Beyond so many tokens the (heads, T, T) attention weights are worth avoiding.
+LONGEST_EXPLICIT_ATTENTION = 512
+
+#: Constants of the tanh approximation of GELU (Hendrycks & Gimpel 2016): x * sigmoid(x * (C1 + C2 * x^2)).
+_C1 = 2.0 * math.sqrt(2.0 / math.pi)
+_C2 = _C1 * 0.044715
+
+
+def unsupported(model: Any) -> str | None:
+    """Why this step cannot train `model`, in words; None when it can."""
+    from transformers import GPT2LMHeadModel
+
+    if type(model) is not GPT2LMHeadModel:
+        return f"it is a {type(model).__name__}, not GPT-2"
+    config = model.config
+    if config.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
+        return f"its activation is {config.activation_function}"
+    if config.resid_pdrop or config.embd_pdrop or config.attn_pdrop:
+        return "it has dropout"
+    if config.add_cross_attention or config.reorder_and_upcast_attn:
+        return "its attention is not GPT-2's usual one"
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return "gradient checkpointing is on"
+    if any(not p.requires_grad or p.dtype != torch.float32 for p in model.parameters()):
+        return "not all of its weights are trained in float32"
+    return None
+
+
+@dataclasses.dataclass
+class Result:
+    """What a step leaves on the device; the gradients are in `GPT2Step.gradients`."""
+
+    loss: torch.Tensor
+    """Mean over the predicted tokens, nats; ()."""
+    correct: torch.Tensor
+    """Tokens guessed right; ()."""
+    nats: torch.Tensor
+    """Surprisal of each predicted token; at least (tokens - 1,), what follows is padding."""
+
+
+class GPT2Step:
+    """Forward and backward of a `GPT2LMHeadModel`; every call overwrites the gradients of all of its parameters.
+
+    `precision`: `float32` or `bfloat16` (products in bfloat16; weights, norms, residual stream and loss in float32).
+    `max_length`: tokens of the longest sample. On CUDA samples are padded to it and the step is captured as a graph;
+    `trouble` is told in words when that fails, and it runs uncaptured.
+    """
+
+    def __init__(
+        self, model: Any, precision: str, max_length: int, trouble: Callable[[str], None] = lambda text: None
+    ) -> None:
+        reason = unsupported(model)
+        if reason is not None:
+            raise ValueError(f"this step is written out for GPT-2; {reason}")
+        config = model.config
+        self._parameters = list(model.parameters())
+        self._device = self._parameters[0].device
+        self._low = torch.bfloat16 if precision == "bfloat16" else None
+        self._max_length = max_length
+        self._trouble = trouble
+        self._width, self._heads = config.hidden_size, config.num_attention_heads
+        self._epsilon = config.layer_norm_epsilon
+        self.gradients = torch.zeros(sum(p.numel() for p in self._parameters), device=self._device)
+        """All gradients in one row, in the order of `model.parameters()`."""
+        self._views = [
+            piece.view_as(p)
+            for piece, p in zip(
+                self.gradients.split([p.numel() for p in self._parameters]), self._parameters, strict=True
+            )
+        ]
+        self._weights = [p.detach() for p in self._parameters]
+        self._copies = self._low_precision_copies()
+        place = {id(p): index for index, p in enumerate(self._parameters)}
+        self._place = lambda parameter: place[id(parameter)]
+        transformer = model.transformer
+        self._blocks = list(transformer.h)
+        self._scaling = [block.attn.scaling for block in self._blocks]
+        self._wte, self._wpe = self._place(transformer.wte.weight), self._place(transformer.wpe.weight)
+        self._head = self._place(model.lm_head.weight)
+        self._final = transformer.ln_f
+        self._positions_used = 0
+        self._mask = torch.full((1, 1), 0.0, device=self._device)
+        self._graph: _Graph | None = None
+        self._graph_failed = self._device.type != "cuda"
+
+    def _low_precision_copies(self) -> list[torch.Tensor]:
+        if self._low is None:
+            return self._weights
+        return [torch.empty_like(weight, dtype=self._low) for weight in self._weights]
+
+    def __call__(self, input_ids: torch.Tensor) -> Result:
+        """One sample, `input_ids` (T,) on the model's device with 2 <= T <= max_length. Leaves `.grad` set."""
+        with torch.no_grad():
+            result = self._captured(input_ids) if not self._graph_failed else None
+            if result is None:
+                result = self._run(input_ids, self._shares(input_ids.numel(), input_ids.numel()))
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            parameter.grad = view
+        return result
+
+    def squared_norms(self) -> torch.Tensor:
+        """Squared L2 norm of the gradient of each parameter, (parameters,), on the device."""
+        if self._device.type == "cpu":
+            return torch.stack([torch.dot(view.view(-1), view.view(-1)) for view in self._views])
+        return torch.stack(torch._foreach_norm(self._views)).square()
+
+    # ---- a graph of CUDA ----
+
+    def _captured(self, input_ids: torch.Tensor) -> Result | None:
+        if self._graph is None:
+            try:
+                self._graph = _Graph(self)
+            except RuntimeError as error:
+                self._graph_failed = True
+                torch.cuda.synchronize()
+                why = " ".join(str(error).split())[:200]
+                self._trouble(f"the step runs without a CUDA graph, somewhat slower: it could not be captured ({why})")
+                return None
+        return self._graph(input_ids)
+
+    def _shares(self, tokens: int, length: int) -> torch.Tensor:
+        """Weight of each position in the loss, (length,): 1/(tokens - 1) where a token is predicted, else 0."""
+        shares = torch.zeros(length, device=self._device)
+        shares[: tokens - 1] = 1.0 / (tokens - 1)
+        return shares
+
+    # ---- the arithmetic ----
+
+    def _lowered(self, values: torch.Tensor) -> torch.Tensor:
+        return values if self._low is None else values.to(self._low)
+
+    def _linear(self, module: Any, inputs: torch.Tensor) -> torch.Tensor:
+        """`inputs @ W + b` of a Conv1D, W of shape (in, out)."""
+        return torch.addmm(self._copies[self._place(module.bias)], inputs, self._copies[self._place(module.weight)])
+
+    def _linear_backward(self, module: Any, inputs: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Gradients of W and b into their places; returns that of the inputs."""
+        weight = self._place(module.weight)
+        self._product(inputs.t(), gradient, self._views[weight])
+        torch.sum(gradient, 0, dtype=torch.float32, out=self._views[self._place(module.bias)])
+        return torch.mm(gradient, self._copies[weight].t())
+
+    def _product(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+        if self._low is None:
+            torch.mm(left, right, out=out)
+        else:
+            out.copy_(torch.mm(left, right))
+
+    def _norm(self, module: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return torch.native_layer_norm(inputs, (self._width,), module.weight, module.bias, self._epsilon)
+
+    def _norm_backward(
+        self, module: Any, gradient: torch.Tensor, inputs: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
+    ) -> torch.Tensor:
+        of_inputs, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
+            gradient, inputs, (self._width,), mean, rstd, module.weight, module.bias, (True, True, True)
+        )
+        self._views[self._place(module.weight)].copy_(of_weight)
+        self._views[self._place(module.bias)].copy_(of_bias)
+        return of_inputs
+
+    def _run(self, input_ids: torch.Tensor, shares: torch.Tensor) -> Result:
+        """Forward and backward of (T,) ids with the weight of each position in the loss, `shares` (T,)."""
+        length = input_ids.numel()
+        if self._low is not None:
+            torch._foreach_copy_(self._copies, self._weights)
+        x = torch.embedding(self._weights[self._wte], input_ids)  # (T, D)
+        x += self._weights[self._wpe][:length]
+        kept = []
+        for block, scaling in zip(self._blocks, self._scaling, strict=True):
+            entered = x
+            normed, mean, rstd = self._norm(block.ln_1, x)
+            normed = self._lowered(normed)
+            qkv = self._linear(block.attn.c_attn, normed)  # (T, 3D)
+            attended, attention_back = self._attention(qkv, scaling)  # (T, D)
+            x = x + self._linear(block.attn.c_proj, attended)
+            middle = x
+            normed_2, mean_2, rstd_2 = self._norm(block.ln_2, x)
+            normed_2 = self._lowered(normed_2)
+            active, activation_back = _gelu(self._linear(block.mlp.c_fc, normed_2))  # (T, 4D)
+            x = x + self._linear(block.mlp.c_proj, active)
+            kept.append(
+                (block, entered, normed, mean, rstd, attended, attention_back, middle, normed_2, mean_2, rstd_2,
+                 active, activation_back)
+            )  # fmt: skip
+        result, dx = self._head_and_loss(x, input_ids, shares)
+        while kept:
+            (block, entered, normed, mean, rstd, attended, attention_back, middle, normed_2, mean_2, rstd_2,
+             active, activation_back) = kept.pop()  # fmt: skip
+            d = self._linear_backward(block.mlp.c_proj, active, self._lowered(dx))
+            d = self._linear_backward(block.mlp.c_fc, normed_2, activation_back(d))
+            dx += self._norm_backward(block.ln_2, d.float(), middle, mean_2, rstd_2)
+            d = self._linear_backward(block.attn.c_proj, attended, self._lowered(dx))
+            d = self._linear_backward(block.attn.c_attn, normed, attention_back(d))
+            dx += self._norm_backward(block.ln_1, d.float(), entered, mean, rstd)
+        self._embeddings_backward(input_ids, dx)
+        return result
+
+    def _attention(
+        self, qkv: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """Causal attention of all heads, (T, 3D) -> (T, D), and the function that takes its gradient back."""
+        length = qkv.shape[0]
+        size = self._width // self._heads
+        if self._device.type != "cpu" or self._low is not None or length > LONGEST_EXPLICIT_ATTENTION:
+            return _fused_attention(qkv, scaling, self._heads)
+        query, key, value = qkv.view(length, 3, self._heads, size).permute(1, 2, 0, 3)  # (H, T, d) each
+        weights = torch.baddbmm(self._causal(length), query, key.transpose(1, 2), alpha=scaling)  # (H, T, T)
+        torch.softmax(weights, -1, out=weights)
+        attended = torch.bmm(weights, value).transpose(0, 1).reshape(length, self._width)
+
+        def back(gradient: torch.Tensor) -> torch.Tensor:
+            by_head = gradient.view(length, self._heads, size).transpose(0, 1)  # (H, T, d)
+            of_weights = torch.bmm(by_head, value.transpose(1, 2))
+            scores = torch._softmax_backward_data(of_weights, weights, -1, torch.float32).mul_(scaling)
+            of_qkv = torch.empty_like(qkv)
+            parts = of_qkv.view(length, 3, self._heads, size).permute(1, 2, 0, 3)
+            parts[0].copy_(torch.bmm(scores, key))
+            parts[1].copy_(torch.bmm(scores.transpose(1, 2), query))
+            parts[2].copy_(torch.bmm(weights.transpose(1, 2), by_head))
+            return of_qkv
+
+        return attended, back
+
+    def _causal(self, length: int) -> torch.Tensor:
+        """0 where a position may look, -inf where it may not; (1, T, T)."""
+        if self._mask.shape[0] < length:
+            self._mask = torch.full((length, length), -math.inf, device=self._device).triu_(1)
+        return self._mask[:length, :length].unsqueeze(0)
+
+    def _head_and_loss(
+        self, x: torch.Tensor, input_ids: torch.Tensor, shares: torch.Tensor
+    ) -> tuple[Result, torch.Tensor]:
+        """Logits, loss and the gradient of `x` (T, D), with the head's gradient in its place."""
+        hidden, mean, rstd = self._norm(self._final, x)
+        hidden = self._lowered(hidden)
+        head = self._copies[self._head]
+        logits = torch.mm(hidden, head.t()).float()  # (T, V), the largest thing of the step: worked on in place
+        targets = input_ids.roll(-1).unsqueeze(1)  # (T, 1); the last one is not predicted and has no share
+        highest = logits.amax(1, keepdim=True)
+        of_target = logits.gather(1, targets)
+        correct = self._guessed(logits, highest, of_target, targets, shares)
+        logits.sub_(highest).exp_()
+        total = logits.sum(1, keepdim=True)
+        nats = (total.log() + highest - of_target).squeeze(1)  # (T,)
+        loss = torch.dot(nats, shares)
+        # Softmax minus one at the target, in the mean of the loss.
+        logits.mul_(shares.unsqueeze(1) / total)
+        logits.scatter_add_(1, targets, -shares.unsqueeze(1))
+        gradient = self._lowered(logits)
+        self._product(gradient.t(), hidden, self._views[self._head])
+        of_hidden = torch.mm(gradient, head)
+        return Result(loss, correct, nats), self._norm_backward(self._final, of_hidden.float(), x, mean, rstd)
+
+    def _guessed(
+        self,
+        logits: torch.Tensor,
+        highest: torch.Tensor,
+        of_target: torch.Tensor,
+        targets: torch.Tensor,
+        shares: torch.Tensor,
+    ) -> torch.Tensor:
+        """How many targets are the (first) likeliest token."""
+        if self._device.type != "cpu":
+            return ((logits.argmax(1, keepdim=True) == targets).squeeze(1) & (shares > 0)).sum()
+        # `argmax` over all rows takes ten times as long as `amax`; where the target is not highest it is not needed.
+        rows = ((of_target == highest).squeeze(1) & (shares > 0)).nonzero().squeeze(1)
+        return (logits[rows].argmax(1, keepdim=True) == targets[rows]).sum()
+
+    def _embeddings_backward(self, input_ids: torch.Tensor, gradient: torch.Tensor) -> None:
+        words, positions = self._views[self._wte], self._views[self._wpe]
+        if self._wte != self._head:
+            words.zero_()
+        if self._device.type == "cpu":
+            words.index_add_(0, input_ids, gradient)
+        else:
+            # Sorted, so that two runs add in the same order; `index_add_` is atomic there.
+            words.index_put_((input_ids,), gradient, accumulate=True)
+        length = gradient.shape[0]
+        positions[:length].copy_(gradient)
+        if length < self._positions_used:
+            positions[length : self._positions_used].zero_()
+        self._positions_used = length
+
+
+class _Graph:
+    """The step captured on CUDA, at one length: shorter samples are padded, their padding has no share in the loss.
+
+    Causal attention lets no token see what follows it, so padding changes nothing before it.
+    """
+
+    def __init__(self, step: GPT2Step) -> None:
+        self._step = step
+        length, device = step._max_length, step._device
+        self._ids = torch.zeros(length, dtype=torch.long, device=device)
+        self._shares = step._shares(length, length)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step._run(self._ids, self._shares)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = step._run(self._ids, self._shares)
+
+    def __call__(self, input_ids: torch.Tensor) -> Result:
+        tokens = input_ids.numel()
+        self._ids.zero_()
+        self._ids[:tokens].copy_(input_ids)
+        self._shares.zero_()
+        self._shares[: tokens - 1].fill_(1.0 / (tokens - 1))
+        self._graph.replay()
+        # The next replay overwrites these.
+        return Result(self._result.loss.clone(), self._result.correct.clone(), self._result.nats.clone())
+
+
+def _gelu(x: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """GELU (tanh approximation) of x, and the function that takes its gradient back."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        # One kernel each, exact inside.
+        return F.gelu(x, approximate="tanh"), lambda d: torch.ops.aten.gelu_backward(d, x, approximate="tanh")
+    # x * s, and s + x * s * (1 - s) * (C1 + 3 C2 x^2), in four buffers: a CPU's tanh costs more than all of this.
+    first = torch.tensor(_C1)
+    square = x * x
+    scratch = torch.add(first, square, alpha=_C2).mul_(x)
+    s = torch.sigmoid(scratch)
+    active = x * s
+    torch.addcmul(active, active, s, value=-1.0, out=scratch)
+    torch.add(first, square, alpha=3.0 * _C2, out=square)
+    slope = s.addcmul_(scratch, square)
+    return active, lambda d: d.mul_(slope)
+
+
+def _fused_attention(
+    qkv: torch.Tensor, scaling: float, heads: int
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """The same by torch's fused kernels; autograd knows their backward."""
+    length, width = qkv.shape[0], qkv.shape[1] // 3
+    with torch.enable_grad():
+        leaf = qkv.detach().requires_grad_()
+        query, key, value = leaf.view(1, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)  # (1, H, T, d) each
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        attended = attended.transpose(1, 2).reshape(length, width)
+
+    def back(gradient: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(attended, leaf, gradient)[0]
+
+    return attended.detach(), back

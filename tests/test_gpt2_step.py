@@ -1,0 +1,183 @@
+"""The step written out for GPT-2 is the step that autograd makes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from slimpajama_hf import model as models
+from slimpajama_hf.gpt2_step import GPT2Step, unsupported
+from slimpajama_hf.tokenizer import load_tokenizer
+from tests.conftest import NANO, read_ledger, run_script
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("builtin")
+
+
+def build(tokenizer, overrides: str = "", length: int = 64):
+    config = models.model_config("tiny", f"n_layer=2,n_embd=48,n_head=3,{overrides}", tokenizer, length)
+    model = models.build(config, 5)
+    with torch.no_grad():
+        # Fresh biases are 0 and norms 1: a wrong gradient of theirs, or a forgotten bias, would hide.
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def ids_of(length: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def reference(model, ids: torch.Tensor):
+    model.zero_grad(set_to_none=True)
+    outputs = model(input_ids=ids[None], labels=ids[None], use_cache=False)
+    outputs.loss.backward()
+    return outputs, [p.grad.clone() for p in model.parameters()]
+
+
+OVERRIDES = [
+    "", "activation_function=gelu_new", "tie_word_embeddings=false", "n_inner=80", "scale_attn_weights=false",
+    "scale_attn_by_inverse_layer_idx=true",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", OVERRIDES)
+def test_loss_guesses_surprisals_and_every_gradient_are_those_of_autograd(tokenizer, overrides):
+    model = build(tokenizer, overrides)
+    step = GPT2Step(model, "float32", 64)
+    # Long, short, long: what one sample leaves in the buffers must not reach the next.
+    for seed, length in enumerate((64, 2, 3, 40, 64, 17)):
+        ids = ids_of(length, len(tokenizer), seed)
+        outputs, gradients = reference(model, ids)
+        result = step(ids)
+        assert result.loss.item() == pytest.approx(outputs.loss.item(), rel=2e-6)
+        logits = outputs.logits[0, :-1]
+        nats = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        torch.testing.assert_close(result.nats[: length - 1], nats, rtol=1e-5, atol=1e-5)
+        assert result.correct.item() == (logits.argmax(-1) == ids[1:]).sum().item()
+        for (name, parameter), expected in zip(model.named_parameters(), gradients, strict=True):
+            error = (parameter.grad - expected).norm() / expected.norm().clamp(min=1e-12)
+            assert error < 2e-5, (name, length, error)
+        exact = math.sqrt(sum(g.double().square().sum().item() for g in gradients))
+        assert step.squared_norms().sum().sqrt().item() == pytest.approx(exact, rel=1e-5)
+
+
+def test_attention_beyond_the_explicit_length(tokenizer):
+    model = build(tokenizer, "n_positions=600,", 600)
+    ids = ids_of(530, len(tokenizer))
+    outputs, gradients = reference(model, ids)
+    result = GPT2Step(model, "float32", 600)(ids)
+    assert result.loss.item() == pytest.approx(outputs.loss.item(), rel=2e-6)
+    for (name, parameter), expected in zip(model.named_parameters(), gradients, strict=True):
+        assert (parameter.grad - expected).norm() / expected.norm() < 2e-5, name
+
+
+def test_padding_has_no_share(tokenizer):
+    """What the CUDA graph does: a shorter sample at the full length, its padding without a share in the loss."""
+    model = build(tokenizer)
+    step = GPT2Step(model, "float32", 64)
+    ids = ids_of(23, len(tokenizer))
+    plain = step(ids)
+    gradients = step.gradients.clone()
+    padded = torch.zeros(64, dtype=torch.long)
+    padded[:23] = ids
+    with torch.no_grad():
+        result = step._run(padded, step._shares(23, 64))
+    assert result.loss.item() == pytest.approx(plain.loss.item(), rel=1e-6)
+    assert result.correct.item() == plain.correct.item()
+    torch.testing.assert_close(result.nats[:22], plain.nats[:22], rtol=1e-5, atol=1e-5)
+    assert (step.gradients - gradients).norm() / gradients.norm() < 1e-5
+
+
+def test_the_first_of_equal_logits_is_the_guess(tokenizer):
+    """As `argmax` decides, so that accuracy is the same number whoever counts."""
+    model = build(tokenizer, "tie_word_embeddings=false")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(0.5)
+    step = GPT2Step(model, "float32", 64)
+    assert step(torch.zeros(10, dtype=torch.long)).correct.item() == 9
+    assert step(torch.full((10,), 7)).correct.item() == 0
+
+
+def test_bfloat16_is_autocast_to_its_rounding(tokenizer):
+    model = build(tokenizer)
+    ids = ids_of(64, len(tokenizer))
+    _, exact = reference(model, ids)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=ids[None], labels=ids[None], use_cache=False).loss
+    loss.backward()
+    autocast = [p.grad.clone() for p in model.parameters()]
+    result = GPT2Step(model, "bfloat16", 64)(ids)
+    assert result.loss.item() == pytest.approx(loss.item(), rel=5e-3)
+    whole = torch.cat([g.flatten() for g in exact])
+
+    def error(gradients) -> float:
+        return ((torch.cat([g.flatten() for g in gradients]) - whole).norm() / whole.norm()).item()
+
+    assert error([p.grad for p in model.parameters()]) < 1.5 * error(autocast)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("resid_pdrop=0.1", "dropout"),
+        ("activation_function=relu", "activation"),
+        ("reorder_and_upcast_attn=true", "attention"),
+    ],
+)
+def test_what_it_cannot_do_is_said(tokenizer, overrides, words):
+    model = build(tokenizer, overrides)
+    assert words in unsupported(model)
+    with pytest.raises(ValueError, match=words):
+        GPT2Step(model, "float32", 64)
+
+
+def test_frozen_weights_and_other_models_are_left_to_autograd(tokenizer):
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    model = build(tokenizer)
+    assert unsupported(model) is None
+    model.transformer.wpe.weight.requires_grad_(False)
+    assert "not all" in unsupported(model)
+    other = GPTNeoForCausalLM(
+        GPTNeoConfig(hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]])
+    )
+    assert "GPTNeo" in unsupported(other)
+
+
+def test_gradients_that_differ_are_seen(tokenizer):
+    """The comparison above can fail: one element of one bias, moved by a thousandth of its gradient's norm."""
+    model = build(tokenizer)
+    ids = ids_of(30, len(tokenizer))
+    reference(model, ids)
+    bias = model.transformer.h[0].mlp.c_fc.bias
+    expected = bias.grad
+    GPT2Step(model, "float32", 64)(ids)
+    assert bias.grad is not expected
+    bias.grad[0] += 1e-3 * expected.norm()
+    assert (bias.grad - expected).norm() / expected.norm() > 2e-5
+
+
+def test_a_run_with_it_goes_as_a_run_without(shards, tmp_path):
+    """Through the real program: clipping, AdamW and the ledger, 40 steps at a rate that moves."""
+    ledgers = []
+    for backward in ("auto", "autograd"):
+        run = tmp_path / backward
+        done = run_script(
+            *NANO, "--dataset", f"{shards}/*.jsonl.zst", "--max_steps", "40", "--warmup_steps", "5", "--output_dir", str(run),
+            "--no-checkpoint", "--precision", "float32", "--backward", backward, "--max_grad_norm", "0.5",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert ("written out" in done.stderr) == (backward == "auto")
+        ledgers.append(read_ledger(run))
+    for ours, theirs in zip(*ledgers, strict=True):
+        assert ours["text_sha1"] == theirs["text_sha1"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    assert max(row["grad_norm"] for row in ledgers[0]) > 0.5, "clipping was at work"
+    assert ledgers[0][-1]["loss"] < ledgers[0][0]["loss"] - 0.3
