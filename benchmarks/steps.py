@@ -1,10 +1,14 @@
 """What a step costs, and what seeing costs: side by side in one run, rounds interleaved.
 
     python benchmarks/steps.py                     # tiny, 300 steps a round, 3 rounds
-    python benchmarks/steps.py --model small --steps 20 --precision bfloat16
+    python benchmarks/steps.py --model small --steps 25 --rounds 3
+    python benchmarks/steps.py --history 10000     # what a step costs when 10,000 rows lie behind it
 
-Every row is measured in a process of its own. Times are the medians of the rounds; machines are noisy, so read the
-ratios. The table is printed and kept as JSON under benchmarks/results/.
+Every row is measured in a process of its own; one of `--model`, one document of 256 tokens a step, no dropout. The
+bare loop and the stock Trainer train the model as transformers has it (`gelu_new`). Times are means over a round and
+medians over the rounds; machines are noisy, so read the ratios. `floor` is what the arithmetic alone takes at the
+rates that the same machine shows in the same run: products at the rate of a large product, AdamW's 28 bytes a
+parameter at the rate of a large AdamW. The table is printed and kept as JSON under benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 WARM_UP = 10
 
 ROWS = {
+    "floor": "products and AdamW at the machine's own rates",
     "bare loop": "forward, backward, clip, AdamW; nothing else",
     "stock Trainer": "transformers.Trainer, logging every step to nothing",
     "stock Trainer, plain callbacks": "figure every 50 steps, generate every 5, JSON rewritten every step",
@@ -51,10 +56,52 @@ def samples(count: int) -> Iterator[list[int]]:
 
 
 def build(options: argparse.Namespace) -> Any:
+    """The model as transformers has it, GPT-2's own activation included."""
     from slimpajama_hf import model
     from slimpajama_hf.tokenizer import load_tokenizer
 
-    return model.build(model.model_config(options.model, None, load_tokenizer("builtin"), 256), seed=42)
+    config = model.model_config(options.model, "activation_function=gelu_new", load_tokenizer("builtin"), 256)
+    config.vocab_size = vocabulary(options)
+    return model.build(config, seed=42)
+
+
+def vocabulary(options: argparse.Namespace) -> int:
+    """Tiny has the built-in tokenizer's, the others GPT-2's (ids beyond the tokenizer's are learned not to come)."""
+    return 4096 if options.model == "tiny" else 50257
+
+
+def floor(options: argparse.Namespace) -> list[float]:
+    """Seconds that one step's products and its AdamW take at the rates this machine shows now, as times of steps."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
+    network = build(options)
+    parameters = network.num_parameters()
+    multiplied = parameters - network.transformer.wpe.weight.numel()
+    del network
+
+    def seconds(function: Any, repeats: int) -> float:
+        times = []
+        for _ in range(repeats):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[2:])
+
+    size = 1536 if device.type == "cpu" else 8192
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    products = 2 * size**3 / seconds(lambda: torch.mm(left, right, out=out), 12)
+    weights = torch.zeros(50_000_000, device=device, requires_grad=True)
+    weights.grad = torch.zeros_like(weights)
+    adamw = torch.optim.AdamW([weights], fused=True)
+    step = 6 * multiplied * 256 / products + parameters * seconds(adamw.step, 7) / weights.numel()
+    return [step * number for number in range(1, options.steps + 1)]
 
 
 def bare_loop(options: argparse.Namespace) -> list[float]:
@@ -105,6 +152,11 @@ def stock_trainer(options: argparse.Namespace, plain_callbacks: bool) -> list[fl
     class Plain(TrainerCallback):
         """What a user writes first: the whole history drawn, the whole history written."""
 
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            state.log_history += [
+                {"loss": 5.0, "grad_norm": 1.0, "learning_rate": 1e-3, "step": step} for step in range(options.history)
+            ]
+
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             history = [entry for entry in state.log_history if "loss" in entry]
             (folder / "metrics.json").write_text(json.dumps(history))
@@ -144,16 +196,24 @@ def stock_trainer(options: argparse.Namespace, plain_callbacks: bool) -> list[fl
 def ours(options: argparse.Namespace, outputs: bool) -> list[float]:
     """The real program, with a clock in its recorder."""
     import run_clm_slimpajama
-    from slimpajama_hf import recorder
+    from slimpajama_hf import model, recorder
 
     ended: list[float] = []
-    add = recorder.StepRecorder.add
+    add, configure = recorder.StepRecorder.add, model.model_config
 
-    def timed(self: Any, *arguments: Any, **keywords: Any) -> None:
-        add(self, *arguments, **keywords)
+    def timed(self: Any, step: int, *arguments: Any, **keywords: Any) -> None:
+        if step == 0 and options.history:
+            self._ledger._file.write(b"".join(line for line in rows(options.history)))
+        add(self, step + options.history, *arguments, **keywords)
         ended.append(time.perf_counter())
 
-    recorder.StepRecorder.add = timed  # type: ignore[method-assign]
+    def sized(*arguments: Any) -> Any:
+        config = configure(*arguments)
+        config.vocab_size = vocabulary(options)
+        return config
+
+    recorder.StepRecorder.add = timed  # type: ignore[method-assign, assignment]
+    model.model_config = sized
     flags = [
         "--dataset", "embedded", "--sample_mode", "pack", "--model", options.model, "--tokenizer", "builtin",
         "--max_steps", str(options.steps), "--learning_rate", "1e-6", "--no-checkpoint",
@@ -165,9 +225,23 @@ def ours(options: argparse.Namespace, outputs: bool) -> list[float]:
     return ended
 
 
+def rows(count: int) -> Iterator[bytes]:
+    """Ledger rows of steps that were never made, for `--history`."""
+    import math
+
+    for step in range(count):
+        row = {
+            "step": step, "loss": 4 + 4 * math.exp(-step / 2000) + 0.3 * math.sin(step * 1.7), "accuracy": 0.2,
+            "throughput": 2500.0, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens": 256, "text_bytes": 1000,
+            "code_bits": 2000.0, "domain": f"domain {step % 7}", "update_skipped": "", "chain": "0" * 32,
+        }  # fmt: skip
+        yield (json.dumps(row) + "\n").encode()
+
+
 def measure(options: argparse.Namespace, started: float) -> dict[str, float]:
     """One row in this process: milliseconds a step, seconds to the first step, peak memory."""
     functions = {
+        "floor": lambda: floor(options),
         "bare loop": lambda: bare_loop(options),
         "stock Trainer": lambda: stock_trainer(options, plain_callbacks=False),
         "stock Trainer, plain callbacks": lambda: stock_trainer(options, plain_callbacks=True),
@@ -202,6 +276,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def commit() -> str:
+    """The commit that runs, `+` where files differ from it."""
+    words = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    return words.stdout.strip()
+
+
 def main() -> None:
     started = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -209,6 +291,7 @@ def main() -> None:
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--steps", type=int, default=300, help="steps a round [300]")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, interleaved [3]")
+    parser.add_argument("--history", type=int, default=0, help="rows that lie behind the first step [0]")
     parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
@@ -220,7 +303,7 @@ def main() -> None:
             print(f"round {number + 1} of {options.rounds}: {row}", file=sys.stderr)
             done = subprocess.run(
                 [sys.executable, __file__, "--row", row, "--model", options.model, "--precision", options.precision,
-                 "--steps", str(options.steps)],
+                 "--steps", str(options.steps), "--history", str(options.history)],
                 capture_output=True, text=True, cwd=ROOT,
             )  # fmt: skip
             if done.returncode:
@@ -228,9 +311,13 @@ def main() -> None:
             found[row].append(json.loads(done.stdout.splitlines()[-1]))
     result = {
         "date": time.strftime("%Y-%m-%d"), "model": options.model, "precision": options.precision,
-        "tokens_per_step": 256, "steps": options.steps, "rounds": options.rounds, "machine": machine(), "rows": found,
+        "tokens_per_step": 256, "steps": options.steps, "rounds": options.rounds, "history": options.history,
+        "commit": commit(), "machine": machine(), "rows": found,
     }  # fmt: skip
-    path = ROOT / "benchmarks" / "results" / f"steps-{options.model}-{options.precision}-{result['date']}.json"
+    history = f"-history{options.history}" if options.history else ""
+    name = f"steps-{options.model}-{options.precision}{history}-{result['machine']['device']}-{result['date']}.json"
+    path = ROOT / "benchmarks" / "results" / name.replace(" ", "-")
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\n{options.model}, {options.precision}, 256 tokens a step, {options.steps} steps, {result['machine']}\n")
     print("| | ms a step | spread | tokens/s | speed, bare = 1 | peak MB | s to first step |")

@@ -27,6 +27,8 @@ import torch.nn.functional as F
 
 #: Beyond so many tokens the (heads, T, T) attention weights are worth avoiding.
 LONGEST_EXPLICIT_ATTENTION = 512
+#: Queries that look at the same keys at once.
+ATTENTION_BLOCK = 128
 
 #: Constants of the tanh approximation of GELU (Hendrycks & Gimpel 2016): x * sigmoid(x * (C1 + C2 * x^2)).
 _C1 = 2.0 * math.sqrt(2.0 / math.pi)
@@ -232,19 +234,36 @@ class GPT2Step:
         if self._device.type != "cpu" or self._low is not None or length > LONGEST_EXPLICIT_ATTENTION:
             return _fused_attention(qkv, scaling, self._heads)
         query, key, value = qkv.view(length, 3, self._heads, size).permute(1, 2, 0, 3)  # (H, T, d) each
-        weights = torch.baddbmm(self._causal(length), query, key.transpose(1, 2), alpha=scaling)  # (H, T, T)
-        torch.softmax(weights, -1, out=weights)
-        attended = torch.bmm(weights, value).transpose(0, 1).reshape(length, self._width)
+        attended = torch.empty(length, self._width)
+        by_head = attended.view(length, self._heads, size).transpose(0, 1)  # (H, T, d)
+        # Queries in blocks, each with the keys that it may see: most of what causality masks is never multiplied.
+        blocks = [(first, min(first + ATTENTION_BLOCK, length)) for first in range(0, length, ATTENTION_BLOCK)]
+        kept = []
+        for first, last in blocks:
+            mask = self._causal(length)[:, first:last, :last]
+            weights = torch.baddbmm(mask, query[:, first:last], key[:, :last].transpose(1, 2), alpha=scaling)
+            torch.softmax(weights, -1, out=weights)
+            by_head[:, first:last] = torch.bmm(weights, value[:, :last])
+            kept.append(weights)
 
         def back(gradient: torch.Tensor) -> torch.Tensor:
-            by_head = gradient.view(length, self._heads, size).transpose(0, 1)  # (H, T, d)
-            of_weights = torch.bmm(by_head, value.transpose(1, 2))
-            scores = torch._softmax_backward_data(of_weights, weights, -1, torch.float32).mul_(scaling)
+            of_attended = gradient.view(length, self._heads, size).transpose(0, 1)  # (H, T, d)
             of_qkv = torch.empty_like(qkv)
-            parts = of_qkv.view(length, 3, self._heads, size).permute(1, 2, 0, 3)
-            parts[0].copy_(torch.bmm(scores, key))
-            parts[1].copy_(torch.bmm(scores.transpose(1, 2), query))
-            parts[2].copy_(torch.bmm(weights.transpose(1, 2), by_head))
+            of_query, of_key, of_value = of_qkv.view(length, 3, self._heads, size).permute(1, 2, 0, 3)
+            keys = values = None
+            for (first, last), weights in reversed(list(zip(blocks, kept, strict=True))):
+                part = of_attended[:, first:last]
+                of_weights = torch.bmm(part, value[:, :last].transpose(1, 2))
+                scores = torch._softmax_backward_data(of_weights, weights, -1, torch.float32).mul_(scaling)
+                of_query[:, first:last] = torch.bmm(scores, key[:, :last])
+                if keys is None or values is None:
+                    keys = torch.bmm(scores.transpose(1, 2), query[:, first:last])
+                    values = torch.bmm(weights.transpose(1, 2), part)
+                else:
+                    keys[:, :last].baddbmm_(scores.transpose(1, 2), query[:, first:last])
+                    values[:, :last].baddbmm_(weights.transpose(1, 2), part)
+            of_key.copy_(keys)
+            of_value.copy_(values)
             return of_qkv
 
         return attended, back

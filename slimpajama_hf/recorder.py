@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
 from bisect import bisect_left, insort
@@ -217,7 +216,7 @@ class StepRecorder:
         # Only rank 0 keeps a ledger.
         if self._ledger is not None:
             self._unwritten.append((row, nats))
-            record = self._drain() or dataclasses.asdict(row)
+            record = self._drain() or dict(vars(row))
             self._watch(record)
             for listener in self.listeners:
                 listener(record)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -56,7 +57,8 @@ class _Samples(IterableDataset):
 def collate(samples: list[Sample]) -> dict[str, Any]:
     """One sample as a batch of one: `input_ids` and `labels` of shape (1, T), and the sample itself."""
     (sample,) = samples
-    input_ids = torch.tensor([sample.input_ids])  # (1, T)
+    # By way of NumPy: a fifth of the time of `torch.tensor` of a list.
+    input_ids = torch.from_numpy(np.asarray(sample.input_ids, np.int64)).unsqueeze(0)  # (1, T)
     return {"input_ids": input_ids, "labels": input_ids, "sample": sample}
 
 
