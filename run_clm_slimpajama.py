@@ -81,6 +81,7 @@ def main(argv: list[str]) -> int:
         epochs=data.epochs,
         skip_broken_shards=data.skip_broken_shards,
         patience_seconds=data.stream_patience,
+        leave_out=data.leave_out or (),
     )
     stream.start = point.cursor
 

@@ -41,6 +41,9 @@ class DataArguments:
     shuffle_buffer: int = _knob(0, "records shuffled together, block by block, drawn from --seed; 0: in order")
     epochs: int = _knob(1, "passes over the corpus at most")
     skip_broken_shards: bool = _knob(False, "leave out the rest of a shard that cannot be read, instead of stopping")
+    leave_out: list[str] | None = _knob(  # noqa: RUF009 - its default is None
+        None, "documents that are not trained, each as shard#row (the command `rewind` writes it)"
+    )
     stream_patience: float = _knob(600.0, "seconds that a Hub which fails is waited for before the run stops")
     eval_dataset: str | None = _knob(
         None, "held-out documents for --eval_steps; default: the corpus' own validation part"

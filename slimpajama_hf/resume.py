@@ -24,9 +24,9 @@ ROWS_REMEMBERED = 200
 #: Arguments that make a run the run that it is: a resume that changes one is refused unless `--allow_changes` names it.
 WHAT_MATTERS = (
     "dataset", "dataset_config_name", "dataset_revision", "dataset_split", "text_column", "sample_mode",
-    "max_seq_length", "shuffle_buffer", "model", "config_overrides", "tokenizer", "precision", "learning_rate",
-    "warmup_steps", "seed", "backward", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-    "optim",
+    "max_seq_length", "shuffle_buffer", "leave_out", "model", "config_overrides", "tokenizer", "precision",
+    "learning_rate", "warmup_steps", "seed", "backward", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "optim",
 )  # fmt: skip
 
 

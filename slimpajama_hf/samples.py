@@ -74,10 +74,13 @@ class SampleStream:
         skip_broken_shards: bool = False,
         patience_seconds: float = patience.SECONDS,
         read_ahead: int = 8,
+        leave_out: Iterable[str] = (),
     ) -> None:
         self.corpus, self.encoder, self.mode, self.max_length = corpus, encoder, mode, max_length
         self.passes = Passes(corpus, epochs, shuffle_buffer, seed, world_size, rank, skip_broken_shards)
         self.patience_seconds, self.read_ahead = patience_seconds, read_ahead
+        self.leave_out = frozenset(leave_out)
+        """`shard#row`: documents that are never trained; `shard#row.part`: that sample of one alone."""
         self.start = Cursor()
         self.stop: Callable[[], bool] = lambda: False
         """Whether the run is to stop; asked while waiting, from this thread and from another."""
@@ -128,10 +131,18 @@ class SampleStream:
                         f"{self.corpus.name} ({self.corpus.mirror}): {in_a_row:,} records in a row are unusable, "
                         f"the last at {sample.shard} row {sample.row} ({reasons}); check --dataset and --text_column"
                     )
+            elif self.leave_out and not self.leave_out.isdisjoint(names_of(sample)):
+                skipped["left out"] += 1
             else:
                 sample.skipped, sample.gaps = dict(skipped), gaps
                 skipped, gaps, in_a_row = Counter(), [], 0
                 yield sample
+
+
+def names_of(sample: Sample) -> tuple[str, str]:
+    """What `leave_out` calls the document of a sample, and the sample itself."""
+    document = f"{sample.document.shard}#{sample.document.row}"
+    return document, f"{document}.{sample.part}"
 
 
 def truncate(example: dict[str, Any], encoder: Encoder, max_length: int) -> dict[str, Any]:

@@ -166,3 +166,20 @@ def test_packing_without_an_end_of_text_token_is_refused(shards, encoder):
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="--sample_mode pack"):
         next(iter(stream(f"{shards}/*", Encoder(tokenizer), "pack")))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_left_out_is_passed_over_and_counted(shards, encoder, mode):
+    made = list(stream(f"{shards}/*", encoder, mode))
+    gone = made[4]
+    document, name = samples.names_of(gone)
+    assert name == f"{document}.{gone.part}"
+    shorter = stream(f"{shards}/*", encoder, mode)
+    shorter.leave_out = frozenset([name])
+    left = list(shorter)
+    assert [sample.input_ids for sample in left] == [sample.input_ids for sample in made if sample is not gone]
+    assert left[4].skipped == {"left out": 1} and not left[5].skipped
+    shorter.leave_out = frozenset([document])
+    assert [sample.input_ids for sample in shorter] == [
+        sample.input_ids for sample in made if samples.names_of(sample)[0] != document
+    ]
