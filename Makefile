@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: help install test-run test test-faults check lint types bench train clean
+.PHONY: help install test-run test test-faults check lint types audit bench train clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,7 +33,7 @@ test: $(DEV_STAMP) ## the whole test suite; no Hub, no GPU
 
 test-faults: $(DEV_STAMP) ## the long version of the faults (kills, full disks, broken streams), and their table
 	@rm -f $(VENV)/faults.jsonl
-	@FAULT_TABLE=$(VENV)/faults.jsonl $(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/test_faults.py tests/test_stream_faults.py
+	@FAULT_TABLE=$(VENV)/faults.jsonl $(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/test_faults.py tests/test_stream_faults.py tests/test_interruptions.py
 	@$(BIN)/python -m tests.fault_table $(VENV)/faults.jsonl
 
 lint: $(DEV_STAMP) ## style
@@ -43,10 +43,16 @@ lint: $(DEV_STAMP) ## style
 types: $(DEV_STAMP) ## type checker
 	@$(BIN)/mypy
 
+audit: $(DEV_STAMP) ## known vulnerabilities of the pinned dependencies, where the package index tells of them
+	@$(BIN)/pip-audit --no-deps --disable-pip --progress-spinner off -r requirements.txt
+
 check: lint types test ## lint, types and tests, as CI runs them
 
-bench: $(DEV_STAMP) ## measure the step and what seeing costs
+bench: $(DEV_STAMP) ## measure the step, what seeing costs, and what grows with a run; results in benchmarks/results/
 	@$(BIN)/python benchmarks/steps.py
+	@$(BIN)/python benchmarks/steps.py --steps 150 --rounds 1 --history 10000
+	@$(BIN)/python benchmarks/steps.py --model small --steps 25 --rounds 2
+	@$(BIN)/python benchmarks/growth.py
 
 train: $(RUN_STAMP) ## the 10,000 steps of configs/slimpajama.yaml
 	@$(BIN)/accelerate launch run_clm_slimpajama.py --config configs/slimpajama.yaml --resume_from_checkpoint true

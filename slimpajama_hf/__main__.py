@@ -58,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--json", action="store_true", help="print JSON")
 
+    commands.add_parser(
+        "plan",
+        help="memory, time and disk of a run, found by making its first steps",
+        usage="python -m slimpajama_hf plan [flags of run_clm_slimpajama.py]",
+        description="Makes the first steps of the run that the same flags would start, in a folder thrown away.",
+    )
+
     views = commands.add_parser("views", help="make metrics, samples and chart again from the ledger")
     views.add_argument("run", help="a run folder")
     return parser
@@ -156,6 +163,11 @@ def _views(options: argparse.Namespace) -> int:
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["plan"]:
+        # Its flags are those of training, which that parser knows.
+        from slimpajama_hf import trial
+
+        return trial.main(argv[1:])
     options = _parser().parse_args(argv)
     commands = {
         "evaluate": _evaluate,

@@ -68,6 +68,20 @@ def keep_freed_memory() -> bool:
     return False
 
 
+def peak_memory() -> dict[str, int]:
+    """Most bytes that this process has held so far, and that PyTorch has held on a GPU (0 without one)."""
+    import resource
+
+    import torch
+
+    # Kilobytes on Linux, bytes on macOS (getrusage).
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "device_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
+    }
+
+
 def has_fast_bfloat16() -> bool:
     """Whether this processor multiplies in bfloat16 in hardware (AVX512-BF16 or AMX; Linux on x86).
 

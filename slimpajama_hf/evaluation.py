@@ -182,7 +182,7 @@ def during_training(settings: Settings, corpus: Corpus, encoder: Encoder, folder
     if settings.training.eval_steps is None:
         return None
     documents = held_out(settings, corpus)
-    stream = SampleStream(documents, encoder, "truncate", settings.data.max_seq_length)
+    stream = SampleStream(documents, encoder, "truncate", settings.data.max_seq_length, read_ahead=0)
     samples = list(itertools.islice(stream, settings.data.eval_documents))
     if not samples:
         raise UserError(f"--eval_dataset {documents.name}: no document in it that can be scored")

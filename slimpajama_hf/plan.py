@@ -59,11 +59,12 @@ def summary(folder: RunFolder, trainer: SlimPajamaTrainer, outcome: str, seeing_
     clock = trainer.clock
     tokens = int(columns.tokens[-trainer.steps_of_session :].sum()) if trainer.steps_of_session else 0
     rate = tokens / clock.training_seconds if clock.training_seconds else 0.0
+    seeing = seeing_seconds / max(clock.training_seconds + seeing_seconds, 1e-9)
     saved = [checkpoints.path_of(folder.path, step) for step in checkpoints.steps(folder.path)]
     lines = [
         f"{outcome}: {len(columns):,} steps, {trainer.steps_of_session:,} of them now, in "
         f"{screen.format_time(clock.training_seconds)} of training ({rate:,.1f} tokens/s)"
-        f" and {screen.format_time(seeing_seconds)} of seeing",
+        f" and {screen.format_time(seeing_seconds)} of seeing ({seeing:.1%} of the run)",
         f"     final loss  {mean_of_last(columns.loss):.4f} nats per token (mean of the last 50 steps)",
         f" final accuracy  {mean_of_last(columns.accuracy):.1%} of next tokens",
         f"    prequential  {columns.prequential_bits_per_byte():.4f} bits per byte (documents scored before learned)",

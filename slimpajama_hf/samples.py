@@ -84,6 +84,10 @@ class SampleStream:
         self.start = Cursor()
         self.stop: Callable[[], bool] = lambda: False
         """Whether the run is to stop; asked while waiting, from this thread and from another."""
+        self.say: Callable[[str], None] = screen.say
+        """Told of shards that are set aside, from the thread that reads."""
+        self.gaps_at_end: list[dict[str, Any]] = []
+        """Shards set aside after the last sample of the stream: no sample carries them."""
 
     def __iter__(self) -> Iterator[Sample]:
         start = self.start
@@ -121,7 +125,7 @@ class SampleStream:
         for sample in samples:
             if isinstance(sample, Gap):
                 gaps.append({"shard": sample.shard, "row": sample.row, "reason": sample.reason})
-                screen.say(f"{sample.shard}: {sample.reason}; set aside from row {sample.row:,} on")
+                self.say(f"{sample.shard}: {sample.reason}; set aside from row {sample.row:,} on")
             elif isinstance(sample, Unusable):
                 skipped[sample.reason] += 1
                 in_a_row += 1
@@ -137,6 +141,7 @@ class SampleStream:
                 sample.skipped, sample.gaps = dict(skipped), gaps
                 skipped, gaps, in_a_row = Counter(), [], 0
                 yield sample
+        self.gaps_at_end = gaps
 
 
 def names_of(sample: Sample) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slimpajama_hf import files, plan, run_folder, screen, views
+from slimpajama_hf import devices, files, plan, run_folder, screen, views
 from slimpajama_hf.corpora import Corpus
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.patience import StopRequested
@@ -166,6 +167,7 @@ class Session:
                 f"the end of the run is not saved ({unsaved}); make room and go on from the last checkpoint"
             )
         steps = trainer.state.global_step
+        self._note_in_record()
         if not views.finish(steps):
             screen.say(f"the final chart was not drawn: {views.errors[-1]}")
         for what, errors in (("chart", views.errors[:-1]), ("sample", self.samples.failures)):
@@ -181,6 +183,16 @@ class Session:
         if steps == 0:
             raise UserError(f"{self.settings.data.dataset}: no document to learn from in this corpus")
         return self.signals.exit_code
+
+    def _note_in_record(self) -> None:
+        """What only the end of a session knows, into `run.json`; a disk that is full does not take it."""
+        found: dict[str, Any] = {"memory": devices.peak_memory()}
+        if self.trainer.stream_ended and self.trainer.stream.gaps_at_end:
+            # No row of the ledger comes after them.
+            found["gaps_after_last_step"] = self.trainer.stream.gaps_at_end
+        if self.trainer.args.should_save:
+            with contextlib.suppress(OSError):
+                files.write_json(self.folder.record, self.folder.read_record() | found, indent=1)
 
     def _outcome(self, failure: Exception | None) -> str:
         if failure is not None:

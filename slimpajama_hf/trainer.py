@@ -189,6 +189,7 @@ class SlimPajamaTrainer(Trainer):
 
     def _begin_training(self) -> None:
         """Weights are loaded, the optimizer is there: now the step can be made ready."""
+        self.stream.say = self.recorder.trouble
         if self.why_autograd() is None:
             self._written_out = GPT2Step(
                 self.accelerator.unwrap_model(self.model),

@@ -1,8 +1,8 @@
 """The views are drawn in a process of their own, so that a step never waits for a chart.
 
 Run as `python -m slimpajama_hf.view_process RUN`: a JSON object per line comes in, `{"steps": N, "title": ...,
-"subtitle": ..., "max_steps": ...}`, and one goes out when it is drawn, `{"steps": N, "cpu_seconds": s}` or
-`{"steps": N, "error": "..."}`. It ends when its input ends, so it never outlives its run.
+"subtitle": ..., "max_steps": ..., "final": ...}`, and one goes out when it is drawn, `{"steps": N, "cpu_seconds": s}`
+or `{"steps": N, "error": "..."}`. It ends when its input ends, so it never outlives its run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ViewProcess:
         self.drawn = 0
         self.errors: list[str] = []
 
-    def request(self, steps: int) -> None:
+    def request(self, steps: int, final: bool = False) -> None:
         """Ask for the views as of `steps` steps. Waits only when `MOST_WAITING` requests are unanswered."""
         self.collect()
         while self.waiting >= MOST_WAITING and self._running():
@@ -49,7 +49,7 @@ class ViewProcess:
             if not self._running():
                 self._start()
             assert self._process is not None and self._process.stdin is not None
-            self._process.stdin.write(json.dumps(self._request | {"steps": steps}) + "\n")
+            self._process.stdin.write(json.dumps(self._request | {"steps": steps, "final": final}) + "\n")
             self._process.stdin.flush()
             self.waiting += 1
         except OSError as error:
@@ -66,7 +66,7 @@ class ViewProcess:
     def finish(self, steps: int, timeout: float = 300.0) -> bool:
         """Draw the final views and end the process; whether the last drawing succeeded."""
         before = len(self.errors)
-        self.request(steps)
+        self.request(steps, final=True)
         deadline = time.monotonic() + timeout
         while self.waiting and self._running() and time.monotonic() < deadline:
             self._take(timeout=0.2)

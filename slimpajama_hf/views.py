@@ -59,15 +59,29 @@ def write_text_samples(folder: RunFolder, samples: list[dict[str, Any]]) -> Path
     return path
 
 
+#: Up to so many steps the JSON files are written at every redraw.
+ALWAYS_WRITTEN_STEPS = 20_000
+#: Beyond, when the run has grown by this part since the last time, and at its end: a file that is written anew at every
+#: redraw would cost more with every step, this costs the same per step however long the run is.
+WRITTEN_AFTER_GROWTH = 0.05
+
+
 class Views:
     """Redraws the views of one run, reading only what its ledger gained."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self._reader = ledger.Reader(folder.ledger)
+        self._written_at = 0
 
-    def redraw(self, steps: int | None, title: str, subtitle: str, max_steps: int) -> Path:
-        """Write metrics, samples and chart as they are after `steps` steps (None: all); returns the chart's path."""
+    def _due(self, steps: int) -> bool:
+        return steps <= ALWAYS_WRITTEN_STEPS or steps >= (1 + WRITTEN_AFTER_GROWTH) * self._written_at
+
+    def redraw(self, steps: int | None, title: str, subtitle: str, max_steps: int, final: bool = True) -> Path:
+        """Write chart, metrics and samples as they are after `steps` steps (None: all); returns the chart's path.
+
+        Of a long run that is on (not `final`) the two JSON files are written after every 5 % of growth.
+        """
         from slimpajama_hf import charts
 
         columns = self._reader.update()
@@ -75,8 +89,10 @@ class Views:
             columns = columns.first(steps)
         samples = [sample for sample in read_samples(self.folder.samples) if sample["step"] < max(len(columns), 1)]
         self.folder.viz.mkdir(parents=True, exist_ok=True)
-        write_metrics_history(self.folder, columns)
-        write_text_samples(self.folder, samples)
+        if final or self._due(len(columns)):
+            write_metrics_history(self.folder, columns)
+            write_text_samples(self.folder, samples)
+            self._written_at = len(columns)
         return charts.write(self.folder.viz, columns, samples, charts.Caption(title, subtitle, max_steps))
 
 

@@ -1,0 +1,335 @@
+"""What a run keeps beside its ledger so that its report can explain single steps: `passports.jsonl`, `prompts.jsonl`.
+
+A passport is the document of a step with the surprisal of each token before and after the update, and the model's five
+likeliest guesses at each place. Both files are append-only JSON lines; a resume keeps what lies before its step
+(`resume.cut_back_lines(path, lambda entry: entry["step"] < point.step)`).
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from slimpajama_hf import generation, ledger
+from slimpajama_hf.files import GrowingFile
+from slimpajama_hf.recorder import LossSpikes
+
+if TYPE_CHECKING:
+    from slimpajama_hf.run_folder import RunFolder
+    from slimpajama_hf.tokenizer import Encoder
+    from slimpajama_hf.trainer import SlimPajamaTrainer
+
+PASSPORTS = "passports.jsonl"
+PROMPTS = "prompts.jsonl"
+
+#: Share of the run that passports may take where nobody typed an interval, and again prompts.
+BUDGET = 0.005
+#: Seconds that each may take in any case: the shortest run shall have something to show.
+FREE_SECONDS = 0.5
+
+#: Guesses kept at each place, the likeliest first.
+GUESSES = 5
+
+#: Passports spread evenly over a run, beside those at its beginning.
+SPREAD = 200
+
+#: Documents kept (their tokens alone) because their loss was unusual for its time, on each side.
+UNUSUAL = 12
+
+#: What the model is asked to continue, always the same: prose, a list of facts, code.
+FIXED_PROMPTS = ("The most important thing about", "In the year 1815, the", "def main(")
+PROMPT_TOKENS = 32
+
+
+def is_early(step: int) -> bool:
+    """Whether `step` is one of 0, 1, 2, 3, 5, 8, 13, ... (Fibonacci): dense where a run changes fastest."""
+    low, high = 0, 1
+    while low < step:
+        low, high = high, low + high
+    return low == step
+
+
+def pieces(encoder: Encoder, ids: Sequence[int]) -> list[str]:
+    """The text of each token of `ids`, so that together they are the text of all.
+
+    A token that ends inside a character gives "", the one that ends the character gives it whole. Control tokens give
+    their names.
+    """
+    found: list[str] = []
+    begin = 0  # Decoding starts here: far enough back for the spaces, near enough to be cheap.
+    shown = ""
+    for index, token in enumerate(ids):
+        text = encoder.decode(ids[begin : index + 1])
+        if text.endswith("\ufffd") and index - begin < 16:
+            found.append("")
+            continue
+        new = text[len(shown) :] if text.startswith(shown) else text
+        found.append(new or _control_name(encoder, token))
+        # The next one is decoded behind this one alone; a piece that is no whole character cannot be a beginning.
+        begin = index
+        shown = encoder.decode(ids[begin : index + 1])
+    return found
+
+
+def _control_name(encoder: Encoder, token: int) -> str:
+    name = encoder.tokenizer.convert_ids_to_tokens(int(token))
+    return str(name) if name in encoder.tokenizer.all_special_tokens else ""
+
+
+class _Guesses:
+    """The text of single tokens as they stand inside a text; each is decoded once in a run."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._known: dict[int, str] = {}
+        # SentencePiece drops the space of a token that begins a text.
+        self._before = encoder.encode("a")[0][-1:]
+        self._length = len(encoder.decode(self._before))
+
+    def text(self, token: int) -> str:
+        if token not in self._known:
+            text = self._encoder.decode([*self._before, token])[self._length :]
+            self._known[token] = text or str(self._encoder.tokenizer.convert_ids_to_tokens(token) or f"<{token}>")
+        return self._known[token]
+
+
+def _rounded(values: torch.Tensor) -> list[float | None]:
+    """Three digits after the point; what is not finite becomes None."""
+    return [round(value, 3) if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _log_probabilities(model: Any, input_ids: Sequence[int]) -> torch.Tensor:
+    """(T - 1, V) float32, in evaluation mode; the model is in its former mode after. No random number is drawn."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            ids = torch.tensor([input_ids], device=next(model.parameters()).device)  # (1, T)
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # (T - 1, V)
+            return torch.log_softmax(logits.float(), dim=-1)
+    finally:
+        model.train(training)
+
+
+def _surprisals(log_probabilities: torch.Tensor, input_ids: Sequence[int]) -> torch.Tensor:
+    """(T - 1,) nats of the tokens that came, from (T - 1, V)."""
+    came = torch.tensor(input_ids[1:], device=log_probabilities.device)
+    return -log_probabilities.gather(1, came[:, None])[:, 0]
+
+
+class _Keeper(TrainerCallback):
+    """Appends what it makes to a file, within its budget; says once when that fails; never stops training."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = GrowingFile(path)
+        self.trainer: SlimPajamaTrainer | None = None
+        self.seconds = 0.0
+        """Time that it has taken in this session."""
+        self._said = False
+
+    def _able(self) -> bool:
+        """Whether this process can do it: rank 0, with the whole model at hand."""
+        trainer = self.trainer
+        if trainer is None or not trainer.is_world_process_zero():
+            return False
+        # A forward of a sharded model needs all ranks, and only this one is here.
+        return not (getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False))
+
+    def _affordable(self) -> bool:
+        assert self.trainer is not None
+        return self.seconds <= max(FREE_SECONDS, BUDGET * self.trainer.clock.training_seconds)
+
+    def _guarded(self, step: int, what: str, act: Callable[[], None]) -> None:
+        """Do it while the clock of training stands still; a failure is said once."""
+        trainer = self.trainer
+        assert trainer is not None
+        before = trainer.clock._now()
+        with trainer.clock.paused():
+            try:
+                act()
+            except Exception as error:
+                self._say(f"the {what} of step {step} failed ({type(error).__name__}: {error}); training goes on")
+        self.seconds += trainer.clock._now() - before
+
+    def _append(self, entry: dict[str, Any], what: str) -> None:
+        problem = self.file.append(entry)
+        if problem is not None:
+            self._say(f"not saved: the {what} of step {entry['step']} ({problem}); the next one tries again")
+
+    def _say(self, text: str) -> None:
+        if not self._said and self.trainer is not None:
+            self._said = True
+            self.trainer.recorder.trouble(text)
+
+    @property
+    def _model(self) -> Any:
+        assert self.trainer is not None
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
+
+class SamplePassports(_Keeper):
+    """At a well-spread sample of steps: guesses and surprisals of the step's document, before and after its update.
+
+    `interval`: steps between passports, obeyed whatever it costs; None: about `SPREAD` over the run, within `BUDGET`.
+    Steps 0, 1, 2, 3, 5, 8, 13, ... come on top. A line of `passports.jsonl`: `step`, `input_ids` (T), `pieces` (T
+    texts), `before` and `after` (T - 1, nats), `top_ids` and `top_probs` (T - 1, 5), `guesses` (id -> text).
+
+    As a listener of the recorder (`recorder.listeners.append(passports.on_row)`) it also keeps the tokens of documents
+    whose loss was unusual for its time: `step`, `input_ids`, `pieces` and `unusual`, the robust z-score.
+    """
+
+    def __init__(self, folder: RunFolder, encoder: Encoder, interval: int | None = None) -> None:
+        super().__init__(folder.path / PASSPORTS)
+        self._ledger = folder.ledger
+        self._encoder, self._interval = encoder, interval
+        self._open: dict[str, Any] | None = None
+        self._guesses: _Guesses | None = None
+        self._recent: deque[tuple[int, list[int]]] = deque(maxlen=64)  # the ledger may lag some steps behind
+        self._usual = _Unusual()
+        self._hardest: list[float] = []  # heaps: the least unusual first
+        self._easiest: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What is usual is known again after a resume."""
+        try:
+            self._usual = _Unusual(
+                row["loss"] for row in ledger.last_rows(self._ledger, LossSpikes.WINDOW) if row["loss"] is not None
+            )
+            if self.file.path.exists():
+                with open(self.file.path, encoding="utf-8") as lines:
+                    for line in lines:
+                        score = json.loads(line).get("unusual")
+                        if score is not None:
+                            self._enters(score)
+        except (OSError, ValueError, KeyError) as error:
+            self._say(f"{self.file.path} cannot be read ({error}); unusual documents are collected anew")
+
+    def is_due(self, step: int, max_steps: int) -> bool:
+        """Whether `step` gets a passport if it can be afforded."""
+        return is_early(step) or step % (self._interval or max(max_steps // SPREAD, 1)) == 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the document with the weights that the step was computed with."""
+        self._open = None
+        if not self._able() or self.trainer is None or self.trainer.sample is None:
+            return
+        step = state.global_step
+        self._recent.append((step, self.trainer.sample.input_ids))
+        if self.is_due(step, state.max_steps) and (self._interval is not None or self._affordable()):
+            self._guarded(step, "passport", lambda: self._look_before(step))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the same document with the weights after its update."""
+        entry, self._open = self._open, None
+        if entry is not None:
+            self._guarded(entry["step"], "passport", lambda: self._look_after(entry))
+
+    def _look_before(self, step: int) -> None:
+        assert self.trainer is not None and self.trainer.sample is not None
+        ids = self.trainer.sample.input_ids
+        scores = _log_probabilities(self._model, ids)
+        best = scores.topk(min(GUESSES, scores.shape[1]), dim=-1)  # (T - 1, 5)
+        if self._guesses is None:
+            self._guesses = _Guesses(self._encoder)
+        top_ids = best.indices.tolist()
+        self._open = {
+            "step": step,
+            "input_ids": ids,
+            "pieces": pieces(self._encoder, ids),
+            "before": _rounded(_surprisals(scores, ids)),
+            "top_ids": top_ids,
+            "top_probs": [
+                [round(p, 4) if math.isfinite(p) else None for p in row] for row in best.values.exp().tolist()
+            ],
+            "guesses": {str(token): self._guesses.text(token) for token in sorted({t for row in top_ids for t in row})},
+        }
+
+    def _look_after(self, entry: dict[str, Any]) -> None:
+        ids = entry["input_ids"]
+        entry["after"] = _rounded(_surprisals(_log_probabilities(self._model, ids), ids))
+        self._append(entry, "passport")
+
+    # ---- unusual documents ----
+
+    def on_row(self, row: dict[str, Any]) -> None:
+        """A new row of the ledger: keep its document if its loss is among the most unusual so far."""
+        if row["loss"] is None or self.trainer is None:
+            return
+        score = self._usual.score(row["loss"])
+        ids = next((ids for step, ids in self._recent if step == row["step"]), None)
+        if score is None or ids is None or not self._enters(score):
+            return
+        self._guarded(
+            row["step"],
+            "passport",
+            lambda: self._append(
+                {"step": row["step"], "input_ids": ids, "pieces": pieces(self._encoder, ids), "unusual": score},
+                "passport",
+            ),
+        )
+
+    def _enters(self, score: float) -> bool:
+        heap, size = (self._hardest, score) if score > 0 else (self._easiest, -score)
+        if len(heap) < UNUSUAL:
+            heapq.heappush(heap, size)
+            return True
+        return size > heapq.heappushpop(heap, size)
+
+
+class _Unusual(LossSpikes):
+    """The robust z-score of every loss among the 200 before it, not of spikes alone."""
+
+    THRESHOLD = -math.inf
+
+
+class FixedPrompts(_Keeper):
+    """What the model writes after the same prompts: at steps of a Fibonacci row, at checkpoints, at the end.
+
+    A line of `prompts.jsonl`: `step` (the weights are those of checkpoint-<step>) and `texts`, one object a prompt:
+    `prompt`, `output`. `interval`: steps between them, obeyed; None: within `BUDGET`.
+    """
+
+    def __init__(self, folder: RunFolder, encoder: Encoder, interval: int | None = None) -> None:
+        super().__init__(folder.path / PROMPTS)
+        self._encoder, self._interval = encoder, interval
+        self._prompts = [encoder.encode(prompt)[0] for prompt in FIXED_PROMPTS]
+        self._at_checkpoint = False
+        self._last = -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A session that goes on begins where a checkpoint was saved."""
+        self._at_checkpoint = state.global_step > 0
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Written at the next step, before its update: so a resume from this checkpoint writes the same line.
+        self._at_checkpoint = True
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write with the weights of the step."""
+        step = state.global_step
+        regular = step % self._interval == 0 if self._interval else is_early(step) and step != 1
+        if self._able() and (self._at_checkpoint or regular) and (self._interval is not None or self._affordable()):
+            self._guarded(step, "fixed prompts", lambda: self._write(step))
+        self._at_checkpoint = False
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last word of a run is always written."""
+        if self._able() and state.global_step > self._last and state.global_step > 0:
+            self._guarded(state.global_step, "fixed prompts", lambda: self._write(state.global_step))
+
+    def _write(self, step: int) -> None:
+        texts = []
+        for prompt, ids in zip(FIXED_PROMPTS, self._prompts, strict=True):
+            written = generation.write_after(self._model, ids, PROMPT_TOKENS)
+            opening = self._encoder.decode(ids)
+            texts.append({"prompt": prompt, "output": self._encoder.decode(ids + written)[len(opening) :]})
+        self._last = step
+        self._append({"step": step, "texts": texts}, "fixed prompts")

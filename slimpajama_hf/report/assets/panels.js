@@ -1,0 +1,261 @@
+// The panels around the charts: passport, writings, lists, tables, the record.
+
+function showPassport() {
+  const i = cursor.index, step = run.steps[i], { meta } = run;
+  const domain = meta.domains[run.domain[i]];
+  const cut = run.tokens_cut[i], throughput = run.throughput[i];
+  const digest = hex(run.sha1, i * run.digits, run.digits);
+  const rows = [
+    ["loss", element("span", {}, element("b", { id: "passport-loss" }, fixed(run.loss[i], 4)), element("small", {}, " nats per token"))],
+    ["accuracy", element("span", {}, element("span", { id: "passport-accuracy" }, percent(run.accuracy[i])), element("small", {}, ` ${count(run.correct[i])} of ${count(Math.max(run.tokens[i] - 1, 0))}`))],
+    ["bits per byte", fixed(run.bits_per_byte[i], 3)],
+    ["gradient norm", fixed(run.grad_norm[i], 4)],
+    ["learning rate", rate(run.learning_rate[i])],
+    ["domain", element("span", { title: domain.full }, element("i.dot", { style: { "--colour": css(onPaper(domain.colour)) } }), domain.name)],
+    ["tokens kept", element("span", { id: "passport-tokens" }, count(run.tokens[i]))],
+    ["tokens cut", cut ? `${run.cut_exact[i] ? "" : "about "}${count(cut)}` : "none"],
+    ["text covered", `${count(run.text_bytes[i])} bytes`],
+    ["time", `${seconds(run.tokens[i] / throughput)} · ${fixed(throughput, throughput < 100 ? 1 : 0)} tokens/s`],
+    ["mirror", meta.mirrors[run.mirror ? run.mirror[i] : 0] ?? "–"],
+    ["shard", element("span", { id: "passport-shard" }, signs(meta.shards[run.shard[i]] ?? "–"))],
+    ["row", element("span", { id: "passport-row" }, count(run.rows[i]) + (run.part[i] ? `, part ${count(run.part[i])}` : ""))],
+  ];
+  const list = rows.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]);
+  list.push(element("dt", {}, "sha1"), element("dd.mono", { id: "passport-sha1", title: "SHA-1 of the whole document" }, digest + (run.digits < 20 ? "…" : "")));
+  const events = [];
+  if (run.spikes.has(step)) events.push(`Loss spike: ${fixed(run.spikes.get(step), 1)} robust standard deviations above the 200 steps before it.`);
+  if (run.skipped_updates.has(step)) events.push(`The update was skipped (${run.skipped_updates.get(step)}): the weights stayed as they were.`);
+  if (run.passed_over.has(step)) events.push(`Passed over before it: ${Object.entries(run.passed_over.get(step)).map(([why, n]) => `${count(n)} ${why}`).join(", ")}.`);
+  for (const gap of run.gaps.get(step) || []) events.push(`Gap before it: ${gap}.`);
+  if (meta.events.checkpoints.includes(step)) events.push(`checkpoint-${step} holds the weights of this step.`);
+  if (meta.events.resumes.includes(step)) events.push("The run was resumed here.");
+  const packed = meta.packed[step];
+  if (Array.isArray(packed) && packed.length > 1) events.push(`Packed from ${packed.length} documents: ${packed.slice(0, 8).map((d) => `row ${d.row}`).join(", ")}${packed.length > 8 ? ", …" : ""}.`);
+  for (const text of events) list.push(element("dd.whole", {}, element(text.startsWith("Loss") || text.startsWith("The update") ? "span.alarm-text" : "span", {}, signs(text))));
+  $("passport").replaceChildren(...list);
+  $("step-title").textContent = count(step);
+  $("step-note").textContent = step ? `computed with the weights after ${plural(step, "update")}` : "computed with the weights that nothing had changed yet";
+}
+
+const hex = (bytes, from, size) => Array.from(bytes.subarray(from, from + size), (byte) => byte.toString(16).padStart(2, "0")).join("");
+
+// ---- what the model writes ----
+
+// Last entry at or before `step`, by its place.
+function latest(entries, step) {
+  let place = -1;
+  for (let k = 0; k < entries.length && entries[k].step <= step; k++) place = k;
+  return place;
+}
+
+// [[kept?, text], ...]: `now` word by word, by the longest common subsequence with `former`.
+function difference(former, now) {
+  const a = former.match(/\s*\S+/g) || [], b = now.match(/\s*\S+/g) || [];
+  const table = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
+  for (let i = a.length - 1; i >= 0; i--)
+    for (let j = b.length - 1; j >= 0; j--) table[i][j] = a[i] === b[j] ? table[i + 1][j + 1] + 1 : Math.max(table[i + 1][j], table[i][j + 1]);
+  const parts = [];
+  for (let i = 0, j = 0; j < b.length;) {
+    if (i < a.length && a[i] === b[j]) { parts.push([true, b[j]]); i++; j++; }
+    else if (i < a.length && table[i + 1][j] >= table[i][j + 1]) i++;
+    else parts.push([false, b[j++]]);
+  }
+  return parts;
+}
+
+function showWriting() {
+  const step = run.steps[cursor.index], { prompts, samples } = run.meta, note = [];
+  const place = latest(prompts, step), box = $("prompts");
+  if (!prompts.length) box.replaceChildren(element("div.empty", {}, element("p", {}, "No fixed prompts were written in this run (prompts.jsonl is not there).")));
+  else {
+    const at = Math.max(place, 0), now = prompts[at], former = prompts[at - 1];
+    note.push(`fixed prompts as of step ${count(now.step)}${former ? `; what differs from step ${count(former.step)} is marked` : ""}`);
+    const moments = element("div.moments", { role: "group", "aria-label": "Steps at which the prompts were written" }, prompts.map((entry, k) =>
+      element("button", { type: "button", "aria-pressed": String(k === at), onclick: () => goToStep(Math.min(entry.step, run.steps[run.n - 1])) }, count(entry.step))));
+    box.replaceChildren(moments, element("div.prompts", {}, now.texts.map(([prompt, output], k) => {
+      const before = former?.texts[k]?.[1];
+      const parts = before === undefined ? [[true, output]] : difference(before, output);
+      return element("div.card", {},
+        element("p.written", { dir: direction(prompt + output) }, element("b", {}, signs(prompt)), parts.map(([kept, text]) => (kept ? signs(text) : element("mark", {}, signs(text))))),
+        former ? element("p.former", { dir: direction(before ?? "") }, `step ${count(former.step)}: ${before === output ? "the same" : `…${signs(before ?? "")}`}`) : null);
+    })));
+  }
+  $("writing-note").textContent = note.join("");
+
+  const which = $("sample");
+  if (!samples.length) return which.replaceChildren(element("div.empty", { style: { "margin-top": "24px" } }, element("p", {}, "No document was continued in this run yet.")));
+  const k = Math.max(latest(samples, step), 0), sample = samples[k];
+  const same = sample.true && sample.output ? common(sample.output, sample.true) : 0;
+  which.replaceChildren(
+    element("div.sub", {},
+      element("h3", {}, `A document continued, step ${count(sample.step)}`),
+      element("span.near", {},
+        element("button", { type: "button", disabled: k > 0 ? null : "", onclick: () => goToStep(samples[k - 1].step) }, "‹ the one before"),
+        element("button", { type: "button", disabled: k + 1 < samples.length ? null : "", onclick: () => goToStep(samples[k + 1].step) }, "the next ›"))),
+    element("div.sample", {},
+      element("div.card.opening", {}, element("h3", {}, "The opening that it was given"), element("p.written", { dir: direction(sample.input || "") }, signs(sample.input || ""))),
+      element("div.card", {}, element("h3", {}, "What it wrote"), element("p.written", { id: "sample-output", dir: direction(sample.output || "") },
+        sample.output === null || sample.output === undefined ? element("span.alarm-text", {}, `failed: ${sample.error || "unknown"}`)
+          : sample.output === "" ? element("span.gone", {}, "nothing: it ended the text") : [element("mark", {}, signs(sample.output.slice(0, same))), signs(sample.output.slice(same))])),
+      element("div.card", {}, element("h3", {}, "What came"), element("p.written", { id: "sample-true", dir: direction(sample.true || "") },
+        sample.true === null || sample.true === undefined ? element("span.gone", {}, "The document is not in this page and its corpus is not on the disk where this report was made.")
+          : sample.true === "" ? element("span.gone", {}, "nothing: the document ends here") : signs(sample.true)))));
+}
+
+function common(a, b) {
+  let k = 0;
+  while (k < a.length && a[k] === b[k]) k++;
+  return k;
+}
+
+// ---- what it read ----
+
+function showCorpus() {
+  const { meta } = run, { unusual } = meta;
+  const item = (entry) => element("li", {}, element("button", { type: "button", onclick: () => goToStep(entry.step, true) },
+    entry.text === null ? element("span.excerpt.none", {}, "text not in this page") : element("span.excerpt", {}, oneLine(entry.text)),
+    element("span.value", {}, fixed(entry.loss, 2)),
+    element("span.what", {}, `step ${count(entry.step)} · ${domainAt(entry.step)}`),
+    element("span.against", {}, `usual then ${fixed(entry.usual, 2)}`)));
+  const list = (title, lead, entries) => element("div", {}, element("h3", {}, title), element("p.lead", {}, lead),
+    entries.length ? element("ul.list", {}, entries.map(item)) : element("p.lead", {}, "None yet."));
+  const against = unusual.scored ? "measured against the steps around it" : "by loss alone: the run is short";
+  $("unusual").replaceChildren(
+    list("Hardest documents", `More surprising than was usual at their time, ${against}. Nats per token.`, unusual.hardest),
+    list("Easiest documents", `Less surprising than was usual at their time, ${against}. Nats per token.`, unusual.easiest));
+
+  const charts = [];
+  if (meta.by_position) charts.push(element("div", {}, stillChart("Surprisal by position in the document", "nats, log scale of tokens", 230, drawByPosition), element("p.lead", {}, "How much a longer beginning helps, in each quarter of the run: pale is early, dark is late.")));
+  if (meta.by_length.length) charts.push(element("div", {}, stillChart("Loss by length of the document", "nats per token", 230, drawByLength), element("p.lead", {}, "The later half of the run. Bar: middle half of the documents; line: their mean. The first tokens cost most, so short documents do.")));
+  const lessons = meta.passports.map((p) => lesson(run.passports.get(p.step))).filter(Boolean);
+  if (lessons.length > 3) charts.push(element("div", {}, stillChart("What a step teaches about its own document", "nats per token, before − after", 230, (c, size) => drawLessons(c, size, lessons)), element("p.lead", {}, "Loss of a document before its update, minus loss of the same document after it, at the steps in colour.")));
+  $("breakdowns").replaceChildren(...charts);
+
+  const most = Math.max(...meta.by_domain.map((d) => d.steps), 1);
+  $("by-domain").replaceChildren(
+    element("div.sub", {}, element("h3", {}, "By domain"), element("p", {}, "last: the last tenth of its documents, at least 10")),
+    element("div.scroll", {}, element("table.figures-table", {},
+      element("thead", {}, element("tr", {}, ["domain", "documents", "tokens", "first loss", "last loss", "last accuracy", "last bits per byte"].map((name) => element("th", { scope: "col" }, name)))),
+      element("tbody", {}, meta.by_domain.map((d, k) => element("tr", {},
+        element("td", { title: meta.domains[k].full }, element("i.share", { style: { width: `${Math.round((90 * d.steps) / most)}px`, "--colour": css(onPaper(meta.domains[k].colour)) } }), meta.domains[k].name),
+        element("td", {}, count(d.steps)), element("td", {}, short(d.tokens)), element("td", {}, fixed(d.first_loss, 3)), element("td", {}, fixed(d.last_loss, 3)),
+        element("td", {}, percent(d.last_accuracy ?? NaN)), element("td", {}, fixed(d.last_bits_per_byte, 3))))))));
+
+  const gaps = meta.events.gaps.flatMap(([step, found]) => found.map((text) => [step, text]));
+  const over = meta.passed_over, box = [element("div.sub", {}, element("h3", {}, "Passed over"))];
+  if (over.length || gaps.length) {
+    box.push(element("dl.pairs", {}, over.flatMap(([why, n]) => [element("dt", {}, signs(why)), element("dd", {}, plural(n, "record"))]),
+      gaps.flatMap(([step, text]) => [element("dt", {}, `gap before step ${count(step)}`), element("dd", {}, signs(text))])));
+  } else box.push(element("p.lead", {}, "Nothing: every record of the corpus up to here became a step, and no shard was set aside."));
+  $("passed-over").replaceChildren(...box);
+}
+
+function domainAt(step) {
+  const i = nearest(run.steps, step);
+  return run.steps[i] === step ? run.meta.domains[run.domain[i]].name : "";
+}
+
+function lesson(passport) {
+  if (!passport.after) return null;
+  let before = 0, after = 0, n = 0;
+  for (let k = passport.nats_at; k < passport.nats_at + passport.tokens - 1; k++)
+    if (run.before[k] !== UNKNOWN && run.after[k] !== UNKNOWN) { before += run.before[k]; after += run.after[k]; n++; }
+  return n ? { step: passport.step, gain: (before - after) / n / 1000 } : null;
+}
+
+// Axes of a chart that stands still; returns the two scales.
+function axes(c, { width, height }, [x0, x1], [y0, y1], xTicks, xText) {
+  const left = 40, right = width - 8, top = 10, bottom = height - 22;
+  const x = (value) => left + ((value - x0) / (x1 - x0 || 1)) * (right - left), y = (value) => bottom - ((value - y0) / (y1 - y0 || 1)) * (bottom - top);
+  const ticks = niceTicks(y0, y1, 5), texts = tickTexts(ticks);
+  c.textBaseline = "middle"; c.textAlign = "right"; c.lineWidth = 1;
+  ticks.forEach((tick, k) => {
+    c.strokeStyle = ink.line; c.beginPath(); c.moveTo(left, Math.round(y(tick)) + 0.5); c.lineTo(right, Math.round(y(tick)) + 0.5); c.stroke();
+    c.fillStyle = ink.muted; c.fillText(texts[k], left - 7, y(tick));
+  });
+  c.textBaseline = "alphabetic"; c.textAlign = "center";
+  let free = -Infinity;
+  for (const tick of xTicks) {
+    const text = xText(tick), half = c.measureText(text).width / 2, at = Math.min(Math.max(x(tick), left + half - 8), right - half);
+    if (at - half < free) continue;
+    c.fillStyle = ink.muted; c.fillText(text, at, height - 5);
+    free = at + half + 10;
+  }
+  return { x, y, left, right, top, bottom };
+}
+
+function drawByPosition(c, size) {
+  const { edges, curves } = run.meta.by_position, all = curves.flatMap((curve) => curve.means.filter((m) => m !== null));
+  if (!all.length) return;
+  const places = edges.slice(0, -1).map((edge, k) => Math.log2((edge + edges[k + 1]) / 2));
+  const last = Math.log2(edges[edges.length - 1]);
+  const powers = Array.from({ length: Math.ceil(last) + 1 }, (_, k) => k).filter((k) => k <= last);
+  const { x, y } = axes(c, size, [0, last], [Math.max(Math.min(...all) - 0.3, 0), Math.max(...all) + 0.2], powers, (k) => count(2 ** k));
+  curves.forEach((curve, q) => {
+    const shade = mix(rgb(ink.paper), rgb(ink.accent), curves.length === 1 ? 1 : 0.34 + (0.66 * q) / (curves.length - 1));
+    c.strokeStyle = css(shade); c.lineWidth = 2; c.lineJoin = "round"; c.beginPath();
+    let begun = false;
+    curve.means.forEach((mean, k) => { if (mean === null) return; begun ? c.lineTo(x(places[k]), y(mean)) : c.moveTo(x(places[k]), y(mean)); begun = true; });
+    c.stroke();
+  });
+}
+
+function drawByLength(c, size) {
+  const bins = run.meta.by_length, high = Math.max(...bins.map((b) => b.high)) + 0.2, low = Math.max(Math.min(...bins.map((b) => b.low)) - 0.3, 0);
+  const name = (b) => (b.from >= 1024 ? `${b.from / 1024}k` : b.from === 8 ? "<16" : `${b.from}`) + (b === bins[bins.length - 1] ? "+" : "");
+  const { x, y } = axes(c, size, [-0.5, bins.length - 0.5], [low, high], bins.map((_, k) => k), (k) => name(bins[k]));
+  const wide = Math.min((x(1) - x(0)) * 0.62, 46), most = Math.max(...bins.map((b) => b.count));
+  bins.forEach((b, k) => {
+    c.fillStyle = css(rgb(ink.point), 0.35 + 0.5 * (b.count / most));
+    c.fillRect(x(k) - wide / 2, y(b.high), wide, Math.max(y(b.low) - y(b.high), 2));
+    c.fillStyle = ink.accent; c.fillRect(x(k) - wide / 2, y(b.mean) - 1.2, wide, 2.4);
+  });
+}
+
+function drawLessons(c, size, lessons) {
+  const gains = lessons.map((l) => l.gain).sort((a, b) => a - b), at = (q) => gains[Math.round(q * (gains.length - 1))];
+  const low = Math.min(0, at(0.02)), high = Math.max(at(0.98), 0.01), end = Math.max(run.meta.steps - 1, 1);
+  const pad = 0.08 * (high - low);
+  const { x, y, left, right, top, bottom } = axes(c, size, [0, Math.log10(end + 1)], [low - (low < 0 ? pad : 0), high + pad], [0, ...Array.from({ length: 8 }, (_, k) => Math.log10(10 ** k + 1))].filter((t) => t <= Math.log10(end + 1)), (t) => count(Math.round(10 ** t - 1)));
+  c.save(); c.beginPath(); c.rect(left - 4, top - 4, right - left + 8, bottom - top + 8); c.clip();
+  for (const { step, gain } of lessons) {
+    const i = nearest(run.steps, step);
+    c.fillStyle = css(onPaper(run.meta.domains[run.domain[i]].colour), 0.75);
+    c.beginPath(); c.arc(x(Math.log10(step + 1)), Math.min(Math.max(y(gain), top), bottom), 3, 0, 7); c.fill();
+  }
+  c.restore();
+}
+
+// ---- the record ----
+
+function showRecord() {
+  const { meta } = run, head = meta.headline;
+  const pairs = (rows, mono = false) => element("dl.pairs", {}, rows.flatMap(([name, value, thin]) => [element("dt", {}, name), element(thin ? "dd.mono.thin" : mono ? "dd.mono" : "dd", {}, signs(String(value)))]));
+  const per = head.seconds / Math.max(meta.steps, 1), goal = meta.max_steps;
+  const plan = [
+    ["steps", goal ? `${count(meta.steps)} of ${count(goal)} planned (${percent(meta.steps / goal, 0)})` : count(meta.steps)],
+    ["training time", `${seconds(head.seconds)}, ${seconds(per)} a step${goal && goal > meta.steps ? `; ${seconds(per * (goal - meta.steps))} to go at that pace` : ""}`],
+    ["documents", `${count(head.documents)} begun, ${count(head.tokens)} tokens, ${count(head.text_bytes)} bytes of text`],
+    ["checkpoints", meta.events.checkpoints.length ? meta.events.checkpoints.map(count).join(", ") : "none"],
+    ["resumed", meta.events.resumes.length ? `at ${meta.events.resumes.map(count).join(", ")}` : "not noted"],
+    ["loss spikes", meta.events.spikes.length ? count(meta.events.spikes.length) : "none"],
+    ["skipped updates", meta.events.skipped_updates.length ? count(meta.events.skipped_updates.length) : "none"],
+  ];
+  const copy = element("button", { type: "button" }, "copy");
+  copy.addEventListener("click", async () => {
+    try { await navigator.clipboard.writeText(meta.resume); copy.textContent = "copied"; }
+    catch { const range = document.createRange(); range.selectNodeContents(copy.previousSibling); getSelection().removeAllRanges(); getSelection().addRange(range); copy.textContent = "selected"; }
+    setTimeout(() => { copy.textContent = "copy"; }, 1600);
+  });
+  $("record-body").replaceChildren(
+    element("h3", {}, "To go on with it"),
+    element("div.command", {}, element("code", {}, meta.resume), copy),
+    element("div.halves", {},
+      element("div", {}, element("h3", {}, "Plan and what happened"), pairs(plan), element("h3", { style: { "margin-top": "34px" } }, "What it ran on"),
+        meta.about.length ? pairs(meta.about) : element("p.lead", {}, "run.json is not there.")),
+      element("div", {}, element("h3", {}, "Configuration"), element("p.lead", {}, "run_config.yaml; what stands in grey was left to its default"),
+        meta.config.length ? pairs(meta.config.map(([key, value]) => [key.replace(/^# /, ""), value, key.startsWith("# ")]), true) : element("p.lead", {}, "run_config.yaml is not there."))));
+  $("footer").textContent = `Made from the ledger on ${meta.written} by slimpajama_hf ${meta.version}. Row s was computed with the weights after s updates, those of checkpoint-s. `
+    + (meta.every > 1 ? `This page carries every ${count(meta.every)}th of ${count(meta.steps)} steps, all that are marked, and the extremes between. ` : "Every step of the ledger is in this page. ")
+    + "It asks nothing of the network.";
+}

@@ -1,0 +1,144 @@
+"""The texts in the report: passports, what the model wrote, and documents read again from a corpus on this disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimpajama_hf import corpora
+from slimpajama_hf.shards import read_shard
+
+PASSPORTS = "passports.jsonl"
+PROMPTS = "prompts.jsonl"
+
+#: Documents with guesses that one page carries at most.
+MOST_PASSPORTS = 260
+#: Samples and writings that one page carries at most.
+MOST_SAMPLES = 300
+MOST_WRITINGS = 60
+
+#: Seconds that reading documents again may take.
+READING_SECONDS = 1.5
+#: Characters of a document's opening in a table, and of a true continuation.
+OPENING_CHARACTERS = 160
+
+#: An unknown surprisal among thousandths of a nat.
+UNKNOWN = 65535
+
+_STEP = re.compile(rb'^\{"step": ?(\d+)')
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of `count` positions: the first dozen, the last, and the rest evenly between."""
+    if count <= most:
+        return list(range(count))
+    early = min(12, most // 3)
+    rest = np.linspace(early, count - 1, most - early).round().astype(int).tolist()
+    return sorted({*range(early), *rest})
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file; lines that are none (a torn last one) are left out."""
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                value = json.loads(line)
+                if isinstance(value, dict):
+                    yield value
+
+
+def read_passports(path: Path, steps: int) -> list[dict[str, Any]]:
+    """The passports that the page carries, by step: a spread of the full ones and all that are unusual.
+
+    Those of one step are merged. Of a long file only the lines that are shown are parsed.
+    """
+    full: dict[int, int] = {}  # step -> where its line begins
+    unusual: dict[int, dict[str, Any]] = {}
+    if not path.is_file():
+        return []
+    with open(path, "rb") as file:
+        at = 0
+        for line in file:
+            match = _STEP.match(line)
+            if match and line.endswith(b"\n") and int(match[1]) < steps:
+                if b'"before"' in line:
+                    full[int(match[1])] = at
+                else:
+                    with contextlib.suppress(ValueError):
+                        unusual[int(match[1])] = json.loads(line)
+            at += len(line)
+        chosen = sorted(full)
+        chosen = [chosen[place] for place in spread(len(chosen), MOST_PASSPORTS)]
+        found = _most_unusual(unusual)
+        for step in chosen:
+            file.seek(full[step])
+            with contextlib.suppress(ValueError):
+                found[step] = {"unusual": unusual.get(step, {}).get("unusual"), **json.loads(file.readline())}
+    return [passport for _, passport in sorted(found.items()) if _is_whole(passport)]
+
+
+def _most_unusual(found: dict[int, dict[str, Any]], each: int = 12) -> dict[int, dict[str, Any]]:
+    order = sorted(found, key=lambda step: found[step].get("unusual") or 0.0)
+    return {step: found[step] for step in {*order[:each], *order[-each:]}}
+
+
+def _is_whole(passport: dict[str, Any]) -> bool:
+    ids, texts = passport.get("input_ids"), passport.get("pieces")
+    if not isinstance(ids, list) or not isinstance(texts, list) or len(ids) != len(texts):
+        return False
+    lists = [passport.get(name) for name in ("before", "after", "top_ids", "top_probs")]
+    return all(values is None or (isinstance(values, list) and len(values) == len(ids) - 1) for values in lists)
+
+
+def thousandths(nats: np.ndarray) -> np.ndarray:
+    """Nats as thousandths, uint16; `UNKNOWN` for what is no number. Beyond 65 nats all are 65.534."""
+    known = np.isfinite(nats)
+    scaled = np.where(known, np.clip(np.nan_to_num(nats), 0, 65.534) * 1000, UNKNOWN)
+    return scaled.round().astype(np.uint16)
+
+
+def numbers(values: list[float | None]) -> np.ndarray:
+    """A JSON list as float64, null as NaN."""
+    return np.array([np.nan if value is None else value for value in values], np.float64)
+
+
+def text_of(passport: dict[str, Any], first: int = 0, last: int | None = None) -> str:
+    """The text of tokens `first` to `last` of a passport."""
+    return "".join(passport["pieces"][first:last])
+
+
+def read_again(
+    record: dict[str, Any], wanted: dict[tuple[str, int], str], seconds: float
+) -> dict[tuple[str, int], str]:
+    """Texts of documents by (shard, row), from files on this disk alone; `wanted` says the SHA-1 of each.
+
+    What is not found within `seconds`, has changed or lies on the Hub is left out.
+    """
+    found: dict[tuple[str, int], str] = {}
+    deadline = time.monotonic() + seconds
+    try:
+        corpus = corpora.recorded(record["corpus"])
+    except (KeyError, TypeError, ValueError):
+        return found
+    for shard in corpus.files:
+        rows = sorted(row for name, row in wanted if name == shard.name)
+        if not rows or not shard.is_local or not Path(shard.url).is_file():
+            continue
+        with contextlib.suppress(Exception):
+            for row, value in read_shard(shard, rows[0], corpus.text_column, None):
+                if row > rows[-1] or time.monotonic() > deadline:
+                    break
+                if (shard.name, row) in wanted and not isinstance(value, str):
+                    document = corpora.to_document(value, corpus.text_column, corpus.mirror, shard.name, row)
+                    if isinstance(document, corpora.Document) and document.sha1 == wanted[shard.name, row]:
+                        found[shard.name, row] = document.text
+    return found

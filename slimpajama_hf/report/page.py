@@ -1,0 +1,110 @@
+"""The one file of the report: the assets beside this module, the content of a run, and nothing from anywhere else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+from pathlib import Path
+from typing import Any
+
+from slimpajama_hf import files
+from slimpajama_hf.report import content, documents
+from slimpajama_hf.report.packing import pack
+from slimpajama_hf.report.rows import Rows
+from slimpajama_hf.run_folder import RunFolder
+
+FILE_NAME = "report.html"
+
+_ASSETS = Path(__file__).parent / "assets"
+#: In this order they are one script; each stands on those before it.
+_SCRIPTS = ("data.js", "format.js", "chart.js", "document.js", "panels.js", "main.js")
+
+
+def write(folder: Path) -> Path:
+    """Write `report.html` into the folder of a run and return its path; replaced whole or not at all.
+
+    Old, torn and young runs give a report that says what is missing. Raises UserError when there is no run in the
+    folder, OSError when the disk is full.
+    """
+    run = RunFolder(Path(folder))
+    packed, meta = packed_content(run, Rows(run.ledger))
+    path = run.path / FILE_NAME
+    files.write_whole(path, render(meta, packed))
+    return path
+
+
+def packed_content(run: RunFolder, rows: Rows) -> tuple[bytes, dict[str, Any]]:
+    """The content of a run as `packing.pack` gives it, and its JSON part; passports give way where it grows too big."""
+    most = documents.MOST_PASSPORTS + 24
+    while True:
+        meta, arrays = content.gather(run, rows, most)
+        packed = pack(meta, arrays)
+        if len(packed) <= content.MOST_BYTES or most < 10:
+            return packed, meta
+        most //= 2
+
+
+def render(meta: dict[str, Any], packed: bytes | None, watch: bool = False) -> str:
+    """The page. `packed` None: it asks the server that it came from (`watch`).
+
+    Nothing of a document stands in the page as text: documents are in the packed content, and a content security policy
+    names the one script that may run and forbids every connection.
+    """
+    script = "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    script = f'"use strict";\n(() => {{\n{script}\n}})();\n'
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
+    connections = "'self'" if watch else "'none'"
+    parts = {
+        "policy": f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'; "
+        f"connect-src {connections}; base-uri 'none'; form-action 'none'",
+        "title": html.escape(meta["title"]),
+        "subtitle": html.escape(meta["subtitle"]),
+        "figures": _figures(meta),
+        "watch": "yes" if watch else "no",
+        "style": (_ASSETS / "page.css").read_text(encoding="utf-8"),
+        "data": base64.b64encode(packed).decode() if packed is not None else "",
+        "script": script,
+    }
+    page = (_ASSETS / "page.html").read_text(encoding="utf-8")
+    # One pass over the template: what is put in is never looked at again.
+    pieces = page.split("{{")
+    return pieces[0] + "".join(parts[name] + rest for name, rest in (piece.split("}}", 1) for piece in pieces[1:]))
+
+
+def _figures(meta: dict[str, Any]) -> str:
+    """The headline numbers as HTML: they are there at the first paint, and where no script runs."""
+    head, steps = meta["headline"], meta["steps"]
+
+    def shown(value: float | None, form: str) -> str:
+        return "–" if value is None else format(value, form)
+
+    goal = f"of {meta['max_steps']:,}" if meta["max_steps"] and meta["max_steps"] != steps else "one document each"
+    figures = [
+        ("steps", f"{steps:,}", goal),
+        ("loss", shown(head["loss"], ".3f"), "nats per token, last 50 steps"),
+        ("accuracy", shown(head["accuracy"], ".1%").replace("%", " %"), "of next tokens, last 50 steps"),
+        ("bits per byte", shown(head["bits_per_byte"], ".3f"), "prequential, the whole run"),
+        ("tokens", _short(head["tokens"]), f"{_short(head['text_bytes'])}B of text"),
+        ("training time", _duration(head["seconds"]), f"{shown(head['throughput'], ',.0f')} tokens per second"),
+    ]
+    return "".join(
+        f'<div><dt>{html.escape(name)}</dt><dd><b id="figure-{name.replace(" ", "-")}">{html.escape(value)}</b>'
+        f"<span>{html.escape(note)}</span></dd></div>"
+        for name, value, note in figures
+    )
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:,.0f} "
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:,.1f} h"
