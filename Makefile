@@ -48,7 +48,15 @@ audit: $(DEV_STAMP) ## known vulnerabilities of the pinned dependencies, where t
 
 check: lint types test ## lint, types and tests, as CI runs them
 
-bench: $(DEV_STAMP) ## measure the step, what seeing costs, and what grows with a run; results in benchmarks/results/
+# A peer in an environment of its own, over the torch that is here already.
+$(VENV)/litgpt/bin/python: | $(DEV_STAMP)
+	$(BIN)/python -m venv $(VENV)/litgpt
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(echo $(VENV)/litgpt/lib/python3*/site-packages)/torch.pth
+	-$(VENV)/litgpt/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		litgpt==0.5.13 lightning==2.6.6 pytorch-lightning==2.6.6 lightning-utilities==0.15.3 torchmetrics==1.9.0 jsonargparse==4.53.0
+
+bench: $(DEV_STAMP) $(VENV)/litgpt/bin/python ## measure the step, what seeing costs, and what grows with a run; results in benchmarks/results/
 	@$(BIN)/python benchmarks/steps.py
 	@$(BIN)/python benchmarks/steps.py --steps 150 --rounds 1 --history 10000
 	@$(BIN)/python benchmarks/steps.py --model small --steps 25 --rounds 2

@@ -36,6 +36,7 @@ WARM_UP = 10
 ROWS = {
     "floor": "products and AdamW at the machine's own rates",
     "bare loop": "forward, backward, clip, AdamW; nothing else",
+    "litgpt": "its model, tied, compiled, and the step of its pretrain command, in its own environment (make bench)",
     "stock Trainer": "transformers.Trainer, logging every step to nothing",
     "stock Trainer, plain callbacks": "figure every 50 steps, generate every 5, JSON rewritten every step",
     "ours, outputs off": "run_clm_slimpajama.py with ledger and bar, no charts, no samples",
@@ -124,6 +125,40 @@ def bare_loop(options: argparse.Namespace) -> list[float]:
             loss = network(input_ids=input_ids, labels=input_ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        ended.append(time.perf_counter())
+    return ended
+
+
+def litgpt(options: argparse.Namespace) -> list[float]:
+    """The step of `litgpt pretrain` (litgpt/pretrain.py, `fit`): Fabric, compiled model, chunked cross-entropy."""
+    import torch
+    from lightning.fabric import Fabric
+    from litgpt import GPT, Config
+    from litgpt.utils import chunked_cross_entropy
+
+    from slimpajama_hf.model import PRESETS
+
+    preset = PRESETS[options.model]
+    size = preset["n_embd"]
+    config = Config(
+        n_layer=preset["n_layer"], n_head=preset["n_head"], n_embd=size, block_size=257, vocab_size=vocabulary(options),
+        padded_vocab_size=vocabulary(options), mlp_class_name="GptNeoxMLP", intermediate_size=4 * size,
+        norm_class_name="LayerNorm", bias=True, gelu_approximate="tanh", parallel_residual=False,
+    )  # fmt: skip
+    fabric = Fabric(devices=1, precision="bf16-mixed" if options.precision == "bfloat16" else "32-true")
+    network = GPT(config)
+    network.transformer.wte.weight = network.lm_head.weight
+    network = fabric.setup(torch.compile(network))
+    optimizer = fabric.setup_optimizers(torch.optim.AdamW(network.parameters(), lr=1e-6, weight_decay=0.0, fused=True))
+    ended = []
+    for ids in samples(options.steps):
+        block = torch.tensor([ids], device=fabric.device)  # (1, 256)
+        loss = chunked_cross_entropy(network(block)[:, :-1], block[:, 1:])
+        fabric.backward(loss)
+        fabric.clip_gradients(network, optimizer, max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
@@ -243,6 +278,7 @@ def measure(options: argparse.Namespace, started: float) -> dict[str, float]:
     functions = {
         "floor": lambda: floor(options),
         "bare loop": lambda: bare_loop(options),
+        "litgpt": lambda: litgpt(options),
         "stock Trainer": lambda: stock_trainer(options, plain_callbacks=False),
         "stock Trainer, plain callbacks": lambda: stock_trainer(options, plain_callbacks=True),
         "ours, outputs off": lambda: ours(options, outputs=False),
@@ -299,12 +335,13 @@ def main() -> None:
     if options.row:
         print(json.dumps(measure(options, started)))
         return
-    found: dict[str, list[dict[str, float]]] = {row: [] for row in ROWS}
+    interpreters = dict.fromkeys(ROWS, sys.executable) | {"litgpt": str(ROOT / ".venv" / "litgpt" / "bin" / "python")}
+    found: dict[str, list[dict[str, float]]] = {row: [] for row in ROWS if Path(interpreters[row]).exists()}
     for number in range(options.rounds):
-        for row in ROWS:
+        for row in found:
             print(f"round {number + 1} of {options.rounds}: {row}", file=sys.stderr)
             done = subprocess.run(
-                [sys.executable, __file__, "--row", row, "--model", options.model, "--precision", options.precision,
+                [interpreters[row], __file__, "--row", row, "--model", options.model, "--precision", options.precision,
                  "--steps", str(options.steps), "--history", str(options.history)],
                 capture_output=True, text=True, cwd=ROOT,
             )  # fmt: skip

@@ -65,6 +65,17 @@ def _parser() -> argparse.ArgumentParser:
         description="Makes the first steps of the run that the same flags would start, in a folder thrown away.",
     )
 
+    inspect = commands.add_parser(
+        "inspect", help="the passport, the text and the tokens of a step; was this ever read?"
+    )
+    inspect.add_argument("run", help="a run folder")
+    what = inspect.add_mutually_exclusive_group(required=True)
+    what.add_argument("--step", type=int, metavar="N", help="passport, text and tokens of this step")
+    what.add_argument("--find", metavar="TEXT", help="whether this was read, when, and with what loss")
+    inspect.add_argument("--checkpoint", type=int, metavar="M", help="with --step: how checkpoint-M sees the document")
+    inspect.add_argument("--tokens", type=_positive, metavar="K", help="with --step: tokens in the table [12]")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+
     views = commands.add_parser("views", help="make metrics, samples and chart again from the ledger")
     views.add_argument("run", help="a run folder")
     return parser
@@ -156,6 +167,12 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _inspect(options: argparse.Namespace) -> int:
+    from slimpajama_hf import inspection
+
+    return inspection.main(options)
+
+
 def _views(options: argparse.Namespace) -> int:
     from slimpajama_hf import views
 
@@ -172,6 +189,7 @@ def main(argv: list[str]) -> int:
     commands = {
         "evaluate": _evaluate,
         "generate": _generate,
+        "inspect": _inspect,
         "tokenizer": _tokenizer,
         "verify": _verify,
         "views": _views,
@@ -183,4 +201,4 @@ if __name__ == "__main__":
     # `--help` of a command is argparse's own; cli.run would print the training page.
     if any(flag in sys.argv[1:] for flag in ("-h", "--help")):
         _parser().parse_args(sys.argv[1:])
-    raise SystemExit(cli.run(main))
+    raise SystemExit(cli.run(main, if_stopped="stopped"))

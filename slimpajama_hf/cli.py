@@ -250,8 +250,11 @@ def complete(settings: Settings) -> None:
         training.output_dir = str(Path("runs") / f"{corpus}-{model}")
 
 
-def run(main: Any) -> int:
-    """Call `main(argv)`; turn what a user can mend into one sentence on stderr and an exit code."""
+def run(main: Any, if_stopped: str = "stopped before the first step; nothing to save") -> int:
+    """Call `main(argv)`; turn what a user can mend into one sentence on stderr and an exit code.
+
+    `if_stopped` is said after a Ctrl-C that `main` leaves to its caller: that of training does so before step 0 only.
+    """
     argv = sys.argv[1:]
     try:
         if "--help" in argv or "-h" in argv:
@@ -262,6 +265,5 @@ def run(main: Any) -> int:
         screen.say(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        # Before training: nothing was learned, so there is nothing to save.
-        screen.say("stopped before the first step; nothing to save")
+        screen.say(if_stopped)
         return 130

@@ -470,6 +470,30 @@ def code_bits(run: Run) -> Watch:
     return problems.finding(f"{count:,} rows, as loss and tokens make them")
 
 
+def surprisals_of_the_ledger(run: Run) -> Watch:
+    """The tokens of each step have the step's loss as their mean, to the rounding of float16."""
+    problems, count = Problems(), 0
+    path = run.folder.surprisals
+    if not path.exists():
+        while (yield) is not None:
+            pass
+        return Finding(True, f"not looked at: a run without {path.name}")
+    with open(path, "rb") as file:
+        while (row := (yield)) is not None:
+            predicted = row["tokens"] - 1
+            nats = np.frombuffer(file.read(2 * predicted), "<f2").astype(np.float64)
+            if len(nats) < predicted:
+                problems.add(f"step {row['step']}: {path.name} ends before it")
+            elif row["loss"] is None or np.isnan(nats).all():
+                # A step without a loss, or one of a run that was begun before they were kept.
+                continue
+            elif not abs(nats.mean() - row["loss"]) <= 1e-3 * (1 + row["loss"]):
+                problems.add(f"step {row['step']}: loss {_shown(row['loss'])}, its tokens' mean is {nats.mean():.4f}")
+            else:
+                count += 1
+    return problems.finding(f"{count:,} steps, the mean of the tokens is the loss")
+
+
 #: Every check: its name on the screen, and the function.
 CHECKS: tuple[tuple[str, Callable[[Run], Finding | Watch]], ...] = (
     ("ledger", rows_follow_each_other),
@@ -482,6 +506,7 @@ CHECKS: tuple[tuple[str, Callable[[Run], Finding | Watch]], ...] = (
     ("metrics history", metrics_history),
     ("text samples", text_samples),
     ("sample accuracy", samples_of_the_ledger),
+    ("surprisals", surprisals_of_the_ledger),
     ("latest chart", latest_chart),
 )
 
