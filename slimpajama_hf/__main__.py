@@ -76,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--tokens", type=_positive, metavar="K", help="with --step: tokens in the table [12]")
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
+    report = commands.add_parser("report", help="one HTML file that shows everything about a run")
+    report.add_argument("run", help="a run folder")
+    report.add_argument("--watch", action="store_true", help="show it in a browser as the run goes on (127.0.0.1 alone)")
+    report.add_argument("--port", type=_positive, help="with --watch: the port; default: 8642, or the next that is free")
+
     views = commands.add_parser("views", help="make metrics, samples and chart again from the ledger")
     views.add_argument("run", help="a run folder")
     return parser
@@ -173,6 +178,21 @@ def _inspect(options: argparse.Namespace) -> int:
     return inspection.main(options)
 
 
+def _report(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from slimpajama_hf import screen
+    from slimpajama_hf.report import watch, write
+
+    if options.port is not None and not options.watch:
+        raise UsageError("--port: it belongs to --watch; add that, or leave it out")
+    folder = Path(options.run).expanduser()
+    if options.watch:
+        return watch.serve(folder, options.port, screen.say)
+    sys.stdout.write(f"{write(folder)}\n")
+    return 0
+
+
 def _views(options: argparse.Namespace) -> int:
     from slimpajama_hf import views
 
@@ -192,6 +212,7 @@ def main(argv: list[str]) -> int:
         "inspect": _inspect,
         "tokenizer": _tokenizer,
         "verify": _verify,
+        "report": _report,
         "views": _views,
     }
     return commands[options.command](options)

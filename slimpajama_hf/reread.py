@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from slimpajama_hf import checkpoints, corpora
@@ -238,7 +238,7 @@ def _tokens_of(encoder: Encoder, place: Place, document: Document, mode: str) ->
     yield from kept if first == 0 or borrowed else kept[1:]
 
 
-def _all_tokens(encoder: Encoder, text: str, mode: str) -> Iterator[tuple[int, int, int]]:
+def _all_tokens(encoder: Encoder, text: str, mode: str) -> Generator[tuple[int, int, int], None, None]:
     before = 0
     for ids, ends in tokens_in_pieces(encoder, text):
         for index, end in zip(ids, ends, strict=True):

@@ -1,0 +1,105 @@
+"""Text of strangers on a terminal: made harmless first, then coloured; and the tables beside it.
+
+Imports `rich` when something is drawn, not before: `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import unicodedata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+#: Surprisal in nats up to which a style counts, and the style: paper colours with their own ink, so that they read the
+#: same on a dark and on a light terminal (ColorBrewer YlOrRd). What the model knew stays as the terminal has it.
+SURPRISAL_STYLES: tuple[tuple[float, str], ...] = (
+    (1.0, ""),
+    (2.0, "#000000 on #FFF3B0"),
+    (4.0, "#000000 on #FECC5C"),
+    (6.0, "#000000 on #FD8D3C"),
+    (8.0, "#FFFFFF on #D7301F"),
+    (math.inf, "#FFFFFF on #7F0000"),
+)
+
+#: Columns where there is no terminal to ask (and no $COLUMNS).
+PIPE_COLUMNS = 120
+
+#: Of a change of surprisal.
+LESS, MORE = "green", "red"
+
+
+def console() -> Console:
+    """Standard output, with colours where it is a terminal and NO_COLOR is not set."""
+    from rich.console import Console
+
+    drawn = Console(highlight=False, markup=False, emoji=False)
+    if not drawn.is_terminal and "COLUMNS" not in os.environ:
+        drawn.width = PIPE_COLUMNS
+    return drawn
+
+
+def has_colours(drawn: Console) -> bool:
+    """Whether what is drawn can be told apart by its colour."""
+    return drawn.is_terminal and drawn.color_system is not None and not drawn.no_color
+
+
+def visible(text: str, line_ends: bool = True) -> str:
+    """`text` with everything that steers a terminal or hides made visible: controls as their pictures (␛), marks that
+    turn the direction of the line or have no width as ‹U+202E›, tabs as →, line ends as ⏎ (kept behind it with
+    `line_ends`)."""
+    shown = []
+    for char in text:
+        code = ord(char)
+        if char == "\n":
+            shown.append("⏎\n" if line_ends else "⏎")
+        elif char == "\t":
+            shown.append("→")
+        elif code < 0x20:
+            shown.append(chr(0x2400 + code))
+        elif code == 0x7F:
+            shown.append("␡")
+        elif unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
+            shown.append(f"‹U+{code:04X}›")
+        else:
+            shown.append(char)
+    return "".join(shown)
+
+
+def surprisal_style(nats: float) -> str:
+    """The style of a token by how much it surprised, nats; none for NaN."""
+    if math.isnan(nats):
+        return ""
+    return next(style for most, style in SURPRISAL_STYLES if nats < most or most == math.inf)
+
+
+def legend() -> Text:
+    """What the colours of surprisal mean."""
+    from rich.text import Text
+
+    line, low = Text("nats:"), 0.0
+    for most, style in SURPRISAL_STYLES:
+        line.append(" ")
+        line.append(f" {low:g}–{most:g} " if math.isfinite(most) else f" {low:g} and more ", style)
+        low = most
+    return line
+
+
+def grid(*columns: dict[str, Any]) -> Table:
+    """A table without lines; each column is what `rich.table.Table.add_column` takes."""
+    from rich.table import Table
+
+    headed = any("header" in column for column in columns)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", show_header=headed)
+    for column in columns:
+        table.add_column(**column)
+    return table
+
+
+def number(value: float | None, form: str = ".4f", missing: str = "—") -> str:
+    """A number in a format, or a dash where there is none."""
+    return missing if value is None or not math.isfinite(value) else format(value, form)
