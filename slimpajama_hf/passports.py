@@ -32,8 +32,9 @@ PROMPTS = "prompts.jsonl"
 
 #: Share of the run that passports may take where nobody typed an interval, and again prompts.
 BUDGET = 0.005
-#: Seconds that each may take in any case: the shortest run shall have something to show.
-FREE_SECONDS = 0.5
+#: Seconds that passports may take in any case, and prompts: the shortest run shall have something to show.
+FREE_PASSPORT_SECONDS = 0.5
+FREE_PROMPT_SECONDS = 1.0
 
 #: Guesses kept at each place, the likeliest first.
 GUESSES = 5
@@ -55,6 +56,12 @@ def is_early(step: int) -> bool:
     while low < step:
         low, high = high, low + high
     return low == step
+
+
+def is_half_decade(step: int) -> bool:
+    """Whether `step` is one of 0, 10, 30, 100, 300, 1,000, ..."""
+    digits = str(step)
+    return step == 0 or (step >= 10 and digits[0] in "13" and not digits[1:].strip("0"))
 
 
 def pieces(encoder: Encoder, ids: Sequence[int]) -> list[str]:
@@ -128,8 +135,9 @@ def _surprisals(log_probabilities: torch.Tensor, input_ids: Sequence[int]) -> to
 class _Keeper(TrainerCallback):
     """Appends what it makes to a file, within its budget; says once when that fails; never stops training."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, free_seconds: float) -> None:
         self.file = GrowingFile(path)
+        self._free_seconds = free_seconds
         self.trainer: SlimPajamaTrainer | None = None
         self.seconds = 0.0
         """Time that it has taken in this session."""
@@ -145,7 +153,7 @@ class _Keeper(TrainerCallback):
 
     def _affordable(self) -> bool:
         assert self.trainer is not None
-        return self.seconds <= max(FREE_SECONDS, BUDGET * self.trainer.clock.training_seconds)
+        return self.seconds <= max(self._free_seconds, BUDGET * self.trainer.clock.training_seconds)
 
     def _guarded(self, step: int, what: str, act: Callable[[], None]) -> None:
         """Do it while the clock of training stands still; a failure is said once."""
@@ -187,7 +195,7 @@ class SamplePassports(_Keeper):
     """
 
     def __init__(self, folder: RunFolder, encoder: Encoder, interval: int | None = None) -> None:
-        super().__init__(folder.path / PASSPORTS)
+        super().__init__(folder.path / PASSPORTS, FREE_PASSPORT_SECONDS)
         self._ledger = folder.ledger
         self._encoder, self._interval = encoder, interval
         self._open: dict[str, Any] | None = None
@@ -291,14 +299,14 @@ class _Unusual(LossSpikes):
 
 
 class FixedPrompts(_Keeper):
-    """What the model writes after the same prompts: at steps of a Fibonacci row, at checkpoints, at the end.
+    """What the model writes after the same prompts: at steps 0, 10, 30, 100, 300, ..., at checkpoints, at the end.
 
     A line of `prompts.jsonl`: `step` (the weights are those of checkpoint-<step>) and `texts`, one object a prompt:
     `prompt`, `output`. `interval`: steps between them, obeyed; None: within `BUDGET`.
     """
 
     def __init__(self, folder: RunFolder, encoder: Encoder, interval: int | None = None) -> None:
-        super().__init__(folder.path / PROMPTS)
+        super().__init__(folder.path / PROMPTS, FREE_PROMPT_SECONDS)
         self._encoder, self._interval = encoder, interval
         self._prompts = [encoder.encode(prompt)[0] for prompt in FIXED_PROMPTS]
         self._at_checkpoint = False
@@ -315,7 +323,7 @@ class FixedPrompts(_Keeper):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write with the weights of the step."""
         step = state.global_step
-        regular = step % self._interval == 0 if self._interval else is_early(step) and step != 1
+        regular = step % self._interval == 0 if self._interval else is_half_decade(step)
         if self._able() and (self._at_checkpoint or regular) and (self._interval is not None or self._affordable()):
             self._guarded(step, "fixed prompts", lambda: self._write(step))
         self._at_checkpoint = False

@@ -113,9 +113,7 @@ class Browser:
             self.requests.append(parameters["request"]["url"])
 
     def size(self, width: int, height: int, touch: bool = False) -> None:
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=touch
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=touch)
         self.call("Emulation.setTouchEmulationEnabled", enabled=touch)
 
     def scheme(self, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import time
@@ -361,7 +362,7 @@ def _by_position(rows: Rows, nats: np.ndarray | None) -> dict[str, Any] | None:
     curves = []
     for quarter in range(quarters):
         first, last = whole * quarter // quarters, whole * (quarter + 1) // quarters
-        chosen = first + documents_evenly(last - first, POSITION_ROWS)
+        chosen = first + _evenly(last - first, POSITION_ROWS)
         sums, counts = np.zeros(longest + 1), np.zeros(longest + 1)
         for part in range(0, len(chosen), 500):
             some = chosen[part : part + 500]
@@ -376,13 +377,13 @@ def _by_position(rows: Rows, nats: np.ndarray | None) -> dict[str, Any] | None:
         with np.errstate(invalid="ignore", divide="ignore"):
             means = [
                 float(sums[low:high].sum() / counts[low:high].sum()) if counts[low:high].sum() >= 5 else None
-                for low, high in zip(edges, edges[1:], strict=False)
+                for low, high in itertools.pairwise(edges)
             ]
         curves.append({"first": int(rows.step[first]), "last": int(rows.step[last - 1]), "means": means})
     return {"edges": edges, "curves": curves}
 
 
-def documents_evenly(count: int, most: int) -> np.ndarray:
+def _evenly(count: int, most: int) -> np.ndarray:
     """At most `most` of `count` positions, evenly spaced."""
     return np.arange(count) if count <= most else np.linspace(0, count - 1, most).astype(np.int64)
 
@@ -424,7 +425,10 @@ def _pack_passports(
         return vocabulary.setdefault(str(text), len(vocabulary))
 
     piece: list[int] = []
-    before, after, top, chance = [], [], [], []  # parts, joined at the end
+    before: list[np.ndarray] = []  # parts, joined at the end
+    after: list[np.ndarray] = []
+    top: list[np.ndarray] = []
+    chance: list[np.ndarray] = []
     begins = surprisals.offsets(rows.tokens)
     for passport in passports:
         predicted = len(passport["input_ids"]) - 1
@@ -589,10 +593,14 @@ def _config(folder: RunFolder) -> list[list[str]]:
     return [[key, _without_home(value.strip())] for key, _, value in pairs]
 
 
+def _object(record: dict[str, Any], name: str) -> dict[str, Any]:
+    value = record.get(name)
+    return value if isinstance(value, dict) else {}
+
+
 def _about(record: dict[str, Any]) -> list[list[str]]:
     """[name, value] of what the run was and ran on, as far as run.json says."""
-    corpus, model = (record.get(name) if isinstance(record.get(name), dict) else {} for name in ("corpus", "model"))
-    assert isinstance(corpus, dict) and isinstance(model, dict)
+    corpus, model = _object(record, "corpus"), _object(record, "model")
     libraries = record.get("libraries")
     parameters = model.get("parameters")
     found: list[tuple[str, Any]] = [

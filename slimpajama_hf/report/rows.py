@@ -124,5 +124,5 @@ class Rows:
             ("documents", self.documents),
         ):
             if row.get(field):
-                place[step] = row[field]  # type: ignore[index]
+                place[step] = row[field]
         self._size += 1

@@ -17,7 +17,7 @@ function niceTicks(low, high, most) {
 }
 
 function stepTicks(width) {
-  const most = Math.max(Math.floor(width / 90), 2);
+  const most = Math.max(Math.floor(width / 72), 2);
   if (!view.log) return niceTicks(view.from, view.to, most).filter((t) => t >= 0 && (t % 1 === 0));
   const ticks = [0];
   for (let power = 1; power <= view.to * 1.001; power *= 10) for (const f of width > 500 ? [1, 2, 5] : [1]) ticks.push(f * power);
@@ -71,7 +71,7 @@ class Sums {
 }
 
 class StepChart {
-  // panel: {id, title, unit, values, weights?, sums?, wide?, floor?, domains?, dashed?, read(run, i)}
+  // panel: {id, title, unit, values, weights?, sums?, wide?, floor?, domains?, dashed?, held_out?, exact?, sparse?, read, ticks?}
   constructor(panel, actions) {
     this.panel = panel;
     this.actions = actions;
@@ -87,8 +87,9 @@ class StepChart {
 
   use(run, chosen, byDomain) {
     this.run = run;
-    this.chosen = chosen;
-    this.all = new Sums(run, this.panel, chosen);
+    // Of what only some steps have, only those count.
+    this.chosen = this.panel.sparse ? chosen.filter((i) => Number.isFinite(run[this.panel.values][i])) : chosen;
+    this.all = new Sums(run, this.panel, this.chosen);
     this.lines = this.panel.domains && byDomain.length > 1
       ? byDomain.map(({ domain, index }) => ({ domain, sums: new Sums(run, this.panel, index) })) : [];
   }
@@ -154,7 +155,7 @@ class StepChart {
     if (!this.run || !this.run.n || width < 40) return;
     const { left, right, top, bottom } = this.frame(), { steps } = this.run, values = this.run[this.panel.values];
     const every = this.run.meta.every;
-    const window_ = Math.max(Math.round(shown.window / every), 1);
+    const window_ = this.panel.exact ? 1 : this.panel.sparse ? 10 : Math.max(Math.round(shown.window / every), 1);
     const first = this.all.place(lowerBound(steps, view.from)), last = this.all.place(lowerBound(steps, view.to + 1e-9) + 1);
     this.curve = this.means(this.all, window_);
     [this.low, this.high] = this.limits(first, last, values);
@@ -191,13 +192,14 @@ class StepChart {
     for (const step of this.run.meta.events.resumes) if (step >= view.from && step <= view.to) { const x = Math.round(this.x(step)) + 0.5; c.beginPath(); c.moveTo(x, top); c.lineTo(x, bottom); c.stroke(); }
     c.setLineDash([]);
 
-    if (last - first <= Math.max((right - left) * 2.2, 700)) this.drawDots(c, first, last, values);
-    else this.drawFan(c, first, last, values);
+    if (!this.panel.exact && last - first <= Math.max((right - left) * 2.2, 700)) this.drawDots(c, first, last, values);
+    else if (!this.panel.exact) this.drawFan(c, first, last, values);
 
     for (const { domain, sums } of this.lines) {
       const points = this.means(sums, Math.max(Math.round(window_ / 2), 8));
       this.trace(c, points, css(onPaper(this.run.meta.domains[domain].colour), 0.9), 1.25);
     }
+    if (this.panel.floor === undefined && this.low < 0) { c.fillStyle = ink.muted; c.fillRect(left, Math.round(this.y(0)), right - left, 1); }
     this.trace(c, this.curve, ink.paper, 5);
     this.trace(c, this.curve, this.lines.length ? ink.ink : ink.accent, 2.2);
     if (this.panel.dashed) {
@@ -276,8 +278,8 @@ class StepChart {
       for (let i = columns.length - 1; i >= 0; i--) c.lineTo(columns[i][0], this.y(columns[i][a]));
       c.closePath(); c.fill();
     };
-    area(1, 6, 0.16);
-    area(2, 5, 0.26);
+    area(1, 6, 0.12);
+    area(2, 5, 0.24);
     area(3, 4, 0.34);
   }
 
@@ -334,7 +336,10 @@ class StepChart {
     const i = cursor.hover ?? cursor.index;
     const k = this.all.place(i + 1);
     const mean = this.all.mean(Math.max(k - Math.max(Math.round(shown.window / this.run.meta.every), 1), 0), k);
-    this.output.replaceChildren(`step ${count(this.run.steps[i])}: `, element("b", {}, this.panel.read(values[i])), ` · mean ${this.panel.read(mean)}`);
+    const parts = [element("b", {}, this.panel.read(values[i]))];
+    if (this.panel.wide) parts.unshift(`step ${count(this.run.steps[i])}: `);
+    if (!this.panel.exact && !this.panel.sparse) parts.push(` · mean ${this.panel.read(mean)}`);
+    this.output.replaceChildren(...parts);
   }
 
   listen() {

@@ -1,7 +1,6 @@
 // The document of a step: a colour a token, the guesses of the model under the pointer, before and after the update.
 
 const reading = { mode: "before", index: null, lit: null };
-const UNKNOWN = 65535;
 const MODES = [["before", "as it was read"], ["after", "after its update"], ["taught", "what it taught"]];
 
 const nats = (value) => (value === UNKNOWN ? NaN : value / 1000);

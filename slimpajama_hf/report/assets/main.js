@@ -11,8 +11,9 @@ const PANELS = [
   { id: "accuracy", title: "Accuracy", unit: "of next tokens", values: "accuracy", floor: 0, domains: true, held_out: "accuracy", read: (v) => percent(v), ticks: (ticks) => tickTexts(ticks.map((t) => +(100 * t).toPrecision(10))).map((t) => `${t} %`) },
   { id: "bits", title: "Bits per byte", unit: "dashed: the run so far", values: "bits_per_byte", sums: "bits", weights: "text_bytes", domains: true, dashed: "running_bits", held_out: "bits_per_byte", read: (v) => fixed(v, 3) },
   { id: "gradient", title: "Gradient norm", unit: "before clipping", values: "grad_norm", read: (v) => fixed(v, 3) },
-  { id: "rate", title: "Learning rate", unit: "per update", values: "learning_rate", floor: 0, read: rate, ticks: (ticks) => ticks.map((t) => (t === 0 ? "0" : t < 1e-3 ? t.toExponential(+t.toExponential().split("e")[0] % 1 ? 1 : 0).replace("e-", "e−") : String(t))) },
+  { id: "rate", title: "Learning rate", unit: "per update", values: "learning_rate", floor: 0, exact: true, read: rate, ticks: (ticks) => ticks.map((t) => (t === 0 ? "0" : t < 1e-3 ? t.toExponential(+t.toExponential().split("e")[0] % 1 ? 1 : 0).replace("e-", "e−") : String(t))) },
   { id: "throughput", title: "Throughput", unit: "tokens per second", values: "throughput", floor: 0, read: (v) => fixed(v, v < 100 ? 1 : 0) },
+  { id: "lesson", title: "What a step taught", unit: "nats, own document", values: "lesson", sparse: true, needs: "taught", read: (v) => (Number.isFinite(v) ? fixed(v, 3) : "not looked at") },
 ];
 const actions = { go: (i) => moveTo(i), hover: (i) => { if (i !== cursor.hover) { cursor.hover = i; later(drawTops); } }, zoom: zoomTo };
 const charts = PANELS.map((panel) => new StepChart(panel, actions));
@@ -108,7 +109,10 @@ function chooseDomains() {
   const lists = names.map(() => []), chosen = [];
   for (let i = 0; i < n; i++) if (open[domain[i]]) { chosen.push(i); lists[domain[i]].push(i); }
   const byDomain = lists.map((index, d) => ({ domain: d, index })).filter(({ domain: d, index }) => open[d] && index.length >= 8).slice(0, 12);
-  for (const chart of charts) chart.use(run, chosen, byDomain);
+  for (const chart of charts) {
+    chart.node.hidden = chart.panel.needs !== undefined && !run[chart.panel.needs];
+    chart.use(run, chosen, byDomain);
+  }
 }
 
 function showDomains() {

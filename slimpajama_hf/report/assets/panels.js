@@ -76,8 +76,8 @@ function showWriting() {
       const before = former?.texts[k]?.[1];
       const parts = before === undefined ? [[true, output]] : difference(before, output);
       return element("div.card", {},
-        element("p.written", { dir: direction(prompt + output) }, element("b", {}, signs(prompt)), parts.map(([kept, text]) => (kept ? signs(text) : element("mark", {}, signs(text))))),
-        former ? element("p.former", { dir: direction(before ?? "") }, `step ${count(former.step)}: ${before === output ? "the same" : `…${signs(before ?? "")}`}`) : null);
+        element("p.written", { dir: direction(prompt + output) }, element("b", {}, signs(prompt)), parts.map(([kept, text]) => (kept ? lines(text) : element("mark", {}, lines(text))))),
+        former ? element("p.former", { dir: direction(before ?? "") }, `step ${count(former.step)}: ${before === output ? "the same" : `…${lines(before ?? "")}`}`) : null);
     })));
   }
   $("writing-note").textContent = note.join("");
@@ -101,6 +101,9 @@ function showWriting() {
         sample.true === null || sample.true === undefined ? element("span.gone", {}, "The document is not in this page and its corpus is not on the disk where this report was made.")
           : sample.true === "" ? element("span.gone", {}, "nothing: the document ends here") : signs(sample.true)))));
 }
+
+// Line ends as signs: what is written again and again on lines of its own would fill the page.
+const lines = (text) => signs(text.replace(/\n/g, " ⏎ "));
 
 function common(a, b) {
   let k = 0;
@@ -126,9 +129,7 @@ function showCorpus() {
 
   const charts = [];
   if (meta.by_position) charts.push(element("div", {}, stillChart("Surprisal by position in the document", "nats, log scale of tokens", 230, drawByPosition), element("p.lead", {}, "How much a longer beginning helps, in each quarter of the run: pale is early, dark is late.")));
-  if (meta.by_length.length) charts.push(element("div", {}, stillChart("Loss by length of the document", "nats per token", 230, drawByLength), element("p.lead", {}, "The later half of the run. Bar: middle half of the documents; line: their mean. The first tokens cost most, so short documents do.")));
-  const lessons = meta.passports.map((p) => lesson(run.passports.get(p.step))).filter(Boolean);
-  if (lessons.length > 3) charts.push(element("div", {}, stillChart("What a step teaches about its own document", "nats per token, before − after", 230, (c, size) => drawLessons(c, size, lessons)), element("p.lead", {}, "Loss of a document before its update, minus loss of the same document after it, at the steps in colour.")));
+  if (meta.by_length.length) charts.push(element("div", {}, stillChart("Loss by length of the document", "nats per token", 230, drawByLength), element("p.lead", {}, "The later half of the run. Bar: the middle half of the documents, darker where there are more; line: their mean.")));
   $("breakdowns").replaceChildren(...charts);
 
   const most = Math.max(...meta.by_domain.map((d) => d.steps), 1);
@@ -137,7 +138,7 @@ function showCorpus() {
     element("div.scroll", {}, element("table.figures-table", {},
       element("thead", {}, element("tr", {}, ["domain", "documents", "tokens", "first loss", "last loss", "last accuracy", "last bits per byte"].map((name) => element("th", { scope: "col" }, name)))),
       element("tbody", {}, meta.by_domain.map((d, k) => element("tr", {},
-        element("td", { title: meta.domains[k].full }, element("i.share", { style: { width: `${Math.round((90 * d.steps) / most)}px`, "--colour": css(onPaper(meta.domains[k].colour)) } }), meta.domains[k].name),
+        element("td", { title: meta.domains[k].full }, element("i.share", {}, element("i", { style: { width: `${(100 * d.steps) / most}%`, background: css(onPaper(meta.domains[k].colour)) } })), meta.domains[k].name),
         element("td", {}, count(d.steps)), element("td", {}, short(d.tokens)), element("td", {}, fixed(d.first_loss, 3)), element("td", {}, fixed(d.last_loss, 3)),
         element("td", {}, percent(d.last_accuracy ?? NaN)), element("td", {}, fixed(d.last_bits_per_byte, 3))))))));
 
@@ -153,14 +154,6 @@ function showCorpus() {
 function domainAt(step) {
   const i = nearest(run.steps, step);
   return run.steps[i] === step ? run.meta.domains[run.domain[i]].name : "";
-}
-
-function lesson(passport) {
-  if (!passport.after) return null;
-  let before = 0, after = 0, n = 0;
-  for (let k = passport.nats_at; k < passport.nats_at + passport.tokens - 1; k++)
-    if (run.before[k] !== UNKNOWN && run.after[k] !== UNKNOWN) { before += run.before[k]; after += run.after[k]; n++; }
-  return n ? { step: passport.step, gain: (before - after) / n / 1000 } : null;
 }
 
 // Axes of a chart that stands still; returns the two scales.
@@ -210,20 +203,6 @@ function drawByLength(c, size) {
     c.fillRect(x(k) - wide / 2, y(b.high), wide, Math.max(y(b.low) - y(b.high), 2));
     c.fillStyle = ink.accent; c.fillRect(x(k) - wide / 2, y(b.mean) - 1.2, wide, 2.4);
   });
-}
-
-function drawLessons(c, size, lessons) {
-  const gains = lessons.map((l) => l.gain).sort((a, b) => a - b), at = (q) => gains[Math.round(q * (gains.length - 1))];
-  const low = Math.min(0, at(0.02)), high = Math.max(at(0.98), 0.01), end = Math.max(run.meta.steps - 1, 1);
-  const pad = 0.08 * (high - low);
-  const { x, y, left, right, top, bottom } = axes(c, size, [0, Math.log10(end + 1)], [low - (low < 0 ? pad : 0), high + pad], [0, ...Array.from({ length: 8 }, (_, k) => Math.log10(10 ** k + 1))].filter((t) => t <= Math.log10(end + 1)), (t) => count(Math.round(10 ** t - 1)));
-  c.save(); c.beginPath(); c.rect(left - 4, top - 4, right - left + 8, bottom - top + 8); c.clip();
-  for (const { step, gain } of lessons) {
-    const i = nearest(run.steps, step);
-    c.fillStyle = css(onPaper(run.meta.domains[run.domain[i]].colour), 0.75);
-    c.beginPath(); c.arc(x(Math.log10(step + 1)), Math.min(Math.max(y(gain), top), bottom), 3, 0, 7); c.fill();
-  }
-  c.restore();
 }
 
 // ---- the record ----
