@@ -78,8 +78,27 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="one HTML file that shows everything about a run")
     report.add_argument("run", help="a run folder")
-    report.add_argument("--watch", action="store_true", help="show it in a browser as the run goes on (127.0.0.1 alone)")
-    report.add_argument("--port", type=_positive, help="with --watch: the port; default: 8642, or the next that is free")
+    report.add_argument(
+        "--watch", action="store_true", help="show it in a browser as the run goes on (127.0.0.1 alone)"
+    )
+    report.add_argument(
+        "--port", type=_positive, help="with --watch: the port; default: 8642, or the next that is free"
+    )
+
+    compare = commands.add_parser("compare", help="runs side by side: a chart and a table by step, tokens and time")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="two or more run folders")
+    compare.add_argument("--output", metavar="FILE.png", help="the chart [comparison.png]")
+    compare.add_argument("--json", action="store_true", help="print JSON; draws no chart unless --output is given")
+
+    rewind = commands.add_parser("rewind", help="the run again from a checkpoint, without one document: what it did")
+    rewind.add_argument("run", help="a run folder")
+    rewind.add_argument(
+        "--to", type=int, metavar="N", help="begin at the nearest checkpoint at or before step N [STEP]"
+    )
+    rewind.add_argument("--drop", type=int, metavar="STEP", help="leave the document of this step out; default: none")
+    rewind.add_argument("--steps", type=_positive, metavar="K", help="steps behind it; default: all that the run has")
+    rewind.add_argument("--output_dir", metavar="DIR", help="folder of the new run; default: beside the old one")
+    rewind.add_argument("--json", action="store_true", help="print JSON")
 
     views = commands.add_parser("views", help="make metrics, samples and chart again from the ledger")
     views.add_argument("run", help="a run folder")
@@ -193,6 +212,18 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(options: argparse.Namespace) -> int:
+    from slimpajama_hf import comparison
+
+    return comparison.main(options)
+
+
+def _rewind(options: argparse.Namespace) -> int:
+    from slimpajama_hf import rewind
+
+    return rewind.main(options)
+
+
 def _views(options: argparse.Namespace) -> int:
     from slimpajama_hf import views
 
@@ -207,9 +238,11 @@ def main(argv: list[str]) -> int:
         return trial.main(argv[1:])
     options = _parser().parse_args(argv)
     commands = {
+        "compare": _compare,
         "evaluate": _evaluate,
         "generate": _generate,
         "inspect": _inspect,
+        "rewind": _rewind,
         "tokenizer": _tokenizer,
         "verify": _verify,
         "report": _report,

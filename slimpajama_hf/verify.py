@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from array import array
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -594,7 +594,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:59] + "…"
 
 
-def _side_by_side(found: dict[str, tuple[Any, Any]]) -> str:
+def side_by_side(found: dict[str, tuple[Any, Any]]) -> str:
+    """Fields that differ with both values, in words."""
     return ", ".join(f"{name} {_shown(left)} / {_shown(right)}" for name, (left, right) in found.items())
 
 
@@ -618,21 +619,21 @@ def replay(path: str | Path, first: int, end: int) -> Report:
     run = Run(path)
     config = cli.read_config(str(run.folder.config))
     _refuse_range(run, first, end)
-    start, notes = _nearest_checkpoint(run, first)
-    notes += _not_as_it_was(run.record)
+    start, notes = nearest_checkpoint(run, first)
+    notes += not_as_it_was(run.record)
     origin = f"checkpoint-{start}" if start else "the very start"
     with tempfile.TemporaryDirectory(prefix="slimpajama_hf-replay-", ignore_cleanup_errors=True) as place:
         again = Path(place) / "run"
         _lay_out(run, start, again)
         screen.say(f"doing steps {start} to {end - 1} again from {origin}, in {again}")
-        _train(run, config, end, again)
-        notes += _other_threads(run, Run(again))
+        train_again(run, config, end, again, Path(place) / "replay.yaml")
+        notes += other_threads(run, Run(again))
         parted = _compare_replayed(run, Run(again), first, end)
     steps = f"steps {first} to {end - 1}"
     if parted:
         step, found = parted[0]
         more = f"; {len(parted) - 1:,} more steps differ" if len(parted) > 1 else ""
-        lines = [f"FAILED  step {step}: in the ledger / replayed: {_side_by_side(found)}{more}"]
+        lines = [f"FAILED  step {step}: in the ledger / replayed: {side_by_side(found)}{more}"]
     else:
         lines = [f"ok      {steps} replayed from {origin}: bit-equal"]
     return Report(not parted, lines + [f"note    {note}" for note in notes], {
@@ -657,7 +658,7 @@ def _refuse_range(run: Run, first: int, end: int) -> None:
         )
 
 
-def _nearest_checkpoint(run: Run, step: int) -> tuple[int, list[str]]:
+def nearest_checkpoint(run: Run, step: int) -> tuple[int, list[str]]:
     """The newest whole checkpoint at or before `step` (0: none), and what was wrong with those passed over."""
     notes: list[str] = []
     for candidate in reversed([each for each in run.manifests if each <= step]):
@@ -668,7 +669,7 @@ def _nearest_checkpoint(run: Run, step: int) -> tuple[int, list[str]]:
     return 0, notes
 
 
-def _not_as_it_was(record: dict[str, Any]) -> list[str]:
+def not_as_it_was(record: dict[str, Any]) -> list[str]:
     """What this machine has otherwise than the one of the run, where sums may come out in other bits."""
     notes = []
     for name, version in record.get("libraries", {}).items():
@@ -680,7 +681,8 @@ def _not_as_it_was(record: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _other_threads(run: Run, again: Run) -> list[str]:
+def other_threads(run: Run, again: Run) -> list[str]:
+    """Whether steps were done again with another number of threads, in words."""
     before, now = run.record.get("torch_threads"), again.record.get("torch_threads")
     return [f"torch ran with {before} threads, now with {now}: bits may differ"] if before and before != now else []
 
@@ -693,10 +695,10 @@ def _lay_out(run: Run, start: int, again: Path) -> None:
         return
     with open(run.folder.ledger, "rb") as source, open(RunFolder(again).ledger, "wb") as copy:
         copy.writelines(itertools.islice(source, start))
-    shutil.copytree(checkpoints.path_of(run.folder.path, start), checkpoints.path_of(again, start), copy_function=_link)
+    shutil.copytree(checkpoints.path_of(run.folder.path, start), checkpoints.path_of(again, start), copy_function=link)
 
 
-def _link(source: str, target: str) -> None:
+def link(source: str, target: str) -> None:
     """The same file in another place without a copy: weights are gigabytes, and a replay only reads them."""
     try:
         os.link(source, target)
@@ -705,16 +707,21 @@ def _link(source: str, target: str) -> None:
         os.symlink(os.path.realpath(source), target)
 
 
-def _train(run: Run, config: dict[str, Any], end: int, again: Path) -> None:
+#: Flags of a replay: nothing but its ledger matters.
+_SEEN_BY_NOBODY = ("--no-checkpoint", "--viz_interval", _NEVER, "--display_samples", _NEVER)
+
+
+def train_again(
+    run: Run, config: dict[str, Any], end: int, again: Path, settings: Path, flags: Sequence[str] = _SEEN_BY_NOBODY
+) -> None:
     """The real training script, in a process of its own, on the folder `again` up to step `end`.
 
-    Raises UserError with its exit code when it fails; its stderr is ours, so that it is seen to move.
+    `config`: what run_config.yaml of `run` says, written to `settings` without what reaches the outside. Raises
+    UserError with its exit code when it fails; its stderr is ours, so that it is seen to move.
     """
-    settings = again.parent / "replay.yaml"
-    files.write_json(settings, _replayed_config(config))
+    files.write_json(settings, replayed_config(config))
     command = [sys.executable, str(SCRIPT), "--config", str(settings), "--output_dir", str(again),
-               "--resume_from_checkpoint", "true", "--max_steps", str(end), "--no-checkpoint", "--report_to", "none",
-               "--viz_interval", _NEVER, "--display_samples", _NEVER]  # fmt: skip
+               "--resume_from_checkpoint", "true", "--max_steps", str(end), "--report_to", "none", *flags]  # fmt: skip
     environment = dict(os.environ)
     threads = run.record.get("torch_threads")
     if threads:
@@ -725,7 +732,7 @@ def _train(run: Run, config: dict[str, Any], end: int, again: Path) -> None:
         raise UserError(f"the steps could not be done again: training ended with exit code {code} (see above)")
 
 
-def _replayed_config(config: dict[str, Any]) -> dict[str, Any]:
+def replayed_config(config: dict[str, Any]) -> dict[str, Any]:
     """A run's configuration without what reaches the outside, with a warm-up that does not hang on --max_steps."""
     kept = {name: value for name, value in config.items() if not _NOT_REPLAYED.fullmatch(name)}
     warmup = float(kept.get("warmup_steps", 0))
@@ -757,7 +764,7 @@ def compare(path: str | Path, other: str | Path) -> Report:
     Raises UserError when a ledger cannot be read from its start on.
     """
     left, right = Run(path), Run(other)
-    same, found, ended = _compare_ledgers(left, right)
+    same, found, ended = compare_ledgers(left, right)
     weights = _compare_weights(left, right)
     # Behind the step where ledgers part, weights differ of course.
     early = [step for step, equal in weights.items() if not equal and step <= same]
@@ -775,7 +782,7 @@ def compare(path: str | Path, other: str | Path) -> Report:
     })  # fmt: skip
 
 
-def _compare_ledgers(left: Run, right: Run) -> tuple[int, dict[str, tuple[Any, Any]], str | None]:
+def compare_ledgers(left: Run, right: Run) -> tuple[int, dict[str, tuple[Any, Any]], str | None]:
     """(steps that are the same, fields that differ at the next, which ended first: `run`, `other` or None)."""
     same = 0
     for a, b in itertools.zip_longest(left.whole_rows(), right.whole_rows()):
@@ -792,7 +799,7 @@ def _words_on_steps(
     path: str | Path, other: str | Path, same: int, found: dict[str, tuple[Any, Any]], ended: str | None
 ) -> str:
     if found:
-        return f"they part at step {same}: {_side_by_side(found)}"
+        return f"they part at step {same}: {side_by_side(found)}"
     if ended is None:
         return f"the same for {same:,} steps"
     short, long = (path, other) if ended == "run" else (other, path)

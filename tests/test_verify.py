@@ -321,7 +321,7 @@ def test_a_replay_without_checkpoints_starts_from_nothing(copy):
 def test_a_damaged_checkpoint_is_passed_over(copy):
     flip_a_byte(copy / "checkpoint-30/optimizer.pt")
     (copy / "checkpoint-20/manifest.json").write_text("[]")
-    start, notes = verify._nearest_checkpoint(verify.Run(copy), 35)
+    start, notes = verify.nearest_checkpoint(verify.Run(copy), 35)
     assert start == 10
     assert notes == [
         "checkpoint-30 passed over: optimizer.pt is not what was saved (its SHA-256 differs)",
@@ -366,7 +366,7 @@ def test_steps_that_the_run_has_not_got_are_refused(finished):
 def test_a_replay_reaches_nothing_outside_and_keeps_the_schedule():
     config = {"seed": 1, "push_to_hub": True, "hub_model_id": "me/run", "report_to": ["wandb"], "eval_steps": 5,
               "output_dir": "runs/x", "max_steps": 1001, "warmup_steps": "0.1", "learning_rate": 0.001}  # fmt: skip
-    assert verify._replayed_config(config) == {
+    assert verify.replayed_config(config) == {
         "seed": 1,
         "max_steps": 1001,
         "warmup_steps": 101,
