@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from slimpajama_hf import screen
+from slimpajama_hf import devices, screen
 from slimpajama_hf.arguments import (
     OLD_FLAGS,
     OURS,
@@ -212,6 +212,7 @@ def _parse(argv: Sequence[str]) -> Settings:
         from_files += tokens
     typed = _typed_names([*from_files, *flags])
 
+    devices.wait_politely()
     with screen.Waiting("loading torch and transformers"):
         from slimpajama_hf.training_arguments import SlimPajamaTrainingArguments, make_parser
 
