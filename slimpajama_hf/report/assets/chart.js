@@ -32,8 +32,8 @@ function tickTexts(ticks) {
 }
 
 // A canvas of the size that its box has, in device pixels; drawing units are CSS pixels.
-function fit(canvas) {
-  const box = canvas.parentElement.getBoundingClientRect();
+// `box`: the size if it is known already; asking makes the browser lay out the page.
+function fit(canvas, box = canvas.parentElement.getBoundingClientRect()) {
   const ratio = Math.min(window.devicePixelRatio || 1, 3);
   const width = Math.max(Math.round(box.width * ratio), 1), height = Math.max(Math.round(box.height * ratio), 1);
   if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
@@ -196,7 +196,8 @@ class StepChart {
     else if (!this.panel.exact) this.drawFan(c, first, last, values);
 
     for (const { domain, sums } of this.lines) {
-      const points = this.means(sums, Math.max(Math.round(window_ / 2), 8));
+      // As many of its documents as stand among that many steps.
+      const points = this.means(sums, Math.max(Math.round((window_ * sums.index.length) / this.all.index.length), 10));
       this.trace(c, points, css(onPaper(this.run.meta.domains[domain].colour), 0.9), 1.25);
     }
     if (this.panel.floor === undefined && this.low < 0) { c.fillStyle = ink.muted; c.fillRect(left, Math.round(this.y(0)), right - left, 1); }
@@ -312,8 +313,8 @@ class StepChart {
 
   // The line of the slider, the one under the pointer, the selection: over the chart, so that it need not be drawn again.
   drawTop() {
-    const { context: c } = fit(this.top);
-    if (!this.run || !this.run.n || !this.size || this.low === undefined) return;
+    if (!this.run || !this.run.n || !this.size || this.low === undefined || this.node.hidden) return;
+    const { context: c } = fit(this.top, this.size);
     const { left, right, top, bottom } = this.frame(), values = this.run[this.panel.values];
     const line = (i, colour, dash) => {
       const x = this.x(this.run.steps[i]);

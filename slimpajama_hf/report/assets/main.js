@@ -9,11 +9,11 @@ const watching = page.dataset.watch === "yes";
 const PANELS = [
   { id: "loss", title: "Loss", unit: "nats per token", values: "loss", wide: true, domains: true, held_out: "loss", read: (v) => fixed(v, 4) },
   { id: "accuracy", title: "Accuracy", unit: "of next tokens", values: "accuracy", floor: 0, domains: true, held_out: "accuracy", read: (v) => percent(v), ticks: (ticks) => tickTexts(ticks.map((t) => +(100 * t).toPrecision(10))).map((t) => `${t} %`) },
-  { id: "bits", title: "Bits per byte", unit: "dashed: the run so far", values: "bits_per_byte", sums: "bits", weights: "text_bytes", domains: true, dashed: "running_bits", held_out: "bits_per_byte", read: (v) => fixed(v, 3) },
+  { id: "bits", title: "Bits per byte", unit: "dashed: so far", values: "bits_per_byte", sums: "bits", weights: "text_bytes", domains: true, dashed: "running_bits", held_out: "bits_per_byte", read: (v) => fixed(v, 3) },
   { id: "gradient", title: "Gradient norm", unit: "before clipping", values: "grad_norm", read: (v) => fixed(v, 3) },
   { id: "rate", title: "Learning rate", unit: "per update", values: "learning_rate", floor: 0, exact: true, read: rate, ticks: (ticks) => ticks.map((t) => (t === 0 ? "0" : t < 1e-3 ? t.toExponential(+t.toExponential().split("e")[0] % 1 ? 1 : 0).replace("e-", "e−") : String(t))) },
   { id: "throughput", title: "Throughput", unit: "tokens per second", values: "throughput", floor: 0, read: (v) => fixed(v, v < 100 ? 1 : 0) },
-  { id: "lesson", title: "What a step taught", unit: "nats, own document", values: "lesson", sparse: true, needs: "taught", read: (v) => (Number.isFinite(v) ? fixed(v, 3) : "not looked at") },
+  { id: "lesson", title: "What a step taught", unit: "nats", values: "lesson", sparse: true, needs: "taught", read: (v) => fixed(v, 3) },
 ];
 const actions = { go: (i) => moveTo(i), hover: (i) => { if (i !== cursor.hover) { cursor.hover = i; later(drawTops); } }, zoom: zoomTo };
 const charts = PANELS.map((panel) => new StepChart(panel, actions));
@@ -148,11 +148,13 @@ function showMarks() {
 const trackTop = element("canvas", { "aria-hidden": "true" });
 $("track").after(trackTop);
 const THUMB = 8;
+let trackBox = { width: 1, height: 1 };
 const trackX = (i, width) => THUMB + (i / Math.max(run.n - 1, 1)) * (width - 2 * THUMB);
 
 function drawTrack() {
   if (!run?.n) return;
-  const { context: c, width, height } = fit($("track"));
+  trackBox = $("track").parentElement.getBoundingClientRect();
+  const { context: c, width, height } = fit($("track"), trackBox);
   const chart = charts[0], columns = Math.max(Math.floor(width - 2 * THUMB), 1), means = [];
   for (let x = 0; x < columns; x++) {
     const a = chart.all.place(Math.floor((x / columns) * run.n)), b = Math.max(chart.all.place(Math.ceil(((x + 1) / columns) * run.n)), a + 1);
@@ -184,7 +186,7 @@ function drawTrack() {
 
 function drawTrackTop() {
   if (!run?.n) return;
-  const { context: c, width, height } = fit(trackTop);
+  const { context: c, width, height } = fit(trackTop, trackBox);
   const x = trackX(cursor.index, width);
   if (cursor.hover !== null) { c.fillStyle = ink.muted; c.fillRect(trackX(cursor.hover, width) - 0.5, 0, 1, height); }
   c.fillStyle = ink.accent;
@@ -201,6 +203,7 @@ function take(content, first) {
   run = derive(content);
   readInk();
   redraws.length = 0;
+  shownWriting = "";
   cursor.hover = null;
   fillStrides();
   if (first) chooseWindow();

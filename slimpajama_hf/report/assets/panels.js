@@ -63,9 +63,13 @@ function difference(former, now) {
   return parts;
 }
 
+let shownWriting = "";
 function showWriting() {
   const step = run.steps[cursor.index], { prompts, samples } = run.meta, note = [];
   const place = latest(prompts, step), box = $("prompts");
+  const key = `${run.meta.steps} ${place} ${latest(samples, step)}`;
+  if (key === shownWriting) return; // what many steps share is not built for each
+  shownWriting = key;
   if (!prompts.length) box.replaceChildren(element("div.empty", {}, element("p", {}, "No fixed prompts were written in this run (prompts.jsonl is not there).")));
   else {
     const at = Math.max(place, 0), now = prompts[at], former = prompts[at - 1];
