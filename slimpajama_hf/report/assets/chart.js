@@ -96,7 +96,7 @@ class StepChart {
 
   frame() {
     const { width, height } = this.size;
-    return { left: 46, right: width - 6, top: 8, bottom: height - 22 };
+    return { left: 46, right: width - 9, top: 8, bottom: height - 22 };
   }
   x(step) {
     const { left, right } = this.frame();
@@ -114,7 +114,7 @@ class StepChart {
   // Limits that show the course of what is in view, not its outliers.
   limits(first, last, values) {
     const picked = [];
-    const stride = Math.max(1, Math.floor((last - first) / 4000));
+    const stride = Math.max(1, Math.floor((last - first) / 1500));
     for (let k = first; k < last; k += stride) { const v = values[this.chosen[k]]; if (Number.isFinite(v)) picked.push(v); }
     if (!picked.length) return [0, 1];
     picked.sort((a, b) => a - b);
@@ -186,7 +186,7 @@ class StepChart {
     }
 
     c.save();
-    c.beginPath(); c.rect(left - 3, top - 6, right - left + 6, bottom - top + 8); c.clip();
+    c.beginPath(); c.rect(left - 6, top - 6, right - left + 12, bottom - top + 8); c.clip();
     // Resumes and gaps run through; the rest is marked below.
     c.strokeStyle = ink.muted; c.setLineDash([3, 4]);
     for (const step of this.run.meta.events.resumes) if (step >= view.from && step <= view.to) { const x = Math.round(this.x(step)) + 0.5; c.beginPath(); c.moveTo(x, top); c.lineTo(x, bottom); c.stroke(); }

@@ -21,7 +21,7 @@ function showDocument() {
   const colour = (k) => {
     const value = number(k);
     if (!Number.isFinite(value)) return null;
-    return mode === "taught" ? change(value / 1.5) : ramp(value / blind());
+    return mode === "taught" ? change(value) : ramp(value / blind());
   };
 
   const text = element("div.document", { dir: direction(pieces.join("")), tabindex: "0", "aria-label": "The document, token by token" });
@@ -44,6 +44,7 @@ function showDocument() {
 
   const bars = element("div.bars", {}, element("canvas", { "aria-hidden": "true" }));
   const highest = Math.max(...before.filter(Number.isFinite), ...after.filter(Number.isFinite), blind());
+  const widest = Math.max(...before.map((_, k) => Math.abs(after[k] - before[k])).filter(Number.isFinite), 0.3);
   const drawBars = () => {
     const { context: c, width, height } = fit(bars.firstChild);
     const wide = width / (tokens - 1), middle = mode === "taught" ? height / 2 : height - 1;
@@ -56,7 +57,7 @@ function showDocument() {
       const shade = colour(k);
       // What is close to the paper is drawn in grey: a bar shall be seen.
       c.fillStyle = css(contrast(shade, rgb(ink.paper)) < 1.35 ? least : shade);
-      const tall = mode === "taught" ? Math.max(-height / 2, Math.min(height / 2, (value / 2) * (height / 2))) : (value / highest) * (height - 4);
+      const tall = mode === "taught" ? (value / widest) * (height / 2 - 1) : (value / highest) * (height - 4);
       c.fillRect(k * wide, Math.min(middle, middle - tall), Math.max(wide - (wide > 3 ? 1 : 0), 0.8), Math.max(Math.abs(tall), 1));
       if (reading.lit === k + 1) { c.fillStyle = css(rgb(ink.accent), 0.25); c.fillRect(k * wide, 0, wide, height); }
     }
@@ -129,7 +130,7 @@ function taught(pieces, before, after) {
 function legend(mode) {
   const bar = (colours) => element("i", { style: { background: colours } });
   return mode === "taught"
-    ? element("p.ramp", {}, "less surprising, −1.5 nats", bar(gradient(change, -1, 1)), "+1.5 nats, more surprising")
+    ? element("p.ramp", {}, "less surprising, −1 nat", bar(gradient(change, -1, 1)), "+1 nat, more surprising")
     : element("p.ramp", {}, "0 nats, certain", bar(gradient(ramp, 0, 1)), `${fixed(blind(), 1)} nats, a blind guess among all tokens`);
 }
 

@@ -56,7 +56,11 @@ const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e
 const signs = (text) => text.replace(UNSEEN, (mark) => `⟨U+${mark.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
 const oneLine = (text) => signs(text.replace(/\s+/g, " ").trim());
 // A token as it is named in a list: white space made visible.
-const visible = (text) => (text === "" ? "·" : signs(text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍")).replace(/^ /, "␣").replace(/^ +$/, (s) => "␣".repeat(s.length)));
+const visible = (text) => {
+  if (text === "") return "·";
+  if (/^ +$/.test(text)) return text.length > 4 ? `␣ × ${text.length}` : "␣".repeat(text.length);
+  return signs(text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍").replace(/^ /, "␣"));
+};
 
 const RTL = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/g;
 const LTR = /[A-Za-z\u00c0-\u024f\u0370-\u052f\u3040-\u9fff\uac00-\ud7af]/g;

@@ -112,7 +112,7 @@ const lines = (text) => signs(text.replace(/\n/g, " ⏎ "));
 function common(a, b) {
   let k = 0;
   while (k < a.length && a[k] === b[k]) k++;
-  return k;
+  return a.slice(0, k).trim() ? k : 0;
 }
 
 // ---- what it read ----
