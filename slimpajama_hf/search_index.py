@@ -418,9 +418,11 @@ class _Extension:
             first, last = place.first_token, min(place.first_token + place.tokens, len(ends))
             if first > last:
                 raise NotTheDocument(f"{place.name}: it has {len(ends):,} tokens now, step {step} began at {first:,}")
-            start = ends[first - 1] if first else 0
-            # A window that goes to the last token covers what the tokenizer drops behind it.
-            yield step, start, len(text) if last == len(ends) and last - first < place.tokens else ends[last - 1]
+            to_the_end = last - first < place.tokens
+            if to_the_end and self.mode == "window":
+                # A last window of one token borrows the one before (in `pack` it is the EOS that has no characters).
+                first -= 1
+            yield step, ends[first - 1] if first > 0 else 0, len(text) if to_the_end else ends[last - 1]
 
     def _token_ends(self, text: str, count: int) -> list[int]:
         """Character ends of the first `count` tokens of a text, or of all."""

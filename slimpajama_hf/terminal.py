@@ -26,8 +26,8 @@ SURPRISAL_STYLES: tuple[tuple[float, str], ...] = (
     (math.inf, "#FFFFFF on #7F0000"),
 )
 
-#: Columns where there is no terminal to ask (and no $COLUMNS).
-PIPE_COLUMNS = 120
+#: Columns where there is no terminal to ask (and no $COLUMNS): what goes into a pipe is not broken into lines.
+PIPE_COLUMNS = 10_000
 
 #: Of a change of surprisal.
 LESS, MORE = "green", "red"

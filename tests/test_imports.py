@@ -15,7 +15,8 @@ PACKAGE = ROOT / "slimpajama_hf"
 
 #: Text and numbers know nothing of the model that they came from.
 WITHOUT_TORCH = ("arguments", "charts", "checkpoints", "corpora", "embedded", "errors", "files", "ledger", "palette",
-                 "resume", "run_folder", "samples", "screen", "signals", "view_process", "views", "cli", "verify", "patience", "read_ahead", "passes", "shards", "lock", "hub_files", "report")  # fmt: skip
+                 "resume", "run_folder", "samples", "screen", "signals", "view_process", "views", "cli", "verify", "patience", "read_ahead", "passes", "shards", "lock", "hub_files",
+                 "reread", "inspection", "search_index", "comparison", "rewind", "terminal", "report")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
