@@ -1,4 +1,4 @@
-"""The other commands: `python -m slimpajama_hf evaluate|generate|tokenizer|verify|views --help`."""
+"""The other commands: `python -m slimpajama_hf --help` lists them, each has a `--help` of its own."""
 
 from __future__ import annotations
 

@@ -54,9 +54,10 @@ MOST_TRIGRAMS = 48
 #: Seconds that another process may hold the index.
 _BUSY_SECONDS = 120.0
 
-#: Matches shown on a terminal, characters shown around one, and matches whose own loss is looked up.
+#: Matches shown on a terminal, which is also how many steps are looked up for their losses.
 MATCHES_SHOWN = 20
-_AROUND = 60
+#: Characters of one, and on either side of it.
+_TEXT_SHOWN, _AROUND = 300, 60
 
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -754,8 +755,10 @@ def _show_match(drawn: Console, match: Match, losses: dict[int, Losses]) -> None
     place = terminal.visible(f"  {match.shard} row {match.row:,}, character {match.start:,}{times}", line_ends=False)
     drawn.print(Text(place, "dim"))
     context = Text("  … ", "dim")
-    for text, style in ((match.before, "not dim"), (match.text, "not dim bold reverse"), (match.after, "not dim")):
-        context.append(terminal.visible(text, line_ends=False), style)
+    shown = match.text if len(match.text) <= _TEXT_SHOWN else f"{match.text[:_TEXT_SHOWN]} … "
+    for text, style in ((match.before, "not dim"), (shown, "not dim bold reverse"), (match.after, "not dim")):
+        # Indents say nothing here.
+        context.append(terminal.visible(re.sub(r"[ \t]{2,}", " ", text), line_ends=False), style)
     context.append(" …")
     drawn.print(context)
 
