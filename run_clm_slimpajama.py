@@ -57,20 +57,20 @@ def main(argv: list[str]) -> int:
         training.bf16 = precision == "bfloat16"
         waiting("loading the Trainer")
         from slimpajama_hf import evaluation
-        from slimpajama_hf.callbacks import DrawViews, GenerateSamples, ShowProgress, StopOnSignal
+        from slimpajama_hf.callbacks import StopOnSignal
         from slimpajama_hf.ledger import Ledger
         from slimpajama_hf.recorder import StepRecorder
         from slimpajama_hf.samples import SampleStream
         from slimpajama_hf.signals import StopSignals
         from slimpajama_hf.surprisals import Surprisals
         from slimpajama_hf.trainer import SlimPajamaTrainer
-        from slimpajama_hf.view_process import ViewProcess
+        from slimpajama_hf.watchers import Watchers
 
         held_out = evaluation.during_training(settings, corpus, encoder, folder)
 
     # All is there: from here on the folder changes.
     point = resume.go_on(folder, checkpoint) if resuming else resume.begin(folder)
-    record = session.record_run(settings, folder, corpus, tokenizer_name, tokenizer, gpt, precision)
+    record = session.record_run(settings, folder, corpus, tokenizer_name, tokenizer, gpt, precision, point)
     stream = SampleStream(
         corpus,
         encoder,
@@ -85,17 +85,11 @@ def main(argv: list[str]) -> int:
     )
     stream.start = point.cursor
 
-    # What watches the run. Intervals that somebody typed are obeyed whatever they cost.
+    # What is kept of every step, and what watches.
     surprisals = Surprisals(folder.surprisals, point.predicted)
     recorder = StepRecorder(Ledger(folder.ledger, point.chain), config.vocab_size, point.rows, surprisals)
-    progress = ShowProgress()
-    recorder.listeners.append(progress.on_row)
-    recorder.trouble = progress.say
-    samples = GenerateSamples(
-        folder, encoder, settings.run.display_samples, "display_samples" in settings.typed, progress
-    )
-    views = ViewProcess(folder, *session.caption(record), max_steps=training.max_steps)
-    drawing = DrawViews(views, settings.run.viz_interval, "viz_interval" in settings.typed)
+    watchers = Watchers(settings, folder, encoder, record)
+    watchers.listen_to(recorder)
 
     with StopSignals() as signals:
         stream.stop = lambda: signals.received is not None
@@ -106,14 +100,12 @@ def main(argv: list[str]) -> int:
             stream=stream,
             recorder=recorder,
             about={"run_id": record["run_id"]},
-            callbacks=[samples, drawing, progress, StopOnSignal(signals)],
+            callbacks=[*watchers.callbacks, StopOnSignal(signals)],
             held_out=held_out,
             backward=settings.model.backward,
         )
-        samples.trainer = drawing.trainer = trainer
-        return session.Session(
-            settings, trainer, folder, point, signals, samples, views, progress, precision, tokenizer_name
-        ).run()
+        watchers.look_at(trainer)
+        return session.Session(settings, trainer, folder, point, signals, watchers, precision, tokenizer_name).run()
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ def summary(folder: RunFolder, trainer: SlimPajamaTrainer, outcome: str, seeing_
         lines.append(f"        skipped  {sum(skipped.values()):,} records: {reasons}")
     lines += [
         f"          chart  {folder.latest_chart}",
+        *([f"         report  {folder.report}"] if folder.report.exists() else []),
         f"        metrics  {folder.viz / 'metrics_history.json'}",
         f"        samples  {folder.viz / 'text_samples.json'}",
         f"         ledger  {folder.ledger}",

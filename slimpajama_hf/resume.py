@@ -133,7 +133,8 @@ def go_on(folder: RunFolder, checkpoint: Path | None) -> ResumePoint:
         kept = ledger.cut_back(folder.ledger, point.step)
     except ValueError as error:
         raise UserError(f"{folder.path}: {error}; resume from an older checkpoint or start anew") from None
-    cut_back_lines(folder.samples, lambda sample: sample["step"] < point.step)
+    for path in (folder.samples, folder.passports, folder.prompts):
+        cut_back_lines(path, lambda entry: entry["step"] < point.step)
     cut_back_lines(folder.evaluations, lambda scores: scores["step"] <= point.step)
     surprisals.cut_back(folder.surprisals, kept.predicted)
     rows = tuple(ledger.last_rows(folder.ledger, ROWS_REMEMBERED))

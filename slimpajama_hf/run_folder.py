@@ -39,6 +39,20 @@ class RunFolder:
         return self.path / "samples.jsonl"
 
     @property
+    def passports(self) -> Path:
+        """Documents before and after the step that learned them, one JSON object per line, append-only."""
+        return self.path / "passports.jsonl"
+
+    @property
+    def prompts(self) -> Path:
+        """What the model writes after fixed prompts, one JSON object per line, append-only."""
+        return self.path / "prompts.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def evaluations(self) -> Path:
         """Held-out scores, one JSON object per line, append-only."""
         return self.path / "evaluations.jsonl"
@@ -110,7 +124,8 @@ def delete_run(folder: RunFolder) -> None:
         shutil.rmtree(checkpoints.path_of(folder.path, step))
     shutil.rmtree(folder.viz, ignore_errors=True)
     for path in (
-        folder.ledger, folder.surprisals, folder.samples, folder.evaluations, folder.record, folder.config
+        folder.ledger, folder.surprisals, folder.samples, folder.passports, folder.prompts, folder.evaluations,
+        folder.record, folder.config, folder.report,
     ):  # fmt: skip
         path.unlink(missing_ok=True)
     folder.viz.mkdir()

@@ -7,11 +7,12 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slimpajama_hf import devices, files, plan, run_folder, screen, views
+from slimpajama_hf import devices, files, plan, run_folder, screen
 from slimpajama_hf.corpora import Corpus
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.patience import StopRequested
@@ -19,12 +20,11 @@ from slimpajama_hf.resume import is_asked
 from slimpajama_hf.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from slimpajama_hf.callbacks import GenerateSamples, ShowProgress
     from slimpajama_hf.cli import Settings
     from slimpajama_hf.resume import ResumePoint
     from slimpajama_hf.signals import StopSignals
     from slimpajama_hf.trainer import SlimPajamaTrainer
-    from slimpajama_hf.view_process import ViewProcess
+    from slimpajama_hf.watchers import Watchers
 
 
 def quiet_libraries() -> None:
@@ -58,6 +58,7 @@ def record_run(
     tokenizer: Any,
     model: Any,
     precision: str,
+    point: ResumePoint,
 ) -> dict[str, Any]:
     """Write `run.json` and `run_config.yaml`; returns the record. A run that goes on keeps its identity.
 
@@ -93,7 +94,11 @@ def record_run(
             )
     else:
         record = run_folder.new_record(corpus.describe())
+    # What was done after the checkpoint is done again: so are the starts that lay there.
+    earlier = [each for each in record.get("sessions", []) if each["step"] < point.step]
+    started = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": point.step}
     record |= {
+        "sessions": [*earlier, started],
         "max_steps": settings.training.max_steps,
         "tokenizer": tokenizer_name,
         "tokenizer_sha256": tokenizer_sha256,
@@ -106,10 +111,6 @@ def record_run(
     return record
 
 
-def caption(record: dict[str, Any]) -> tuple[str, str]:
-    return views.caption_of(record)
-
-
 @dataclasses.dataclass
 class Session:
     """One start of the program, from its plan to its summary."""
@@ -119,9 +120,7 @@ class Session:
     folder: RunFolder
     point: ResumePoint
     signals: StopSignals
-    samples: GenerateSamples
-    views: ViewProcess
-    progress: ShowProgress
+    watchers: Watchers
     precision: str
     tokenizer_name: str
 
@@ -147,7 +146,7 @@ class Session:
         except Exception as error:
             failure = error
         trainer.recorder.flush()
-        self.progress.close()
+        self.watchers.progress.close()
         if trainer.failure is not None:
             failure = failure or trainer.failure
         elif failure is None or isinstance(failure, UserError):
@@ -157,9 +156,9 @@ class Session:
 
     def _finish(self, failure: Exception | None) -> int:
         """Final views and summary; the exit code, or the failure again."""
-        trainer, views = self.trainer, self.views
+        trainer, watchers, views = self.trainer, self.watchers, self.watchers.views
         trainer.recorder.close()
-        unsaved = trainer.save_failure or self.samples.file.flush()
+        unsaved = trainer.save_failure or watchers.flush()
         if trainer.recorder.unwritten:
             unsaved = unsaved or "rows of the ledger"
         if unsaved and failure is None:
@@ -170,11 +169,11 @@ class Session:
         self._note_in_record()
         if not views.finish(steps):
             screen.say(f"the final chart was not drawn: {views.errors[-1]}")
-        for what, errors in (("chart", views.errors[:-1]), ("sample", self.samples.failures)):
+        for what, errors in (("chart", views.errors[:-1]), ("sample", watchers.samples.failures)):
             if errors:
                 screen.say(f"{len(errors)} {what}s failed, the first at {errors[0]}")
         outcome = self._outcome(failure)
-        for line in plan.summary(self.folder, trainer, outcome, self.samples.seconds + views.cpu_seconds):
+        for line in plan.summary(self.folder, trainer, outcome, watchers.seconds):
             screen.say(line)
         if outcome != "done" and trainer.args.save_strategy != "no" and steps:
             screen.say(f"         go on  {plan.resume_command(self.folder.path)}")

@@ -21,6 +21,9 @@ from typing import Any
 
 from slimpajama_hf.run_folder import RunFolder
 
+#: The report is written at the end, and with every so many charts.
+CHARTS_PER_REPORT = 10
+
 #: How far drawing may fall behind an interval that the user typed before training waits for it.
 MOST_WAITING = 4
 
@@ -134,15 +137,18 @@ def serve(run: str) -> None:
     # Ctrl-C goes to the whole terminal; the training process decides when drawing ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _stand_back()
+    from slimpajama_hf import report
     from slimpajama_hf.views import Views
 
     views = Views(RunFolder(Path(run)))
     counted = 0.0
-    for line in sys.stdin:
+    for drawn, line in enumerate(sys.stdin, 1):
         request = json.loads(line)
         answer: dict[str, Any] = {"steps": request["steps"]}
         try:
             views.redraw(**request)
+            if request["final"] or drawn % CHARTS_PER_REPORT == 0:
+                report.write(views.folder.path)
         except Exception as error:
             answer["error"] = f"{type(error).__name__}: {error}"
         # The first answer carries the cost of starting and importing too.

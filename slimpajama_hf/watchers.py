@@ -1,0 +1,56 @@
+"""Everything that looks at a run: bar, samples, passports, prompts, charts and report. None of it decides anything.
+
+To add one: a callback, and a line each where it is made and where it is listed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from slimpajama_hf import views
+from slimpajama_hf.callbacks import DrawViews, GenerateSamples, ShowProgress
+from slimpajama_hf.passports import FixedPrompts, SamplePassports
+from slimpajama_hf.view_process import ViewProcess
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from slimpajama_hf.cli import Settings
+    from slimpajama_hf.recorder import StepRecorder
+    from slimpajama_hf.run_folder import RunFolder
+    from slimpajama_hf.tokenizer import Encoder
+    from slimpajama_hf.trainer import SlimPajamaTrainer
+
+
+class Watchers:
+    """The watchers of one run, their shared wiring, and what they cost. Intervals that somebody typed are obeyed."""
+
+    def __init__(self, settings: Settings, folder: RunFolder, encoder: Encoder, record: dict[str, Any]) -> None:
+        run, typed = settings.run, settings.typed
+        self.progress = ShowProgress()
+        self.samples = GenerateSamples(folder, encoder, run.display_samples, "display_samples" in typed, self.progress)
+        self.passports, self.prompts = SamplePassports(folder, encoder), FixedPrompts(folder, encoder)
+        self.views = ViewProcess(folder, *views.caption_of(record), max_steps=settings.training.max_steps)
+        self.drawing = DrawViews(self.views, run.viz_interval, "viz_interval" in typed)
+
+    @property
+    def callbacks(self) -> list[TrainerCallback]:
+        """In the order in which they look at a step."""
+        return [self.passports, self.prompts, self.samples, self.drawing, self.progress]
+
+    def listen_to(self, recorder: StepRecorder) -> None:
+        recorder.listeners += [self.progress.on_row, self.passports.on_row]
+        recorder.trouble = self.progress.say
+
+    def look_at(self, trainer: SlimPajamaTrainer) -> None:
+        self.samples.trainer = self.drawing.trainer = self.passports.trainer = self.prompts.trainer = trainer
+
+    @property
+    def seconds(self) -> float:
+        """What all of it has taken: time beside training, and processor time of the process that draws."""
+        return self.samples.seconds + self.passports.seconds + self.prompts.seconds + self.views.cpu_seconds
+
+    def flush(self) -> str | None:
+        """Write what the disk did not take so far; why some of it still cannot be written, or None."""
+        problems = [each.file.flush() for each in (self.samples, self.passports, self.prompts)]
+        return next((problem for problem in problems if problem), None)
