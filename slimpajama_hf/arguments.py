@@ -167,6 +167,6 @@ def help_text() -> str:
         f"  the others: {TRAINING_ARGUMENTS_PAGE}",
         "",
         "Old flags still understood: --steps (--max_steps), --checkpoint-interval (--save_steps), and any flag written",
-        "with hyphens. Other commands (evaluate, generate, tokenizer, verify, views): python -m slimpajama_hf --help",
+        "with hyphens. Other commands (report, inspect, compare, verify, plan, ...): python -m slimpajama_hf --help",
     ]
     return "\n".join(lines)

@@ -122,7 +122,8 @@ def delete_run(folder: RunFolder) -> None:
     """Remove what a run wrote, and nothing else that lies in its folder."""
     for step in checkpoints.steps(folder.path):
         shutil.rmtree(checkpoints.path_of(folder.path, step))
-    shutil.rmtree(folder.viz, ignore_errors=True)
+    for made in (folder.viz, folder.path / "_index"):
+        shutil.rmtree(made, ignore_errors=True)
     for path in (
         folder.ledger, folder.surprisals, folder.samples, folder.passports, folder.prompts, folder.evaluations,
         folder.record, folder.config, folder.report,
