@@ -83,7 +83,10 @@ def corpus(tmp_path_factory) -> str:
 @pytest.mark.parametrize(
     "way",
     # `make test` takes pack and all of the others at once; `make test-faults` each by itself too.
-    [pytest.param(way, marks=[] if way in ("pack", "window, shuffle and epochs") else pytest.mark.slow) for way in WAYS],
+    [
+        pytest.param(way, marks=[] if way in ("pack", "window, shuffle and epochs") else pytest.mark.slow)
+        for way in WAYS
+    ],
 )
 def test_interrupted_three_times_it_is_the_run_that_was_never_stopped(corpus, tmp_path, fault_table, way):
     """A kill -9, a SIGTERM and a kill -9 again; the second and third around the end of the first pass (`epochs`)."""
