@@ -198,12 +198,13 @@ def fault_table(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]
     """Rows of the table that `make test-faults` prints; kept in the file that $FAULT_TABLE names, if it is set."""
 
     def add(
-        fault: str, injected: int, *, lost: int = 0, repeated: int = 0, checkpoints: int = 0, bit_equal: bool
+        fault: str, injected: int, *, lost: int = 0, repeated: int = 0, checkpoints: int = 0, bit_equal: bool | None
     ) -> None:
+        """`bit_equal` None: no two runs were compared, for the reason that the fault's name gives."""
         path = os.environ.get("FAULT_TABLE")
         if path:
             row = {"fault": fault, "injected": injected, "documents lost": lost, "documents repeated": repeated,
-                   "checkpoints lost": checkpoints, "bit-equal": "yes" if bit_equal else "no"}  # fmt: skip
+                   "checkpoints lost": checkpoints, "bit-equal": {True: "yes", False: "no", None: "-"}[bit_equal]}  # fmt: skip
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 

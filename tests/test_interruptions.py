@@ -82,11 +82,8 @@ def corpus(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize(
     "way",
-    # `make test` takes pack and all of the others at once; `make test-faults` each by itself too.
-    [
-        pytest.param(way, marks=[] if way in ("pack", "window, shuffle and epochs") else pytest.mark.slow)
-        for way in WAYS
-    ],
+    # `make test` takes most of them at once; `make test-faults` each by itself too.
+    [pytest.param(way, marks=[] if way == "window, shuffle and epochs" else pytest.mark.slow) for way in WAYS],
 )
 def test_interrupted_three_times_it_is_the_run_that_was_never_stopped(corpus, tmp_path, fault_table, way):
     """A kill -9, a SIGTERM and a kill -9 again; the second and third around the end of the first pass (`epochs`)."""
@@ -116,23 +113,31 @@ def test_interrupted_three_times_it_is_the_run_that_was_never_stopped(corpus, tm
 # ---- the Hub fails while a process trains --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hub(tmp_path):
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
     with LoopbackHub() as server:
         for number in range(3):
-            write_records(tmp_path / "hub" / "data" / f"train-{number}.jsonl.zst", make_records(25, seed=300 + number))
-        server.datasets["someone/text"] = tmp_path / "hub"
+            write_records(folder / "data" / f"train-{number}.jsonl.zst", make_records(25, seed=300 + number))
+        server.datasets["someone/text"] = folder
         yield server
+
+
+@pytest.fixture
+def hub(server):
+    yield server
+    server.faults.clear()
+    server.refuse.clear()
 
 
 def hub_environment(hub: LoopbackHub, **more: str) -> dict[str, str]:
     return {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1", **more}
 
 
-@pytest.fixture
-def undisturbed(hub, tmp_path) -> Path:
-    run = tmp_path / "undisturbed"
-    done = run_script(*flags_of("someone/text", run), **hub_environment(hub))
+@pytest.fixture(scope="module")
+def undisturbed(server, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    done = run_script(*flags_of("someone/text", run), **hub_environment(server))
     assert done.returncode == 0, done.stderr
     return run
 
@@ -254,6 +259,7 @@ def test_a_clock_set_back_an_hour(corpus, tmp_path, fault_table):
 # ---- the terminal --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_closed(corpus, tmp_path, fault_table):
     """A real pseudo-terminal: its other end goes away, the kernel sends SIGHUP, and writing to it fails from then on."""
     import pty
@@ -290,6 +296,7 @@ def test_a_terminal_that_is_closed(corpus, tmp_path, fault_table):
     fault_table("terminal closed", 1, lost=lost, repeated=repeated, bit_equal=True)
 
 
+@pytest.mark.slow
 def test_a_difference_would_be_seen(corpus, tmp_path):
     """The comparison of this file can fail: another seed, one more interruption than it allows for."""
     left, right = tmp_path / "left", tmp_path / "right"

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -86,12 +87,20 @@ FAULTS = {
 }
 
 
+def lost_and_repeated(found: list[tuple], undisturbed: list[tuple]) -> dict[str, int]:
+    """How many documents of the undisturbed stream did not come, and how many came that should not have."""
+    there, expected = Counter(found), Counter(undisturbed)
+    return {"lost": sum((expected - there).values()), "repeated": sum((there - expected).values())}
+
+
 @pytest.mark.parametrize("name", FAULTS)
-def test_nothing_is_lost_and_nothing_repeated(hub, undisturbed, name):
+def test_nothing_is_lost_and_nothing_repeated(hub, undisturbed, name, fault_table):
     fault = dataclasses.replace(FAULTS[name])
     hub.faults.append(fault)
     start = time.monotonic()
-    assert read() == undisturbed
+    found = read()
+    fault_table(f"stream alone: {name}", fault.met, **lost_and_repeated(found, undisturbed), bit_equal=None)
+    assert found == undisturbed
     assert fault.met >= 1
     if "Retry-After" in name or "own header" in name:
         assert time.monotonic() - start >= 2, "what the server asks for is kept"
@@ -464,13 +473,16 @@ def test_a_process_ends_although_its_server_never_answers(hub, tmp_path):
     ],
     ids=["503 for a minute", "429 for a minute", "stalls of a minute"],
 )
-def test_a_bad_minute(hub, undisturbed, encoder, monkeypatch, capsys, fault):
+def test_a_bad_minute(hub, undisturbed, encoder, monkeypatch, capsys, fault, fault_table, request):
     monkeypatch.setattr(patience, "LONGEST_PAUSE_SECONDS", 30.0)
     hub.faults.append(fault)
     start = time.monotonic()
     made = list(SampleStream(corpus(), encoder, "truncate", 64))
     seconds = time.monotonic() - start
-    assert places(sample.document for sample in made) == undisturbed
+    found = places(sample.document for sample in made)
+    name = f"stream alone: {request.node.callspec.id}, {seconds:.0f} s"
+    fault_table(name, fault.met, **lost_and_repeated(found, undisturbed), bit_equal=None)
+    assert found == undisturbed
     shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("…")]
     with capsys.disabled():
         sys.stderr.write(f"\n{fault}: {seconds:.1f} s, {fault.met} requests failed, {len(shown)} lines on screen\n")
