@@ -18,11 +18,13 @@ def main(argv: list[str]) -> int:
 
     # Heavy imports come after the flags are known to be right; the heaviest, the Trainer, after the corpus has opened.
     from slimpajama_hf import corpora, devices, model, resume, run_folder, session
+    from slimpajama_hf.hub import account
     from slimpajama_hf.screen import Waiting
     from slimpajama_hf.tokenizer import Encoder, load_tokenizer
 
     training, data = settings.training, settings.data
     session.quiet_libraries()
+    destination = account.destination(settings)
     devices.choose_gpu(settings.run.gpu)
     devices.keep_freed_memory()
 
@@ -58,6 +60,7 @@ def main(argv: list[str]) -> int:
         waiting("loading the Trainer")
         from slimpajama_hf import evaluation
         from slimpajama_hf.callbacks import StopOnSignal
+        from slimpajama_hf.hub.background import Uploads
         from slimpajama_hf.ledger import Ledger
         from slimpajama_hf.recorder import StepRecorder
         from slimpajama_hf.samples import SampleStream
@@ -90,6 +93,7 @@ def main(argv: list[str]) -> int:
     recorder = StepRecorder(Ledger(folder.ledger, point.chain), config.vocab_size, point.rows, surprisals)
     watchers = Watchers(settings, folder, encoder, record)
     watchers.listen_to(recorder)
+    uploads = Uploads(settings, folder, destination, point.step)
 
     with StopSignals() as signals:
         stream.stop = lambda: signals.received is not None
@@ -100,12 +104,15 @@ def main(argv: list[str]) -> int:
             stream=stream,
             recorder=recorder,
             about={"run_id": record["run_id"]},
-            callbacks=[*watchers.callbacks, StopOnSignal(signals)],
+            callbacks=[*watchers.callbacks, uploads, StopOnSignal(signals)],
             held_out=held_out,
             backward=settings.model.backward,
         )
         watchers.look_at(trainer)
-        return session.Session(settings, trainer, folder, point, signals, watchers, precision, tokenizer_name).run()
+        uploads.trainer = trainer
+        return session.Session(
+            settings, trainer, folder, point, signals, watchers, precision, tokenizer_name, uploads
+        ).run()
 
 
 if __name__ == "__main__":

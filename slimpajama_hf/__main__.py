@@ -76,6 +76,21 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--tokens", type=_positive, metavar="K", help="with --step: tokens in the table [12]")
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
+    push = commands.add_parser(
+        "push", help="push the newest checkpoint of a run to the Hub, or finish what was not pushed"
+    )
+    push.add_argument("run", help="a run folder")
+    push.add_argument("--hub_model_id", metavar="OWNER/NAME", help="where to; default: as the run was trained with")
+    push.add_argument("--hub_private_repo", action="store_true", default=None, help="make a private repository")
+    push.add_argument("--hub_revision", metavar="BRANCH", help="branch; default: as the run, else main")
+    push.add_argument(
+        "--hub_strategy", choices=("checkpoint", "every_save", "all_checkpoints", "end"), help="as for training"
+    )
+    push.add_argument("--hub_license", metavar="LICENCE", help="licence on the card; default: none is stated")
+    push.add_argument(
+        "--hub_patience", type=float, default=600.0, help="seconds that a Hub which fails is waited for [600]"
+    )
+
     report = commands.add_parser("report", help="one HTML file that shows everything about a run")
     report.add_argument("run", help="a run folder")
     report.add_argument(
@@ -197,6 +212,12 @@ def _inspect(options: argparse.Namespace) -> int:
     return inspection.main(options)
 
 
+def _push(options: argparse.Namespace) -> int:
+    from slimpajama_hf.hub import push
+
+    return push.main(options)
+
+
 def _report(options: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -245,6 +266,7 @@ def main(argv: list[str]) -> int:
         "rewind": _rewind,
         "tokenizer": _tokenizer,
         "verify": _verify,
+        "push": _push,
         "report": _report,
         "views": _views,
     }

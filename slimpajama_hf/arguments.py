@@ -91,12 +91,16 @@ class RunArguments:
     overwrite_output_dir: bool = _knob(False, "start anew in a folder that holds a run, deleting that run")
     allow_changes: str | None = _knob(None, "what a resume may change, by name, as learning_rate,seed")
     gpu: int | None = _knob(None, "the only GPU to use; default: GPU 0 if there is one")
+    hub_license: str | None = _knob(None, "licence on the card of a pushed run, as apache-2.0; default: none is stated")
+    hub_patience: float = _knob(30.0, "seconds that the end of a run waits for a Hub which fails")
     test: bool = _knob(False, "100 steps on the embedded corpus, charts every 25, samples every 10 (configs/test.yaml)")
 
     def __post_init__(self) -> None:
         for name in ("viz_interval", "display_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected a number of steps, 1 or more")
+        if not self.hub_patience >= 0:
+            raise ValueError(f"--hub_patience {self.hub_patience}: expected seconds, 0 or more")
 
 
 OURS = (DataArguments, ModelArguments, RunArguments)
@@ -111,11 +115,18 @@ TRAINING_DEFAULTS: dict[str, tuple[Any, str | None]] = {
     "save_total_limit": (None, "checkpoints kept, the newest by step number; default: all"),
     "resume_from_checkpoint": (
         None,
-        "true (go on if there is something to go on from, else start) or a checkpoint folder",
+        "true (go on if there is something to go on from, else start), a checkpoint folder, or a pushed run as me/run",
     ),
     "eval_steps": (None, "steps between evaluations on held-out documents; default: none"),
     "seed": (42, "of the initial weights and of every other random draw"),
     "report_to": ("none", "tensorboard, trackio, wandb: as everywhere"),
+    "push_to_hub": (False, "every checkpoint to the Hub, in the background (docs/hub.md)"),
+    "hub_model_id": (None, "where to, as owner/name; default: the name of the run's folder"),
+    "hub_private_repo": (None, "make a private repository, where there is none yet"),
+    "hub_strategy": (
+        "checkpoint",
+        "checkpoint (the newest, with what resuming needs), every_save (the model alone), all_checkpoints, end",
+    ),
     "per_device_train_batch_size": (1, None),
     "lr_scheduler_type": ("constant_with_warmup", None),
     "logging_strategy": ("no", None),

@@ -187,7 +187,14 @@ def parse(argv: Sequence[str]) -> Settings:
     if not resume.is_asked(asked):
         return settings
     run = Path(settings.output_dir)
-    if str(asked).lower() != "true" and "output_dir" not in settings.typed:
+    from slimpajama_hf.hub import fetch
+
+    if fetch.is_repo(str(asked)):
+        run = run if "output_dir" in settings.typed else Path(fetch.folder_for(str(asked)))
+        dataset = settings.data.dataset if "dataset" in settings.typed else None
+        checkpoint = fetch.fetch(str(asked), str(run), dataset, settings.training.hub_token)
+        argv = [*argv, "--resume_from_checkpoint", str(checkpoint)]
+    elif str(asked).lower() != "true" and "output_dir" not in settings.typed:
         run = Path(str(asked)).parent
     own = RunFolder(run).config
     if not own.is_file():

@@ -33,8 +33,8 @@ PROMPTS = "prompts.jsonl"
 #: Share of the run that passports may take where nobody typed an interval, and again prompts.
 BUDGET = 0.005
 #: Seconds that passports may take in any case, and prompts: the shortest run shall have something to show.
-FREE_PASSPORT_SECONDS = 0.5
-FREE_PROMPT_SECONDS = 1.0
+FREE_PASSPORT_SECONDS = 0.25
+FREE_PROMPT_SECONDS = 0.25
 
 #: Guesses kept at each place, the likeliest first.
 GUESSES = 5

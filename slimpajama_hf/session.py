@@ -21,6 +21,7 @@ from slimpajama_hf.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from slimpajama_hf.cli import Settings
+    from slimpajama_hf.hub.background import Uploads
     from slimpajama_hf.resume import ResumePoint
     from slimpajama_hf.signals import StopSignals
     from slimpajama_hf.trainer import SlimPajamaTrainer
@@ -123,6 +124,7 @@ class Session:
     watchers: Watchers
     precision: str
     tokenizer_name: str
+    uploads: Uploads
 
     def run(self) -> int:
         """Train to the end, to a signal or to an error; leave checkpoint, views and summary; return the exit code."""
@@ -131,6 +133,7 @@ class Session:
             # Weights and the two moments of AdamW, float32.
             run_folder.refuse_full_disk(self.folder, 12 * self.folder.read_record()["model"]["parameters"])
         plan.show(self.settings, trainer, self.precision, self.tokenizer_name, self.folder)
+        self.uploads.announce()
         if point.checkpoint is not None:
             screen.say(f"{'resumed':>10}  {point.checkpoint}, at step {point.step:,}")
         if point.step >= self.settings.training.max_steps:
@@ -173,7 +176,11 @@ class Session:
             if errors:
                 screen.say(f"{len(errors)} {what}s failed, the first at {errors[0]}")
         outcome = self._outcome(failure)
+        # Taken now: Ctrl-C while the last push is waited for is no Ctrl-C of the run.
+        code = self.signals.exit_code
         for line in plan.summary(self.folder, trainer, outcome, watchers.seconds):
+            screen.say(line)
+        for line in self.uploads.finish(done=outcome in ("done", "the corpus ended")):
             screen.say(line)
         if outcome != "done" and trainer.args.save_strategy != "no" and steps:
             screen.say(f"         go on  {plan.resume_command(self.folder.path)}")
@@ -181,7 +188,7 @@ class Session:
             raise failure
         if steps == 0:
             raise UserError(f"{self.settings.data.dataset}: no document to learn from in this corpus")
-        return self.signals.exit_code
+        return code
 
     def _note_in_record(self) -> None:
         """What only the end of a session knows, into `run.json`; a disk that is full does not take it."""
