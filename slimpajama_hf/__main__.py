@@ -76,20 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--tokens", type=_positive, metavar="K", help="with --step: tokens in the table [12]")
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
-    push = commands.add_parser(
-        "push", help="push the newest checkpoint of a run to the Hub, or finish what was not pushed"
-    )
+    push = commands.add_parser("push", help="push the newest checkpoint to the Hub, or finish what was not pushed")
     push.add_argument("run", help="a run folder")
     push.add_argument("--hub_model_id", metavar="OWNER/NAME", help="where to; default: as the run was trained with")
     push.add_argument("--hub_private_repo", action="store_true", default=None, help="make a private repository")
     push.add_argument("--hub_revision", metavar="BRANCH", help="branch; default: as the run, else main")
-    push.add_argument(
-        "--hub_strategy", choices=("checkpoint", "every_save", "all_checkpoints", "end"), help="as for training"
-    )
+    push.add_argument("--hub_strategy", choices=("checkpoint", "every_save"), help="with what resuming needs, or not")
     push.add_argument("--hub_license", metavar="LICENCE", help="licence on the card; default: none is stated")
-    push.add_argument(
-        "--hub_patience", type=float, default=600.0, help="seconds that a Hub which fails is waited for [600]"
-    )
+    push.add_argument("--hub_patience", type=float, default=600.0, help="seconds to wait for a Hub which fails [600]")
 
     report = commands.add_parser("report", help="one HTML file that shows everything about a run")
     report.add_argument("run", help="a run folder")

@@ -1,0 +1,227 @@
+"""Training's side of the pushes: lays checkpoints into the outbox, and says once what goes wrong with them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from slimpajama_hf import checkpoints, screen
+from slimpajama_hf.hub.account import Destination
+from slimpajama_hf.hub.outbox import Outbox
+from slimpajama_hf.hub.upload_process import fields
+
+if TYPE_CHECKING:
+    from slimpajama_hf.cli import Settings
+    from slimpajama_hf.run_folder import RunFolder
+    from slimpajama_hf.trainer import SlimPajamaTrainer
+
+#: Seconds that the end of a run which is done waits for a push that goes on; one that was stopped has no such time.
+LONGEST_WAIT_SECONDS, WAIT_WHEN_STOPPED_SECONDS = 600.0, 5.0
+
+
+class Uploads(TrainerCallback):
+    """Every checkpoint of a run to the Hub, in the background. Without a destination it does nothing at all.
+
+    Never raises into the training loop, never waits in it: a save costs a dozen hard links and a line into a pipe.
+    """
+
+    def __init__(self, settings: Settings, folder: RunFolder, destination: Destination | None, step: int) -> None:
+        """`step`: where the run goes on; what lies in the outbox beyond it is dropped."""
+        self._folder, self._destination = folder, destination
+        self._patience = settings.run.hub_patience
+        # Trainer would push too: a second time, and without a word when it fails.
+        training: Any = settings.training
+        training.push_to_hub = False
+        self.trainer: SlimPajamaTrainer | None = None
+        self._process: subprocess.Popen[str] | None = None
+        self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._failing: dict[str, Any] | None = None
+        self._outbox: Outbox | None = None
+        if destination is not None:
+            self._outbox = Outbox(folder.path, destination.most)
+            with contextlib.suppress(OSError):
+                self._outbox.keep_up_to(step)
+
+    def announce(self) -> None:
+        """A line of the plan."""
+        if self._destination is not None:
+            screen.say(f"{'hub':>10}  {self._destination.words()}")
+
+    # ---- while it trains ----
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._destination is not None and state.is_world_process_zero:
+            self._start()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._destination is not None and self._destination.strategy != "end":
+            with self.trainer.clock.paused() if self.trainer is not None else contextlib.nullcontext():
+                self._lay(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._events.empty():
+            self._listen()
+
+    def _lay(self, step: int) -> None:
+        """Into the outbox, if that checkpoint was saved and is not there or on the Hub."""
+        assert self._outbox is not None
+        checkpoint = checkpoints.path_of(self._folder.path, step)
+        if not checkpoint.is_dir():
+            return
+        try:
+            self._outbox.add(checkpoint)
+        except OSError as error:
+            self._say(f"not pushed: {checkpoint.name} ({error.strerror or error}); training goes on")
+        self._send({"wake": True})
+
+    def _start(self) -> None:
+        assert self._destination is not None
+        # A thread for arithmetic would only take a core from training; the token comes through the pipe.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        root = str(Path(__file__).resolve().parent.parent.parent)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "slimpajama_hf.hub.upload_process", str(self._folder.path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="utf-8",
+                env=environment,
+            )
+        except OSError as error:
+            self._failing = {"step": None, "why": str(error), "refused": True}
+            self._say(f"nothing is pushed to the Hub ({error}); training goes on")
+            return
+        threading.Thread(target=self._hear, args=(self._process,), daemon=True, name="uploads").start()
+        self._send(fields(self._destination))
+
+    def _hear(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self._events.put(json.loads(line))
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self._process.stdin.write(json.dumps(message) + "\n")  # type: ignore[union-attr]
+            self._process.stdin.flush()  # type: ignore[union-attr]
+
+    def _listen(self) -> None:
+        """Take in what the process has told; say when pushing begins to fail, and when it works again."""
+        while not self._events.empty():
+            event = self._events.get()
+            if event["event"] == "failed":
+                if self._failing is None:
+                    again = "the next checkpoint tries again" if event["refused"] else "it is tried again and again"
+                    self._say(f"not pushed to the Hub: {event['why']}; training goes on, {again}")
+                self._failing = event
+            elif event["event"] == "pushed":
+                if self._failing is not None:
+                    self._say(f"the Hub takes it again: step {event['step']:,} is pushed")
+                self._failing = None
+            elif event["event"] == "begun":
+                for trouble in event["trouble"]:
+                    self._say(f"pushed without {trouble}")
+            elif event["event"] == "dropped":
+                self._say(f"not pushed: {event['why']}")
+
+    def _say(self, line: str) -> None:
+        (self.trainer.recorder.trouble if self.trainer is not None else screen.say)(screen.redacted(line))
+
+    # ---- at the end ----
+
+    def finish(self, done: bool) -> list[str]:
+        """Push the last checkpoint, wait for it a while (seconds bounded, said on screen, ended by Ctrl-C), end the
+        process; the lines of the summary. `done`: the run came to its end; a run that was stopped does not wait."""
+        if self._destination is None or self._outbox is None:
+            return []
+        saved = checkpoints.steps(self._folder.path)
+        record = self._folder.read_record()
+        pushed = self._outbox.pushed()
+        there = pushed.get("step") if pushed.get("run_id") == record["run_id"] else None
+        if saved and saved[-1] != there:
+            if self._process is None:
+                self._start()
+            # The chart and the report on it are the final ones now.
+            self._lay(saved[-1])
+        if self._outbox.waiting():
+            self._wait(LONGEST_WAIT_SECONDS if done else WAIT_WHEN_STOPPED_SECONDS)
+        self._end()
+        return self._summary(record["run_id"])
+
+    def _wait(self, seconds: float) -> None:
+        assert self._destination is not None and self._outbox is not None
+        self._listen()
+        self._send({"finish": True})
+        began = time.monotonic()
+        failing_since: float | None = None
+        interrupted = threading.Event()
+        command = f"python -m slimpajama_hf push {self._folder.path}"
+        words = f"pushing to {self._destination.repo}; Ctrl-C leaves it to `{command}`"
+        with _ctrl_c(interrupted), screen.Waiting(words):
+            while self._outbox.waiting() and time.monotonic() - began < seconds and not interrupted.is_set():
+                if self._process is None or self._process.poll() is not None:
+                    return
+                try:
+                    event = self._events.get(timeout=0.1)
+                except queue.Empty:
+                    pass
+                else:
+                    if event["event"] == "failed":
+                        failing_since = failing_since or time.monotonic()
+                        self._failing = event
+                        if event["refused"] or event["pause"] > self._patience:
+                            return
+                    elif event["event"] in ("begun", "pushed"):
+                        failing_since = None
+                if failing_since is not None and time.monotonic() - failing_since > self._patience:
+                    return
+
+    def _end(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()  # type: ignore[union-attr]
+            try:
+                self._process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+    def _summary(self, run_id: str) -> list[str]:
+        assert self._destination is not None and self._outbox is not None
+        pushed, lines = self._outbox.pushed(), []
+        if pushed.get("run_id") == run_id:
+            lines.append(f"{'hub':>15}  {pushed['url']}, step {pushed['step']:,} (commit {pushed['commit'][:12]})")
+        waiting = self._outbox.waiting()
+        if waiting:
+            why = f": {self._failing['why']}" if self._failing is not None else ""
+            steps = ", ".join(f"{step:,}" for step in waiting)
+            lines.append(f"{'not pushed':>15}  step {steps} to {self._destination.repo}{why}")
+            lines.append(f"{'finish it':>15}  python -m slimpajama_hf push {self._folder.path}")
+        return lines
+
+
+@contextlib.contextmanager
+def _ctrl_c(interrupted: threading.Event) -> Any:
+    """While entered, Ctrl-C and SIGTERM set `interrupted`, and nothing else: the run itself is done."""
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, lambda *_: interrupted.set())
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,305 @@
+"""A pushed run back from the Hub, into a fresh folder: `--resume_from_checkpoint me/run[@revision]`.
+
+What is fetched is put together beside (`OUTPUT_DIR/_incoming`), checked byte by byte against the checkpoint's manifest
+and row by row against the ledger's hash chain, and then moved: a kill leaves a folder that the same command finishes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slimpajama_hf import checkpoints, files, hub_files, ledger
+from slimpajama_hf.errors import UserError
+from slimpajama_hf.hub.account import why
+from slimpajama_hf.hub.staging import STATE
+from slimpajama_hf.patience import Patience
+from slimpajama_hf.run_folder import RunFolder
+from slimpajama_hf.screen import Waiting
+
+#: Where a run is put together before it is moved into its folder.
+INCOMING = "_incoming"
+
+#: What the last fetch into a folder was: a second process of the same launch takes it as it is.
+_FETCHED = "_fetched.json"
+
+#: Files of a run that a resume or a look at it needs, where they were pushed.
+_RUN_FILES = ("run.json", "run_config.yaml", ledger.FILE_NAME, "surprisals.f16", "samples.jsonl", "passports.jsonl",
+              "prompts.jsonl", "evaluations.jsonl")  # fmt: skip
+_NEEDED = ("run.json", "run_config.yaml", ledger.FILE_NAME)
+
+#: Seconds that a Hub which fails is waited for.
+_PATIENCE_SECONDS = 120.0
+
+
+def is_repo(asked: str) -> bool:
+    """Whether `--resume_from_checkpoint` names a repository, as `me/run` or `me/run@revision`, and no folder here."""
+    return re.fullmatch(r"[\w][\w.-]*/[\w.-]+(@[^@\s]+)?", asked) is not None and not os.path.exists(asked)
+
+
+def folder_for(asked: str) -> str:
+    """Where a run from the Hub goes on unless `--output_dir` says otherwise: `runs/<its name>`."""
+    return str(Path("runs") / asked.partition("@")[0].rpartition("/")[2])
+
+
+def fetch(asked: str, output_dir: str, dataset: str | None, token: str | None) -> Path:
+    """The checkpoint of `asked` in `output_dir`, with the records of its run; returns its folder there.
+
+    `dataset`: where the corpus lies on this machine, for a run on local files. Raises UserError for a folder that holds
+    a run already, a repository that is not there or has nothing to resume from, and for bytes that are not what was
+    saved.
+    """
+    folder = Path(output_dir).expanduser()
+    with Waiting(f"fetching {asked} from the Hub") as waiting, _one_at_a_time(folder):
+        repo, _, revision = asked.partition("@")
+        commit, names = _look(repo, revision or None, token)
+        already = _already(folder, repo, commit)
+        if already is not None:
+            return already
+        incoming = folder / INCOMING
+        if not (incoming / "ready").exists():
+            if RunFolder(folder).holds_a_run():
+                raise UserError(
+                    f"{output_dir} holds a run already; go on with that one: --resume_from_checkpoint true, or fetch "
+                    f"{repo} into another --output_dir"
+                )
+            step = _put_together(incoming, repo, commit, names, token, waiting)
+            _settle_here(incoming / "run", folder, step, dataset, asked)
+            (incoming / "ready").write_text(str(step), encoding="utf-8")
+        return _move(incoming, folder, repo, commit)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Several processes of one launch fetch the same run: the first does, the others find it done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "_fetching", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror}); choose another folder") from None
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _look(repo: str, revision: str | None, token: str | None) -> tuple[str, list[str]]:
+    """The commit behind a revision, and the names of its files."""
+    from huggingface_hub import HfApi
+
+    def ask() -> Any:
+        return HfApi(token=token).model_info(repo, revision=revision, timeout=hub_files.REQUEST_TIMEOUT)
+
+    try:
+        info = hub_files.persistently(ask, f"{repo} on the Hub", Patience(_PATIENCE_SECONDS, visible=False))
+    except UserError:
+        raise
+    except Exception as error:
+        at = f"@{revision}" if revision else ""
+        raise UserError(
+            f"--resume_from_checkpoint {repo}{at}: no such folder here, and on the Hub it does not open "
+            f"({why(error)}); expected true, a checkpoint-N of a run, or the name of a pushed run as me/run (log in "
+            "for a private one: hf auth login)"
+        ) from None
+    names = [sibling.rfilename for sibling in info.siblings or []]
+    if f"{STATE}/{checkpoints.MANIFEST}" not in names or any(name not in names for name in _NEEDED):
+        has = "a model" if "config.json" in names else "no model"
+        raise UserError(
+            f"--resume_from_checkpoint {repo}: it holds {has}, but not what resuming needs ({STATE}/ and the ledger); "
+            "expected a run pushed with --hub_strategy checkpoint"
+        )
+    return str(info.sha), names
+
+
+def _put_together(incoming: Path, repo: str, commit: str, names: list[str], token: str | None, waiting: Waiting) -> int:
+    """Download into `incoming/files`, arrange as a run folder in `incoming/run`, check; the checkpoint's step."""
+    shutil.rmtree(incoming / "run", ignore_errors=True)
+
+    def get(name: str) -> Path:
+        waiting(f"fetching {name} of {repo}")
+        return _download(repo, commit, name, incoming / "files", token)
+
+    manifest_path = get(f"{STATE}/{checkpoints.MANIFEST}")
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        step = int(manifest["step"])
+    except (ValueError, KeyError):
+        raise UserError(f"--resume_from_checkpoint {repo}: its {STATE}/{checkpoints.MANIFEST} cannot be read") from None
+    run = incoming / "run"
+    checkpoint = checkpoints.path_of(run, step)
+    checkpoint.mkdir(parents=True)
+    for name in manifest["files"]:
+        if not _is_plain(name):
+            raise UserError(f"--resume_from_checkpoint {repo}: its manifest names {name!r}, which is no file of it")
+        # As it was saved, where the root has a more portable form of it.
+        source = f"{STATE}/{name}" if f"{STATE}/{name}" in names else name
+        if source not in names:
+            raise UserError(
+                f"--resume_from_checkpoint {repo}@{commit[:12]}: {source} is missing; try the commit before it, as "
+                f"{repo}@COMMIT"
+            )
+        target = checkpoint / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(get(source), target)
+    os.replace(manifest_path, checkpoint / checkpoints.MANIFEST)
+    for name in _RUN_FILES:
+        if name in names:
+            os.replace(get(name), run / name)
+    waiting(f"checking {repo}")
+    wrong = checkpoints.problem(checkpoint) or _wrong_in_ledger(run / ledger.FILE_NAME, step, manifest.get("chain"))
+    if wrong is not None:
+        shutil.rmtree(incoming, ignore_errors=True)
+        raise UserError(
+            f"--resume_from_checkpoint {repo}@{commit[:12]}: {wrong}; try again, or the commit before it, as "
+            f"{repo}@COMMIT"
+        )
+    return step
+
+
+def _download(repo: str, commit: str, name: str, into: Path, token: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    def ask() -> str:
+        return hf_hub_download(repo, name, revision=commit, local_dir=into, token=token)
+
+    try:
+        return Path(hub_files.persistently(ask, f"{repo}: {name}", Patience(_PATIENCE_SECONDS)))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"--resume_from_checkpoint {repo}: {name} cannot be fetched ({why(error)}); try again"
+        ) from None
+
+
+def _is_plain(name: str) -> bool:
+    """A manifest from the Hub is a stranger's: its names stay inside the folder."""
+    parts = name.split("/")
+    return bool(name) and not name.startswith("/") and "\\" not in name and not {"..", ".", ""} & set(parts)
+
+
+def _wrong_in_ledger(path: Path, step: int, chain: str | None) -> str | None:
+    """What is wrong with the fetched ledger, or None when its rows lead to the checkpoint's hash, each by its own."""
+    last, count = ledger.CHAIN_START, 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                stated = row.pop("chain")
+            except (ValueError, KeyError, AttributeError):
+                return f"row {count} of its ledger cannot be read"
+            last = ledger.chain_hash(last, row)
+            if stated != last:
+                return f"row {count} of its ledger is not what was written (its hash differs)"
+            count += 1
+            if count == step:
+                break
+    if count != step or (chain is not None and last != chain):
+        return f"its ledger ({count:,} rows) is not that of its checkpoint (step {step:,})"
+    return None
+
+
+def _settle_here(run: Path, folder: Path, step: int, dataset: str | None, asked: str) -> None:
+    """What named files of the other machine names those of this one: the corpus, the tokenizer, the model."""
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    config_path = run / "run_config.yaml"
+    config: dict[str, Any] = yaml.safe_load(config_path.read_text(encoding="utf-8"))
+    changed: dict[str, str] = {}
+    corpus = record["corpus"]
+    if corpus["mirror"] == "local":
+        here = _find_local(corpus["files"], dataset, asked)
+        for entry in corpus["files"]:
+            entry[1] = here[entry[0]]
+        assert dataset is not None
+        changed["dataset"] = corpus["name"] = dataset
+    elif corpus["mirror"] == "embedded":
+        # A place where nothing lies: it is built again from this Python, and compared.
+        for entry in corpus["files"]:
+            entry[1] = str((folder / INCOMING / entry[0]).absolute())
+    checkpoint = checkpoints.path_of(run, step)
+    if _was_a_path(str(config.get("tokenizer", "auto")), record["tokenizer"]):
+        for path in checkpoint.iterdir():
+            if path.name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece")):
+                (run / "tokenizer").mkdir(exist_ok=True)
+                shutil.copyfile(path, run / "tokenizer" / path.name)
+        changed["tokenizer"] = record["tokenizer"] = str(folder / "tokenizer")
+    if str(config.get("model", "")).endswith(".json"):
+        shutil.copyfile(checkpoint / "config.json", run / "model_config.json")
+        changed["model"] = record["model"]["name"] = str(folder / "model_config.json")
+    files.write_json(run / "run.json", record, indent=1)
+    lines = [
+        line if (name := line.partition(": ")[0]) not in changed else f"{name}: {json.dumps(changed[name])}"
+        for line in config_path.read_text(encoding="utf-8").splitlines()
+    ]
+    files.write_whole(config_path, "\n".join(lines) + "\n")
+
+
+def _was_a_path(asked: str, recorded: str) -> bool:
+    """Whether a tokenizer was a folder or a file; a Hub id and `builtin` are the same everywhere."""
+    name = recorded if asked == "auto" else asked
+    return name != "builtin" and (name.endswith((".model", ".json")) or "/" not in name) and name != "gpt2"
+
+
+def _find_local(entries: list[list[Any]], dataset: str | None, asked: str) -> dict[str, str]:
+    """Shard name -> file on this machine, by the ends of their paths; that they are the same is checked when opened."""
+    names = [str(entry[0]) for entry in entries]
+    found = sorted(glob.glob(dataset, recursive=True)) if dataset else []
+    here = {
+        name: [path for path in found if Path(path).parts[-len(Path(name).parts) :] == Path(name).parts]
+        for name in names
+    }
+    missing = [name for name, paths in here.items() if len(paths) != 1]
+    if missing:
+        raise UserError(
+            f"--resume_from_checkpoint {asked}: this run reads {len(names):,} local files, which the Hub does not "
+            f"hold ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); name them on this machine with "
+            "--dataset 'folder/*.jsonl.zst'"
+        )
+    return {name: os.path.abspath(paths[0]) for name, paths in here.items()}
+
+
+def _move(incoming: Path, folder: Path, repo: str, commit: str) -> Path:
+    """From `incoming/run` into the run folder, checkpoint last; what a kill left half done is gone on with."""
+    step = int((incoming / "ready").read_text(encoding="utf-8"))
+    run = incoming / "run"
+    checkpoint = checkpoints.path_of(folder, step)
+    for path in sorted(run.iterdir(), key=lambda path: path.name.startswith("checkpoint-")):
+        os.rename(path, folder / path.name)
+    files.write_json(
+        folder / _FETCHED,
+        {"repo": repo, "commit": commit, "step": step, "ledger": _sha1(folder / ledger.FILE_NAME)},
+    )
+    shutil.rmtree(incoming, ignore_errors=True)
+    files.sync_folder(folder)
+    return checkpoint
+
+
+def _already(folder: Path, repo: str, commit: str) -> Path | None:
+    """The checkpoint, if this very commit was fetched into the folder and no step was trained since."""
+    try:
+        fetched = json.loads((folder / _FETCHED).read_text(encoding="utf-8"))
+        same = (fetched["repo"], fetched["commit"]) == (repo, commit)
+        if same and fetched["ledger"] == _sha1(folder / ledger.FILE_NAME):
+            checkpoint = checkpoints.path_of(folder, fetched["step"])
+            return checkpoint if checkpoint.is_dir() else None
+    except (OSError, ValueError, KeyError):
+        pass
+    return None
+
+
+def _sha1(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha1(file.read()).hexdigest()

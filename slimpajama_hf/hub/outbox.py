@@ -1,0 +1,194 @@
+"""Checkpoints on their way to the Hub: `RUN/_outbox`, a folder each, made of hard links.
+
+    _outbox/step-2000/       waits; a newer one takes its place
+    _outbox/uploading-1000/  is going up
+    _outbox/pushed.json      what the Hub has
+
+Every change is one rename, so that a kill leaves the one state or the other. Links cost no disk and no time, and keep a
+checkpoint's bytes when retention deletes its folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from slimpajama_hf import checkpoints, files
+
+#: The leading underscore keeps it out of what goes up.
+FOLDER = "_outbox"
+
+#: Stands in an entry where the file system has no hard links: the uploader copies the checkpoint that it names.
+NOT_LINKED = "not_linked"
+
+_NO_LINKS = frozenset({errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS})
+
+
+class Gone(Exception):
+    """The checkpoint of an entry was deleted before it could be copied: a newer one is coming."""
+
+
+class Outbox:
+    """The outbox of a run. Training adds, one uploader (the holder of `lock`) takes."""
+
+    def __init__(self, run: Path, most: int = 1) -> None:
+        self.run, self.path, self.most = run, run / FOLDER, most
+        """`most` checkpoints may wait beside the one that is going up; more than that, and the oldest leave."""
+
+    # ---- training's side ----
+
+    def add(self, checkpoint: Path) -> None:
+        """Let `checkpoint` wait. A few hard links: no bytes are read. Raises OSError when the disk takes nothing."""
+        step = int(checkpoint.name.rpartition("-")[2])
+        entry = self.path / f"_new.{os.getpid()}"
+        shutil.rmtree(entry, ignore_errors=True)
+        entry.mkdir(parents=True)
+        try:
+            _link(checkpoint, entry)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                shutil.rmtree(entry, ignore_errors=True)
+                raise
+            shutil.rmtree(entry)
+            entry.mkdir()
+            (entry / NOT_LINKED).write_text(checkpoint.name, encoding="utf-8")
+        self._throw_away(self.path / f"step-{step}")
+        os.rename(entry, self.path / f"step-{step}")
+        self._coalesce()
+
+    def keep_up_to(self, step: int) -> None:
+        """Drop what lies after `step`: the run goes on from there, and comes to those steps again."""
+        for waiting in self.waiting():
+            if waiting > step:
+                self._throw_away(self.path / f"step-{waiting}")
+
+    def waiting(self) -> list[int]:
+        """Steps that wait or are going up, ascending."""
+        found = (re.fullmatch(r"(?:step|uploading)-(\d+)", path.name) for path in self._entries())
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def pushed(self) -> dict[str, Any]:
+        """What the Hub has: run_id, repo, revision, step, commit, url; empty before the first push."""
+        try:
+            return json.loads((self.path / "pushed.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    # ---- the uploader's side ----
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[bool]:
+        """Whether this process is the one that takes from the outbox, until the end of the block."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path / "_lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            held = True
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                held = False
+            except OSError:
+                # A file system without locks: the run's own lock says so already.
+                pass
+            if held:
+                self._take_back()
+            yield held
+        finally:
+            os.close(descriptor)
+
+    def claim(self) -> tuple[int, Path] | None:
+        """The next checkpoint to push and the folder of its files; None: nothing waits.
+
+        Raises Gone when it was deleted meanwhile (only where there are no hard links).
+        """
+        self._coalesce()
+        for step in self._steps("step"):
+            taken = self.path / f"uploading-{step}"
+            try:
+                os.rename(self.path / f"step-{step}", taken)
+            except FileNotFoundError:
+                # Training has put a newer one in its place.
+                continue
+            self._copy_if_not_linked(taken)
+            return step, taken
+        return None
+
+    def give_back(self, step: int) -> None:
+        """It could not be pushed: it waits again, unless something newer does."""
+        with contextlib.suppress(OSError):
+            os.rename(self.path / f"uploading-{step}", self.path / f"step-{step}")
+        self._coalesce()
+
+    def done(self, step: int, pushed: dict[str, Any]) -> None:
+        """`step` is on the Hub, as `pushed` says."""
+        files.write_json(self.path / "pushed.json", pushed, indent=1)
+        self._throw_away(self.path / f"uploading-{step}")
+
+    def drop(self, step: int) -> None:
+        """Forget an entry that is no checkpoint of this run any more."""
+        self._throw_away(self.path / f"uploading-{step}")
+
+    # ---- ----
+
+    def _entries(self) -> list[Path]:
+        return list(self.path.iterdir()) if self.path.is_dir() else []
+
+    def _steps(self, kind: str) -> list[int]:
+        found = (re.fullmatch(rf"{kind}-(\d+)", path.name) for path in self._entries())
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def _coalesce(self) -> None:
+        for step in self._steps("step")[: -self.most]:
+            self._throw_away(self.path / f"step-{step}")
+
+    def _throw_away(self, entry: Path) -> None:
+        # Renamed first: the other side sees all of an entry or none of it.
+        trash = self.path / f"_trash.{entry.name}.{os.getpid()}"
+        shutil.rmtree(trash, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(entry, trash)
+            shutil.rmtree(trash, ignore_errors=True)
+
+    def _take_back(self) -> None:
+        """What a killed uploader held waits again; what was half thrown away leaves."""
+        for step in self._steps("uploading"):
+            self.give_back(step)
+        for path in self._entries():
+            if path.name.startswith("_trash."):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _copy_if_not_linked(self, entry: Path) -> None:
+        marker = entry / NOT_LINKED
+        if not marker.is_file():
+            return
+        checkpoint = self.run / marker.read_text(encoding="utf-8")
+        try:
+            for path in checkpoint.rglob("*"):
+                if path.is_file():
+                    target = entry / path.relative_to(checkpoint)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, target)
+            wrong = checkpoints.problem(entry)
+        except OSError as error:
+            wrong = str(error)
+        if wrong is not None:
+            self._throw_away(entry)
+            raise Gone(f"{checkpoint.name}: {wrong}")
+        marker.unlink()
+
+
+def _link(checkpoint: Path, entry: Path) -> None:
+    for path in checkpoint.rglob("*"):
+        target = entry / path.relative_to(checkpoint)
+        if path.is_dir():
+            target.mkdir(exist_ok=True)
+        else:
+            os.link(path, target)

@@ -1,0 +1,245 @@
+"""What one push holds: the model at the root, the run as it was at its step, and what resuming needs.
+
+    README.md  config.json  model.safetensors  tokenizer.json ...             loads as it is
+    ledger.jsonl  run.json  run_config.yaml  report.html  training_viz/ ...   a clone is a run folder
+    checkpoint/  (optimizer, schedule, random state, cursor, manifest)        for resuming
+
+The records of a run grow on while a checkpoint waits: here they are cut at its step, the chart and the report are made
+from what is left, and paths of this machine are taken out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slimpajama_hf import checkpoints, files, ledger, model_card, report, surprisals, views
+from slimpajama_hf.hub import portable_tokenizer
+from slimpajama_hf.run_folder import RunFolder
+
+#: Where in the repository lies what resuming needs beside the model.
+STATE = "checkpoint"
+
+#: Files of a checkpoint that `from_pretrained` asks for: they go to the root.
+MODEL_FILES = (
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json",
+    "tokenizer_config.json", "tokenizer.model", "*.spm", "spiece.model", "vocab.json", "vocab.txt", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_templates/*",
+)  # fmt: skip
+
+#: What a push before this one may have left: removed where this one does not have it (an old shard of weights or an old
+#: tokenizer would still be loaded). Everything else in the repository stays as it is.
+OURS = (*MODEL_FILES, f"{STATE}/*", "report.html", "evaluations.jsonl", "passports.jsonl", "prompts.jsonl")
+
+_GROWING = ("samples", "passports", "prompts")
+
+
+class NotOfThisRun(Exception):
+    """The checkpoint and the run's ledger do not go together: the run was started anew, or went back and changed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Push:
+    """Everything that goes up for one checkpoint."""
+
+    step: int
+    chain: str
+    run_id: str
+    paths: dict[str, Path]
+    """Path in the repository -> file here."""
+    trouble: list[str]
+    """What could not be made (a chart, a report) and is missing or old."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.paths.values())
+
+
+def prepare(
+    checkpoint: Path, run: RunFolder, scratch: Path, repo: str, with_state: bool, license: str | None = None
+) -> Push:
+    """Make what goes up for `checkpoint` in the folder `scratch`, which is replaced.
+
+    `repo` is named on the card. Raises NotOfThisRun, OSError, and UserError for a run folder that cannot be read.
+    """
+    manifest = json.loads((checkpoint / checkpoints.MANIFEST).read_text(encoding="utf-8"))
+    step, record = manifest["step"], run.read_record()
+    if manifest.get("run_id") != record["run_id"]:
+        raise NotOfThisRun(f"checkpoint-{step} is of another run than the one in {run.path}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    # Named as its repository: the report shows the name of the folder that it was made in.
+    cut = RunFolder(scratch / repo.rpartition("/")[2])
+    cut.viz.mkdir(parents=True)
+    columns = _cut_records(run, cut, step, manifest["chain"])
+    record = without_paths(record)
+    files.write_json(cut.record, record, indent=1)
+    if run.config.is_file():
+        files.write_whole(cut.config, _config_without_paths(run.config))
+    trouble = _draw(cut, record)
+    samples = views.read_samples(cut.samples)
+    paths = _model_and_state(checkpoint, manifest, scratch / "tokenizer", with_state, samples)
+    about = model_card.About(
+        repo=repo,
+        record=record,
+        columns=columns,
+        chain=manifest["chain"],
+        samples=samples,
+        evaluation=_last_evaluation(cut.evaluations),
+        config=yaml.safe_load(cut.config.read_text(encoding="utf-8")) if cut.config.is_file() else {},
+        license=license,
+        has_chart=cut.latest_chart.is_file(),
+        resumable=with_state,
+    )
+    files.write_whole(cut.path / "README.md", model_card.render(about))
+    for path in sorted(cut.path.rglob("*")):
+        # One chart is shown; those with a number are steps on the way to it.
+        if path.is_file() and not path.name.startswith("training_step_"):
+            paths[path.relative_to(cut.path).as_posix()] = path
+    return Push(step, manifest["chain"], record["run_id"], paths, trouble)
+
+
+def _cut_records(run: RunFolder, cut: RunFolder, step: int, chain: str) -> ledger.Columns:
+    """The run's records up to `step`, copied; its ledger as arrays. Raises NotOfThisRun."""
+    last, rows = b"", 0
+    with open(run.ledger, "rb") as source, open(cut.ledger, "wb") as target:
+        for _, line in zip(range(step), source, strict=False):
+            target.write(line)
+            last, rows = line, rows + 1
+    found = json.loads(last)["chain"] if rows else ledger.CHAIN_START
+    columns = ledger.read_columns(cut.ledger)
+    if found != chain or len(columns) != step:
+        raise NotOfThisRun(f"checkpoint-{step} is not of the ledger that lies in {run.path}")
+    for name in _GROWING:
+        _copy_lines(getattr(run, name), getattr(cut, name), lambda entry: entry["step"] < step)
+    _copy_lines(run.evaluations, cut.evaluations, lambda entry: entry["step"] <= step)
+    if run.surprisals.is_file():
+        predicted = int((columns.tokens - 1).sum())
+        shutil.copyfile(run.surprisals, cut.surprisals)
+        surprisals.cut_back(cut.surprisals, predicted)
+    return columns
+
+
+def _copy_lines(source: Path, target: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    if not source.is_file():
+        return
+    with open(source, encoding="utf-8") as file, open(target, "w", encoding="utf-8") as kept:
+        kept.writelines(line for line in file if line.endswith("\n") and keep(json.loads(line)))
+
+
+def _draw(cut: RunFolder, record: dict[str, Any]) -> list[str]:
+    """Chart, metrics, samples and report of the run as it was then; what failed."""
+    trouble = []
+    try:
+        views.Views(cut).redraw(None, *views.caption_of(record), max_steps=record["max_steps"])
+    except Exception as error:
+        trouble.append(f"the chart: {type(error).__name__}: {error}")
+    try:
+        with _inside(cut.path.parent):
+            report.write(Path(cut.path.name))
+    except Exception as error:
+        trouble.append(f"the report: {type(error).__name__}: {error}")
+    return trouble
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """The report names the folder that it is of, as it was given: from here, a name without a path."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _model_and_state(
+    checkpoint: Path, manifest: dict[str, Any], made: Path, with_state: bool, samples: list[dict[str, Any]]
+) -> dict[str, Path]:
+    """Path in the repository -> file, for the files of the checkpoint.
+
+    A file that is replaced at the root by its portable form goes up as it was saved too: the manifest is about that.
+    """
+    paths: dict[str, Path] = {}
+    portable = portable_tokenizer.files_for(checkpoint, [f"{each['input']}{each['output'] or ''}" for each in samples])
+    for name in [*manifest["files"], checkpoints.MANIFEST]:
+        at_root = any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)
+        if at_root and name not in portable:
+            paths[name] = checkpoint / name
+        elif with_state:
+            paths[f"{STATE}/{name}"] = checkpoint / name
+    made.mkdir(exist_ok=True)
+    for name, content in portable.items():
+        (made / name).write_bytes(content)
+        paths[name] = made / name
+    return paths
+
+
+def _last_evaluation(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return json.loads(lines[-1]) if lines else None
+
+
+# ---- paths of this machine -----------------------------------------------------------------------------------------
+
+
+def without_path(word: str) -> str:
+    """A word of a command or of a configuration; of a path of this machine its last part is left."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    if re.match(r"(/|~|\.\.(/|$)|[A-Za-z]:[\\/])", value):
+        value = re.split(r"[\\/]", value.rstrip("\\/"))[-1] or "."
+    return f"{flag}{equals}{value}"
+
+
+def without_paths(record: dict[str, Any]) -> dict[str, Any]:
+    """`run.json` as it goes up: what was typed and what was opened, without the folders of this machine."""
+    corpus = dict(record["corpus"])
+    corpus["name"] = without_path(corpus["name"])
+    # Local files by their names, which the ledger knows them by; `fetch` finds them again elsewhere.
+    corpus["files"] = [
+        [name, url if url.startswith("hf://") else name, *rest] for name, url, *rest in corpus.get("files", [])
+    ]
+    changed = {
+        "corpus": corpus,
+        "command": [without_path(word) for word in _without_token(record["command"])],
+        "tokenizer": without_path(record["tokenizer"]),
+        "model": record["model"] | {"name": without_path(record["model"]["name"])},
+    }
+    return record | changed
+
+
+def _without_token(command: list[str]) -> list[str]:
+    """The words of a command without a token: not every one begins with hf_."""
+    words, skip = [], False
+    for word in command:
+        if skip:
+            skip = False
+        elif word.replace("-", "_").startswith("__hub_token"):
+            skip = "=" not in word
+        else:
+            words.append(word)
+    return words
+
+
+def _config_without_paths(path: Path) -> str:
+    """`run_config.yaml` as it goes up: the folder of the run left out, other paths as their last part."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        name, colon, value = line.partition(": ")
+        if name in ("output_dir", "hub_token"):
+            continue
+        if colon and value.startswith('"'):
+            value = json.dumps(without_path(json.loads(value)), ensure_ascii=False)
+        lines.append(f"{name}{colon}{value}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,244 @@
+"""Pushes go up from a process of their own: no step waits for the Hub, whatever it does.
+
+Run as `python -m slimpajama_hf.hub.upload_process RUN`. A JSON object per line comes in: first where to push (the
+fields of `account.Destination`: the token is neither in the command nor in the environment), then `{"wake": true}` when
+a checkpoint was laid into the outbox and `{"finish": true}` at the end of training. One goes out per event:
+`{"event": "begun", "step", "bytes"}`, `{"event": "pushed", "step", "commit", "url", "seconds", "bytes"}`,
+`{"event": "failed", "step", "why", "refused", "pause"}`, `{"event": "idle"}`. It ends when its input ends, so it never
+outlives its run; what was not pushed lies in the outbox.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from slimpajama_hf import hub_files
+from slimpajama_hf.hub import staging
+from slimpajama_hf.hub.account import Destination, why
+from slimpajama_hf.hub.outbox import Gone, Outbox
+from slimpajama_hf.run_folder import RunFolder
+
+#: Between two tries: 1, 2, 4 ... s, with jitter, up to this.
+LONGEST_PAUSE_SECONDS = 300.0
+#: A server may ask for more (`Retry-After`), up to this.
+LONGEST_PAUSE_ASKED_SECONDS = 3600.0
+
+#: Seconds after which a request that moves no byte counts as failed; huggingface_hub's own client waits for ever.
+CONNECT_SECONDS, SILENCE_SECONDS = 10.0, 120.0
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+class Pusher:
+    """Pushes what waits in an outbox, one checkpoint after the other; remembers how often it failed in a row."""
+
+    def __init__(self, run: Path, destination: Destination, tell: Tell) -> None:
+        self.run = RunFolder(run.resolve())
+        self.outbox = Outbox(self.run.path, destination.most)
+        self.destination = destination
+        self.tell = tell
+        self._repo: str | None = None
+        self._failures = 0
+        # Its own: nothing else draws here, and nothing should depend on it.
+        self._draw = random.Random()
+        self.next_try = 0.0
+        """Not before this (`time.monotonic`)."""
+        self.left_alone = False
+        """Whether it was the server that asked for the pause."""
+
+    def knock(self) -> None:
+        """Ask for the repository, so that a Hub that refuses is known before the first checkpoint. Never raises."""
+        try:
+            self._open_repo()
+        except Exception as error:
+            self._failed(None, error)
+
+    def push_next(self) -> bool:
+        """Push the next checkpoint that waits; False when none does. A failure is told, and `next_try` moves."""
+        step = None
+        try:
+            claimed = self.outbox.claim()
+            if claimed is None:
+                self.tell({"event": "idle"})
+                return False
+            step, folder = claimed
+            self._push(step, folder)
+            self._failures, self.next_try = 0, 0.0
+        except Gone:
+            # Nothing was lost that anybody waits for: a newer checkpoint is there or coming.
+            pass
+        except staging.NotOfThisRun as error:
+            self.outbox.drop(step or 0)
+            self.tell({"event": "dropped", "step": step, "why": str(error)})
+        except Exception as error:
+            if step is not None:
+                self.outbox.give_back(step)
+            self._failed(step, error)
+        return True
+
+    def _push(self, step: int, folder: Path) -> None:
+        began = time.monotonic()
+        repo = self._open_repo()
+        push = staging.prepare(
+            folder, self.run, folder / "_push", repo, self.destination.with_state, self.destination.license
+        )
+        self.tell({"event": "begun", "step": step, "bytes": push.bytes, "trouble": push.trouble})
+        commit = _commit(repo, push, self.destination)
+        shutil.rmtree(folder / "_push", ignore_errors=True)
+        pushed = {
+            "run_id": push.run_id, "repo": repo, "revision": self.destination.revision, "step": step,
+            "commit": commit.oid, "url": commit.repo_url.url if commit.repo_url else "", "chain": push.chain,
+            "with_state": self.destination.with_state, "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }  # fmt: skip
+        self.outbox.done(step, pushed)
+        self.tell({"event": "pushed", "seconds": time.monotonic() - began, "bytes": push.bytes, **pushed})
+
+    def _open_repo(self) -> str:
+        """`owner/name`, made if it is not there."""
+        if self._repo is None:
+            from huggingface_hub import HfApi
+
+            where = self.destination
+            api = HfApi(token=where.token)
+            made = api.create_repo(where.repo, private=where.private, exist_ok=True)
+            if where.revision is not None:
+                api.create_branch(made.repo_id, branch=where.revision, exist_ok=True)
+            self._repo = made.repo_id
+        return self._repo
+
+    def _failed(self, step: int | None, error: Exception) -> None:
+        self._failures += 1
+        pause = min(2.0 ** min(self._failures - 1, 10), LONGEST_PAUSE_SECONDS) * self._draw.uniform(0.75, 1.0)
+        asked = hub_files._seconds_asked(error)
+        if asked is not None:
+            pause = max(pause, min(asked, LONGEST_PAUSE_ASKED_SECONDS))
+        self.next_try, self.left_alone = time.monotonic() + pause, asked is not None
+        status = hub_files.status_of(error)
+        refused = status is not None and hub_files.passing(error) is None
+        self.tell({"event": "failed", "step": step, "why": why(error), "refused": refused, "pause": round(pause, 1)})
+
+
+def _commit(repo: str, push: staging.Push, destination: Destination) -> Any:
+    """One commit with all of it. Files that the Hub has already are not sent again (LFS, by their hash)."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi(token=destination.token)
+    there = api.list_repo_files(repo, revision=destination.revision)
+    stale = [name for name in there if name not in push.paths and _is_ours(name)]
+    operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in push.paths.items()]
+    operations += [CommitOperationDelete(name) for name in stale]
+    return api.create_commit(
+        repo,
+        operations,
+        commit_message=f"Step {push.step:,}",
+        commit_description=f"run {push.run_id}, ledger {push.chain}",
+        revision=destination.revision,
+    )
+
+
+def _is_ours(name: str) -> bool:
+    import fnmatch
+
+    return any(fnmatch.fnmatch(name, pattern) and ("/" in pattern or "/" not in name) for pattern in staging.OURS)
+
+
+def quiet_and_bounded() -> None:
+    """For a process that pushes: libraries draw no bars and no warnings, and no request waits for ever."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import disable_progress_bars, logging
+    from huggingface_hub.utils._http import default_client_factory
+
+    logging.set_verbosity_error()
+    disable_progress_bars()
+
+    def bounded() -> Any:
+        client = default_client_factory()
+        client.timeout = type(client.timeout)(SILENCE_SECONDS, connect=CONNECT_SECONDS)
+        return client
+
+    set_client_factory(bounded)
+
+
+def _stand_back() -> None:
+    """Take only the processor time that training leaves (as the process that draws does)."""
+    with contextlib.suppress(OSError):
+        if hasattr(os, "SCHED_IDLE"):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        else:
+            os.nice(19)
+
+
+def serve(run: str, lines: Iterable[str], tell: Tell) -> None:
+    """Push until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _stand_back()
+    inbox: queue.Queue[dict[str, Any] | None] = queue.Queue()
+
+    def read() -> None:
+        for line in lines:
+            inbox.put(json.loads(line))
+        # Training is over or dead. In the middle of a push nothing is lost by this: the outbox still has it, and what
+        # the Hub already took of it is not sent again.
+        os._exit(0)
+
+    threading.Thread(target=read, name="inbox", daemon=True).start()
+    first = inbox.get()
+    assert first is not None
+    destination = Destination(**first)
+    quiet_and_bounded()
+    with Outbox(Path(run).resolve()).lock() as held:
+        if not held:
+            tell({"event": "failed", "step": None, "why": "another process pushes from this folder", "refused": True,
+                  "pause": 0.0})  # fmt: skip
+            while True:
+                inbox.get()
+        pusher = Pusher(Path(run), destination, tell)
+        pusher.knock()
+        _push_for_ever(pusher, inbox)
+
+
+def _push_for_ever(pusher: Pusher, inbox: queue.Queue[dict[str, Any] | None]) -> None:
+    while True:
+        left = pusher.next_try - time.monotonic()
+        if left <= 0 and pusher.outbox.waiting():
+            pusher.push_next()
+            continue
+        try:
+            message = inbox.get(timeout=left if left > 0 and pusher.outbox.waiting() else None) or {}
+        except queue.Empty:
+            continue
+        if message.get("finish"):
+            if not pusher.outbox.waiting():
+                pusher.tell({"event": "idle"})
+            elif not pusher.left_alone:
+                # Once more at once: somebody waits now.
+                pusher.next_try = 0.0
+
+
+def tell_parent(event: dict[str, Any]) -> None:
+    """One event as a line on stdout."""
+    sys.stdout.write(json.dumps(event) + "\n")
+    sys.stdout.flush()
+
+
+def fields(destination: Destination) -> dict[str, Any]:
+    """A destination as the first line of the input."""
+    return dataclasses.asdict(destination)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], sys.stdin, tell_parent)
