@@ -144,6 +144,9 @@ TRAINING_ARGUMENTS_PAGE = "https://huggingface.co/docs/transformers/main_classes
 #: Flags of the program that this one replaces, and what they are called now.
 OLD_FLAGS = {"steps": "max_steps", "checkpoint_interval": "save_steps"}
 
+#: Flags that commands write and nobody types; help is short.
+NOT_IN_HELP = {"leave_out"}
+
 #: Old flags that mean nothing any more, with the line that says what to type.
 REFUSED_FLAGS = {
     "max_chunks": "--max-chunks is gone: a step is one document now; use --steps N",
@@ -169,6 +172,8 @@ def help_text() -> str:
     for group in OURS:
         lines += ["", f"{group.__doc__}:"]
         for knob in fields(group):
+            if knob.name in NOT_IN_HELP:
+                continue
             add(knob.name, knob.default, knob.metadata["help"])
     lines += ["", "Training (fields of transformers.TrainingArguments; all of them are accepted):"]
     for name, (default, text) in TRAINING_DEFAULTS.items():

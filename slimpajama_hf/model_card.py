@@ -188,7 +188,7 @@ def _numbers(about: About) -> str:
     ]  # fmt: skip
     for name, shown in (("learning_rate", "learning rate"), ("warmup_steps", "warm-up steps"), ("seed", "seed")):
         if name in about.config:
-            rows.append([shown, escaped(f"{about.config[name]:g}")])
+            rows.append([shown, f"{about.config[name]:g}"])
     rows.append(["precision", escaped(str(model["precision"]))])
     note = (
         "*Prequential*: a document is scored before it is learned, and none is read twice, so these are scores on text "
@@ -271,8 +271,7 @@ print(pipeline("text-generation", model="{about.repo}")("The most important thin
 
 def _repeating(about: About) -> str:
     record, corpus = about.record, hub_corpus(about.record)
-    command = record["command"] or ["run_clm_slimpajama.py"]
-    typed = " ".join(_word(word) for word in command)
+    typed = " ".join(_word(word) for word in repeatable(record["command"]))
     rows = [
         ["run", f"`{_code(record['run_id'])}`"],
         ["ledger, hash of its last row", f"`{_code(about.chain)}`"],
@@ -297,6 +296,33 @@ def _repeating(about: About) -> str:
             f"run_clm_slimpajama.py --resume_from_checkpoint {about.repo}\n```"
         )
     return "\n\n".join(parts)
+
+
+#: Flags that say where a start of the run lay and where it was pushed, not what it is; the value behind them, if any.
+_OF_ONE_START = {
+    "output_dir": True, "overwrite_output_dir": False, "resume_from_checkpoint": True, "push_to_hub": False,
+    "hub_model_id": True, "hub_private_repo": False, "hub_strategy": True, "hub_revision": True, "hub_token": True,
+    "hub_license": True, "hub_patience": True, "gpu": True,
+}  # fmt: skip
+
+
+def repeatable(command: list[str]) -> list[str]:
+    """The words of a command that make the run what it is."""
+    kept: list[str] = []
+    words = list(command) or ["run_clm_slimpajama.py"]
+    while words:
+        word = words.pop(0)
+        name, equals, _ = word.removeprefix("--").replace("-", "_").partition("=")
+        if not word.startswith("--") or name not in _OF_ONE_START:
+            kept.append(word)
+        elif (
+            not equals
+            and words
+            and not words[0].startswith("--")
+            and (_OF_ONE_START[name] or words[0].lower() in ("true", "false", "1", "0"))
+        ):
+            words.pop(0)
+    return kept
 
 
 def _word(word: str) -> str:

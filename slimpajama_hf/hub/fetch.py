@@ -45,7 +45,10 @@ _PATIENCE_SECONDS = 120.0
 
 def is_repo(asked: str) -> bool:
     """Whether `--resume_from_checkpoint` names a repository, as `me/run` or `me/run@revision`, and no folder here."""
-    return re.fullmatch(r"[\w][\w.-]*/[\w.-]+(@[^@\s]+)?", asked) is not None and not os.path.exists(asked)
+    if re.search(r"(^|/)checkpoint-\d+$", asked) or os.path.exists(asked):
+        # A folder, there or mistyped: the Hub is not asked for it.
+        return False
+    return re.fullmatch(r"[\w][\w.-]*/[\w.-]+(@[^@\s]+)?", asked) is not None
 
 
 def folder_for(asked: str) -> str:

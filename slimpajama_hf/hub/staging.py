@@ -57,12 +57,9 @@ class Push:
     run_id: str
     paths: dict[str, Path]
     """Path in the repository -> file here."""
+    bytes: int
     trouble: list[str]
-    """What could not be made (a chart, a report) and is missing or old."""
-
-    @property
-    def bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.paths.values())
+    """What could not be made (a chart, a report) and is missing."""
 
 
 def prepare(
@@ -105,7 +102,8 @@ def prepare(
         # One chart is shown; those with a number are steps on the way to it.
         if path.is_file() and not path.name.startswith("training_step_"):
             paths[path.relative_to(cut.path).as_posix()] = path
-    return Push(step, manifest["chain"], record["run_id"], paths, trouble)
+    size = sum(path.stat().st_size for path in paths.values())
+    return Push(step, manifest["chain"], record["run_id"], paths, size, trouble)
 
 
 def _cut_records(run: RunFolder, cut: RunFolder, step: int, chain: str) -> ledger.Columns:

@@ -182,6 +182,11 @@ def _stand_back() -> None:
             os.nice(19)
 
 
+def _stand_up() -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 def serve(run: str, lines: Iterable[str], tell: Tell) -> None:
     """Push until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -222,6 +227,8 @@ def _push_for_ever(pusher: Pusher, inbox: queue.Queue[dict[str, Any] | None]) ->
         except queue.Empty:
             continue
         if message.get("finish"):
+            # Training needs the processor no more.
+            _stand_up()
             if not pusher.outbox.waiting():
                 pusher.tell({"event": "idle"})
             elif not pusher.left_alone:
