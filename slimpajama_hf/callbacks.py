@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from slimpajama_hf import generation, screen
+from slimpajama_hf import budget, generation, screen
 from slimpajama_hf.files import GrowingFile
 from slimpajama_hf.run_folder import RunFolder
 from slimpajama_hf.screen import TrainingBar
@@ -14,13 +14,13 @@ from slimpajama_hf.signals import StopSignals
 from slimpajama_hf.view_process import ViewProcess
 
 if TYPE_CHECKING:
-    from slimpajama_hf.recorder import TrainingClock
     from slimpajama_hf.tokenizer import Encoder
     from slimpajama_hf.trainer import SlimPajamaTrainer
 
-#: Share of the run that an interval nobody typed may take for charts and report, and again for samples. Passports and
-#: prompts take 0.5 % each (passports.py): 5 % in all.
-BUDGET = 0.02
+#: What a chart takes when none has been drawn yet, seconds of a core: most of it is importing matplotlib.
+FIRST_CHART_SECONDS = 1.0
+#: Samples may be this far ahead of their share, seconds: a run shows early how it writes.
+SAMPLES_AHEAD_SECONDS = 0.25
 
 
 class ShowProgress(TrainerCallback):
@@ -82,7 +82,10 @@ class GenerateSamples(TrainerCallback):
         trainer = self.trainer
         if trainer is None or state.global_step % self._interval or not state.is_world_process_zero:
             return
-        if not self._obeyed and self.seconds > BUDGET * trainer.clock.training_seconds:
+        cost = self.seconds / self.taken if self.taken else 0.0
+        if not self._obeyed and not budget.affordable(
+            trainer, budget.SAMPLES, self.seconds, cost, advance=SAMPLES_AHEAD_SECONDS
+        ):
             return
         before = trainer.clock._now()
         with trainer.clock.paused():
@@ -141,7 +144,7 @@ class DrawViews(TrainerCallback):
         trainer = self.trainer
         if trainer is None or state.global_step % self._interval or not state.is_world_process_zero:
             return
-        if not self._obeyed and not self._affordable(trainer.clock):
+        if not self._obeyed and not self._affordable(trainer):
             return
         with trainer.clock.paused():
             trainer.recorder.flush()
@@ -158,9 +161,14 @@ class DrawViews(TrainerCallback):
             self._said = True
             self.trainer.recorder.trouble(f"charts are not being drawn ({self.views.errors[-1]}); training goes on")
 
-    def _affordable(self, clock: TrainingClock) -> bool:
-        self.views.collect()
-        return self.views.waiting == 0 and self.views.cpu_seconds <= BUDGET * clock.training_seconds
+    def _affordable(self, trainer: SlimPajamaTrainer) -> bool:
+        views = self.views
+        views.collect()
+        # Once the process is there a chart costs what the last one did; so will the one at the end.
+        cost = views.last_cpu_seconds or FIRST_CHART_SECONDS
+        return views.waiting == 0 and budget.affordable(
+            trainer, budget.CHARTS, views.cpu_seconds, cost, advance=FIRST_CHART_SECONDS, reserved=cost
+        )
 
 
 class StopOnSignal(TrainerCallback):

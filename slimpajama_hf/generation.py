@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from slimpajama_hf import gpt2_writing
 from slimpajama_hf.errors import UserError
 
 #: Tokens of the document that the model is given, and tokens that it writes.
@@ -15,11 +16,13 @@ NEW_TOKENS = 40
 
 
 def write_after(model: Any, prompt_ids: list[int], new_tokens: int = NEW_TOKENS, temperature: float = 0.0) -> list[int]:
-    """The tokens that `model.generate` adds to `prompt_ids`: at most `new_tokens`, fewer at EOS.
+    """The tokens that the model adds to `prompt_ids`: at most `new_tokens`, fewer at EOS.
 
     Greedy at temperature 0. The model is in evaluation mode meanwhile and in its former mode after. Greedily, no random
     number is drawn.
     """
+    if temperature <= 0 and gpt2_writing.can_write(model):
+        return gpt2_writing.write_greedily(model, prompt_ids, new_tokens)
     training = model.training
     model.eval()
     draw = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from slimpajama_hf import generation, ledger
+from slimpajama_hf import budget, generation, ledger
 from slimpajama_hf.files import GrowingFile
 from slimpajama_hf.recorder import LossSpikes
 
@@ -30,11 +30,8 @@ if TYPE_CHECKING:
 PASSPORTS = "passports.jsonl"
 PROMPTS = "prompts.jsonl"
 
-#: Share of the run that passports may take where nobody typed an interval, and again prompts.
-BUDGET = 0.005
-#: Seconds that passports may take in any case, and prompts: the shortest run shall have something to show.
-FREE_PASSPORT_SECONDS = 0.25
-FREE_PROMPT_SECONDS = 0.25
+#: Passports, and prompts, may be this far ahead of their share, seconds: the beginning changes fastest.
+AHEAD_SECONDS = 0.25
 
 #: Guesses kept at each place, the likeliest first.
 GUESSES = 5
@@ -135,9 +132,10 @@ def _surprisals(log_probabilities: torch.Tensor, input_ids: Sequence[int]) -> to
 class _Keeper(TrainerCallback):
     """Appends what it makes to a file, within its budget; says once when that fails; never stops training."""
 
-    def __init__(self, path: Path, free_seconds: float) -> None:
+    def __init__(self, path: Path, share: float) -> None:
         self.file = GrowingFile(path)
-        self._free_seconds = free_seconds
+        self._share = share
+        self._last_seconds = 0.0
         self.trainer: SlimPajamaTrainer | None = None
         self.seconds = 0.0
         """Time that it has taken in this session."""
@@ -153,7 +151,9 @@ class _Keeper(TrainerCallback):
 
     def _affordable(self) -> bool:
         assert self.trainer is not None
-        return self.seconds <= max(self._free_seconds, BUDGET * self.trainer.clock.training_seconds)
+        return budget.affordable(
+            self.trainer, self._share, self.seconds, next_cost=self._last_seconds, advance=AHEAD_SECONDS
+        )
 
     def _guarded(self, step: int, what: str, act: Callable[[], None]) -> None:
         """Do it while the clock of training stands still; a failure is said once."""
@@ -165,7 +165,8 @@ class _Keeper(TrainerCallback):
                 act()
             except Exception as error:
                 self._say(f"the {what} of step {step} failed ({type(error).__name__}: {error}); training goes on")
-        self.seconds += trainer.clock._now() - before
+        self._last_seconds = trainer.clock._now() - before
+        self.seconds += self._last_seconds
 
     def _append(self, entry: dict[str, Any], what: str) -> None:
         problem = self.file.append(entry)
@@ -186,7 +187,7 @@ class _Keeper(TrainerCallback):
 class SamplePassports(_Keeper):
     """At a well-spread sample of steps: guesses and surprisals of the step's document, before and after its update.
 
-    `interval`: steps between passports, obeyed whatever it costs; None: about `SPREAD` over the run, within `BUDGET`.
+    `interval`: steps between passports, obeyed whatever it costs; None: about `SPREAD` over the run, within its budget.
     Steps 0, 1, 2, 3, 5, 8, 13, ... come on top. A line of `passports.jsonl`: `step`, `input_ids` (T), `pieces` (T
     texts), `before` and `after` (T - 1, nats), `top_ids` and `top_probs` (T - 1, 5), `guesses` (id -> text).
 
@@ -195,7 +196,7 @@ class SamplePassports(_Keeper):
     """
 
     def __init__(self, folder: RunFolder, encoder: Encoder, interval: int | None = None) -> None:
-        super().__init__(folder.path / PASSPORTS, FREE_PASSPORT_SECONDS)
+        super().__init__(folder.path / PASSPORTS, budget.PASSPORTS)
         self._ledger = folder.ledger
         self._encoder, self._interval = encoder, interval
         self._open: dict[str, Any] | None = None
@@ -302,11 +303,11 @@ class FixedPrompts(_Keeper):
     """What the model writes after the same prompts: at steps 0, 10, 30, 100, 300, ..., at checkpoints, at the end.
 
     A line of `prompts.jsonl`: `step` (the weights are those of checkpoint-<step>) and `texts`, one object a prompt:
-    `prompt`, `output`. `interval`: steps between them, obeyed; None: within `BUDGET`.
+    `prompt`, `output`. `interval`: steps between them, obeyed; None: within its budget.
     """
 
     def __init__(self, folder: RunFolder, encoder: Encoder, interval: int | None = None) -> None:
-        super().__init__(folder.path / PROMPTS, FREE_PROMPT_SECONDS)
+        super().__init__(folder.path / PROMPTS, budget.PROMPTS)
         self._encoder, self._interval = encoder, interval
         self._prompts = [encoder.encode(prompt)[0] for prompt in FIXED_PROMPTS]
         self._at_checkpoint = False

@@ -40,6 +40,8 @@ class ViewProcess:
         """Requests that are not answered yet."""
         self.cpu_seconds = 0.0
         """Processor time that all views have taken so far."""
+        self.last_cpu_seconds = 0.0
+        """Processor time of the last views; 0 before the first."""
         self.drawn = 0
         self.errors: list[str] = []
 
@@ -115,6 +117,7 @@ class ViewProcess:
             return False
         self.waiting -= 1
         self.cpu_seconds += answer["cpu_seconds"]
+        self.last_cpu_seconds = answer["cpu_seconds"]
         if "error" in answer:
             self.errors.append(f"step {answer['steps']}: {answer['error']}")
         else:

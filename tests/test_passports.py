@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from slimpajama_hf import passports, resume
+from slimpajama_hf import budget, passports, resume
 from slimpajama_hf.run_folder import RunFolder
 from tests.conftest import make_records, read_ledger, write_records
 from tests.test_faults import make_trainer
@@ -108,9 +108,9 @@ def test_it_is_cut_back_like_the_samples(run, tmp_path):
 
 
 def test_without_an_interval_it_keeps_to_its_budget(corpus, encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(passports, "FREE_PASSPORT_SECONDS", 0.0)
-    monkeypatch.setattr(passports, "FREE_PROMPT_SECONDS", 0.0)
-    monkeypatch.setattr(passports, "BUDGET", 0.0)
+    monkeypatch.setattr(passports, "AHEAD_SECONDS", 0.0)
+    monkeypatch.setattr(budget, "PASSPORTS", 0.0)
+    monkeypatch.setattr(budget, "PROMPTS", 0.0)
     trained(corpus, tmp_path / "run", encoder, interval=None, prompt_interval=None)
     assert [entry["step"] for entry in lines(tmp_path / "run" / passports.PASSPORTS) if "before" in entry] == [0]
     assert [entry["step"] for entry in lines(tmp_path / "run" / passports.PROMPTS)] == [0, 40]
