@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--watch", action="store_true", help="show it in a browser as the run goes on (127.0.0.1 alone)"
     )
+    report.add_argument("--animate", action="store_true", help="an animation of the run instead, RUN/training.gif")
     report.add_argument(
         "--port", type=_positive, help="with --watch: the port; default: 8642, or the next that is free"
     )
@@ -220,9 +221,18 @@ def _report(options: argparse.Namespace) -> int:
 
     if options.port is not None and not options.watch:
         raise UsageError("--port: it belongs to --watch; add that, or leave it out")
+    if options.animate and options.watch:
+        raise UsageError("--animate and --watch: one or the other")
     folder = Path(options.run).expanduser()
     if options.watch:
         return watch.serve(folder, options.port, screen.say)
+    if options.animate:
+        from slimpajama_hf import animation
+
+        with screen.Waiting("drawing"):
+            path = animation.write(folder)
+        sys.stdout.write(f"{path}\n")
+        return 0
     sys.stdout.write(f"{write(folder)}\n")
     return 0
 

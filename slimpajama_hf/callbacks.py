@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: What a chart takes when none has been drawn yet, seconds of a core: most of it is importing matplotlib.
 FIRST_CHART_SECONDS = 1.0
+#: What the end takes beside its chart, seconds of a core: the report, and the search index.
+END_SECONDS = 0.6
 #: Samples may be this far ahead of their share, seconds: a run shows early how it writes.
 SAMPLES_AHEAD_SECONDS = 0.25
 
@@ -167,7 +169,7 @@ class DrawViews(TrainerCallback):
         # Once the process is there a chart costs what the last one did; so will the one at the end.
         cost = views.last_cpu_seconds or FIRST_CHART_SECONDS
         return views.waiting == 0 and budget.affordable(
-            trainer, budget.CHARTS, views.cpu_seconds, cost, advance=FIRST_CHART_SECONDS, reserved=cost
+            trainer, budget.CHARTS, views.cpu_seconds, cost, advance=FIRST_CHART_SECONDS, reserved=cost + END_SECONDS
         )
 
 

@@ -158,6 +158,11 @@ def validation_of(corpus: Corpus) -> Corpus:
     )
 
 
+def metrics_of(scores: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Scores by domain, as a line of `evaluations.jsonl` has them, as metrics in Trainer's names."""
+    return {f"eval_{name}": scores["all"][name] for name in ("loss", "perplexity", "accuracy", "bits_per_byte")}
+
+
 class HeldOutScores:
     """What `--eval_steps` calls: scores on the same held-out documents each time, appended to `evaluations.jsonl`."""
 
@@ -173,8 +178,7 @@ class HeldOutScores:
         scores = score(trainer.accelerator.unwrap_model(trainer.model), self.samples)
         table = {domain: each.to_dict(self._metric) for domain, each in scores.items()}
         self.file.append({"step": trainer.state.global_step, "corpus": self._documents.mirror, "scores": table})
-        names = ("loss", "perplexity", "accuracy", "bits_per_byte")
-        return {f"eval_{name}": table["all"][name] for name in names}
+        return metrics_of(table)
 
 
 def during_training(settings: Settings, corpus: Corpus, encoder: Encoder, folder: RunFolder) -> HeldOutScores | None:

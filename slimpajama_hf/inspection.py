@@ -1,7 +1,7 @@
 """`inspect RUN --step N`: the passport of a step, its text, and how much each of its tokens surprised the model.
 
 Works from the ledger and the corpus: the text is fetched again by its place and checked by its hash (`reread.py`). What
-surprised the model then is in `surprisals.f16`; with `--checkpoint M` the same tokens are put before that checkpoint.
+surprised the model then is in `surprisals.f32`; with `--checkpoint M` the same tokens are put before that checkpoint.
 `inspect RUN --find "a sentence"` is `search_index.py`.
 """
 
@@ -38,8 +38,8 @@ TOKENS_SHOWN = 12
 TOKEN_SHOWN = 18
 #: Characters shown of what was not trained, on either side.
 CUT_SHOWN = 300
-#: Relative difference of the mean of kept surprisals (float16) from the ledger's loss beyond which they are not its.
-_SAME_LOSS = 5e-3
+#: Difference of the mean of kept surprisals from the ledger's loss beyond which they are not its, nats.
+_SAME_LOSS = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +263,7 @@ def _add_then(
     step, loss = found.row["step"], found.row["loss"]
     nats = surprisals.read(folder.surprisals, predicted, len(ids) - 1)
     mean = float(nats.astype(np.float64).mean())
-    if loss is not None and math.isclose(mean, loss, rel_tol=_SAME_LOSS, abs_tol=1e-3):
+    if loss is not None and math.isclose(mean, loss, rel_tol=1e-5, abs_tol=_SAME_LOSS):
         found.then, found.then_source = nats, folder.surprisals.name
         return
     if not math.isnan(mean):

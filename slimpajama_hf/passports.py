@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 PASSPORTS = "passports.jsonl"
 PROMPTS = "prompts.jsonl"
 
-#: Passports, and prompts, may be this far ahead of their share, seconds: the beginning changes fastest.
-AHEAD_SECONDS = 0.25
+#: How far passports and prompts may be ahead of their share, seconds: the beginning changes fastest.
+PASSPORTS_AHEAD_SECONDS, PROMPTS_AHEAD_SECONDS = 0.25, 0.5
 
 #: Guesses kept at each place, the likeliest first.
 GUESSES = 5
@@ -106,8 +106,8 @@ class _Guesses:
 
 
 def _rounded(values: torch.Tensor) -> list[float | None]:
-    """Three digits after the point; what is not finite becomes None."""
-    return [round(value, 3) if math.isfinite(value) else None for value in values.tolist()]
+    """Five digits after the point; what is not finite becomes None."""
+    return [round(value, 5) if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _log_probabilities(model: Any, input_ids: Sequence[int]) -> torch.Tensor:
@@ -132,9 +132,9 @@ def _surprisals(log_probabilities: torch.Tensor, input_ids: Sequence[int]) -> to
 class _Keeper(TrainerCallback):
     """Appends what it makes to a file, within its budget; says once when that fails; never stops training."""
 
-    def __init__(self, path: Path, share: float) -> None:
+    def __init__(self, path: Path, share: float, ahead_seconds: float) -> None:
         self.file = GrowingFile(path)
-        self._share = share
+        self._share, self._ahead_seconds = share, ahead_seconds
         self._last_seconds = 0.0
         self.trainer: SlimPajamaTrainer | None = None
         self.seconds = 0.0
@@ -152,7 +152,7 @@ class _Keeper(TrainerCallback):
     def _affordable(self) -> bool:
         assert self.trainer is not None
         return budget.affordable(
-            self.trainer, self._share, self.seconds, next_cost=self._last_seconds, advance=AHEAD_SECONDS
+            self.trainer, self._share, self.seconds, next_cost=self._last_seconds, advance=self._ahead_seconds
         )
 
     def _guarded(self, step: int, what: str, act: Callable[[], None]) -> None:
@@ -196,7 +196,7 @@ class SamplePassports(_Keeper):
     """
 
     def __init__(self, folder: RunFolder, encoder: Encoder, interval: int | None = None) -> None:
-        super().__init__(folder.path / PASSPORTS, budget.PASSPORTS)
+        super().__init__(folder.path / PASSPORTS, budget.PASSPORTS, PASSPORTS_AHEAD_SECONDS)
         self._ledger = folder.ledger
         self._encoder, self._interval = encoder, interval
         self._open: dict[str, Any] | None = None
@@ -307,7 +307,7 @@ class FixedPrompts(_Keeper):
     """
 
     def __init__(self, folder: RunFolder, encoder: Encoder, interval: int | None = None) -> None:
-        super().__init__(folder.path / PROMPTS, budget.PROMPTS)
+        super().__init__(folder.path / PROMPTS, budget.PROMPTS, PROMPTS_AHEAD_SECONDS)
         self._encoder, self._interval = encoder, interval
         self._prompts = [encoder.encode(prompt)[0] for prompt in FIXED_PROMPTS]
         self._at_checkpoint = False

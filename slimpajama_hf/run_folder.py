@@ -122,7 +122,7 @@ def delete_run(folder: RunFolder) -> None:
     """Remove what a run wrote, and nothing else that lies in its folder."""
     for step in checkpoints.steps(folder.path):
         shutil.rmtree(checkpoints.path_of(folder.path, step))
-    for made in (folder.viz, folder.path / "_index"):
+    for made in (folder.viz, folder.path / "_index", folder.path / "tensorboard"):
         shutil.rmtree(made, ignore_errors=True)
     for path in (
         folder.ledger, folder.surprisals, folder.samples, folder.passports, folder.prompts, folder.evaluations,

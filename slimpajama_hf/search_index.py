@@ -616,7 +616,7 @@ def losses_of(folder: RunFolder, matches: Iterable[Match], most: int) -> dict[in
 
 
 class _OwnLoss:
-    """The mean surprisal of a TEXT in a step, from `surprisals.f16`."""
+    """The mean surprisal of a TEXT in a step, from `surprisals.f32`."""
 
     def __init__(self, folder: RunFolder, record: dict[str, Any], rereader: Rereader) -> None:
         self.folder, self.record, self.rereader = folder, record, rereader

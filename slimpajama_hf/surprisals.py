@@ -1,6 +1,6 @@
 """How much each token surprised the model when it was read: the step's loss before its mean, kept for every step.
 
-`surprisals.f16` holds little-endian float16, nats, `tokens - 1` values a ledger row (the first token of a sample is not
+`surprisals.f32` holds little-endian float32, nats, `tokens - 1` values a ledger row (the first token of a sample is not
 predicted), one row after the other: where a row begins follows from the ledger. NaN where a step has no loss.
 """
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-FILE_NAME = "surprisals.f16"
-_DTYPE = np.dtype("<f2")
+FILE_NAME = "surprisals.f32"
+DTYPE = np.dtype("<f4")
 
 
 class Surprisals:
@@ -28,9 +28,8 @@ class Surprisals:
 
         Raises OSError when the disk is full; the same step can then be written again.
         """
-        # Beyond 65,504 float16 is infinite; a surprisal that large says the same as the largest.
-        data = np.clip(nats, 0.0, 65504.0).astype(_DTYPE).tobytes()
-        if os.pwrite(self._file, data, self._predicted * _DTYPE.itemsize) != len(data):
+        data = nats.astype(DTYPE, copy=False).tobytes()
+        if os.pwrite(self._file, data, self._predicted * DTYPE.itemsize) != len(data):
             raise OSError(28, "No space left on device", str(self.path))
 
     def advance(self, predicted: int) -> None:
@@ -48,12 +47,12 @@ class Surprisals:
 def cut_back(path: Path, predicted: int) -> None:
     """Keep the first `predicted` values; where the file is shorter (or not there), the rest reads as NaN."""
     size = path.stat().st_size if path.exists() else 0
-    if size > predicted * _DTYPE.itemsize:
-        os.truncate(path, predicted * _DTYPE.itemsize)
-    elif missing := predicted - size // _DTYPE.itemsize:
+    if size > predicted * DTYPE.itemsize:
+        os.truncate(path, predicted * DTYPE.itemsize)
+    elif missing := predicted - size // DTYPE.itemsize:
         with open(path, "r+b" if size else "wb") as file:
-            file.seek(size // _DTYPE.itemsize * _DTYPE.itemsize)
-            file.write(np.full(missing, np.nan, _DTYPE).tobytes())
+            file.seek(size // DTYPE.itemsize * DTYPE.itemsize)
+            file.write(np.full(missing, np.nan, DTYPE).tobytes())
 
 
 def offsets(tokens: np.ndarray) -> np.ndarray:
@@ -66,7 +65,7 @@ def read(path: Path, first: int, count: int) -> np.ndarray:
     found = np.full(count, np.nan, np.float32)
     if path.exists() and count:
         with open(path, "rb") as file:
-            file.seek(first * _DTYPE.itemsize)
-            values = np.frombuffer(file.read(count * _DTYPE.itemsize), _DTYPE)
+            file.seek(first * DTYPE.itemsize)
+            values = np.frombuffer(file.read(count * DTYPE.itemsize), DTYPE)
         found[: len(values)] = values
     return found

@@ -53,6 +53,11 @@ class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
             raise ValueError(f"--save_steps {self.save_steps}: expected a number of steps above 0, or --no-checkpoint")
         if self.eval_steps is not None and self.eval_strategy == "no":  # type: ignore[has-type]
             self.eval_strategy = "steps"
+        if self.report_to not in (None, "none", ["none"], []):
+            from slimpajama_hf import trackers
+
+            # Before anything is opened: one that is unknown or not installed is said now.
+            trackers.asked(self.report_to)
         # None stays None until the corpus and the model are known (cli.complete); transformers wants a name meanwhile.
         output_dir = self.output_dir  # type: ignore[has-type]
         super().__post_init__()

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from slimpajama_hf import checkpoints, cli, files, ledger, screen
+from slimpajama_hf import checkpoints, cli, files, ledger, screen, surprisals
 from slimpajama_hf.errors import UsageError, UserError
 from slimpajama_hf.run_folder import RunFolder
 from slimpajama_hf.views import METRICS
@@ -471,7 +471,7 @@ def code_bits(run: Run) -> Watch:
 
 
 def surprisals_of_the_ledger(run: Run) -> Watch:
-    """The tokens of each step have the step's loss as their mean, to the rounding of float16."""
+    """The tokens of each step have the step's loss as their mean."""
     problems, count = Problems(), 0
     path = run.folder.surprisals
     if not path.exists():
@@ -481,13 +481,13 @@ def surprisals_of_the_ledger(run: Run) -> Watch:
     with open(path, "rb") as file:
         while (row := (yield)) is not None:
             predicted = row["tokens"] - 1
-            nats = np.frombuffer(file.read(2 * predicted), "<f2").astype(np.float64)
+            nats = np.frombuffer(file.read(surprisals.DTYPE.itemsize * predicted), surprisals.DTYPE).astype(np.float64)
             if len(nats) < predicted:
                 problems.add(f"step {row['step']}: {path.name} ends before it")
             elif row["loss"] is None or np.isnan(nats).all():
                 # A step without a loss, or one of a run that was begun before they were kept.
                 continue
-            elif not abs(nats.mean() - row["loss"]) <= 1e-3 * (1 + row["loss"]):
+            elif not abs(nats.mean() - row["loss"]) <= 1e-4 * max(1.0, row["loss"]):
                 problems.add(f"step {row['step']}: loss {_shown(row['loss'])}, its tokens' mean is {nats.mean():.4f}")
             else:
                 count += 1

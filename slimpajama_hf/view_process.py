@@ -21,8 +21,13 @@ from typing import Any
 
 from slimpajama_hf.run_folder import RunFolder
 
-#: The report is written at the end, and with every so many charts.
+#: The report is written at the end, and with every so many charts; then the search index goes on too.
 CHARTS_PER_REPORT = 10
+
+#: Beyond so many steps the index (as large as the text) is made when it is first asked for, by `inspect --find`.
+INDEXED_STEPS = 100_000
+#: How long the end of a run waits for the index, seconds; `inspect --find` takes in what is missing then.
+INDEX_PATIENCE_SECONDS = 2.0
 
 #: How far drawing may fall behind an interval that the user typed before training waits for it.
 MOST_WAITING = 4
@@ -135,6 +140,31 @@ def _stand_back() -> None:
             os.nice(19)
 
 
+class _SearchIndex:
+    """Takes the documents of a run into its search index, beside the drawing: the corpus may be slow or away."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._thread: threading.Thread | None = None
+
+    def go_on(self, steps: int) -> None:
+        """Begin to take in what came since the last time, unless that is still under way."""
+        if steps <= INDEXED_STEPS and (self._thread is None or not self._thread.is_alive()):
+            self._thread = threading.Thread(target=self._extend, daemon=True, name="index")
+            self._thread.start()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join(INDEX_PATIENCE_SECONDS)
+
+    def _extend(self) -> None:
+        from slimpajama_hf import search_index
+
+        # A disk that is full, a Hub that is away: whoever searches is told, and nobody else.
+        with contextlib.suppress(Exception):
+            search_index.extend(self._folder)
+
+
 def serve(run: str) -> None:
     """The drawing side: answer requests from stdin until it ends."""
     # Ctrl-C goes to the whole terminal; the training process decides when drawing ends.
@@ -144,6 +174,7 @@ def serve(run: str) -> None:
     from slimpajama_hf.views import Views
 
     views = Views(RunFolder(Path(run)))
+    index = _SearchIndex(views.folder)
     counted = 0.0
     for drawn, line in enumerate(sys.stdin, 1):
         request = json.loads(line)
@@ -151,7 +182,10 @@ def serve(run: str) -> None:
         try:
             views.redraw(**request)
             if request["final"] or drawn % CHARTS_PER_REPORT == 0:
+                index.go_on(request["steps"])
                 report.write(views.folder.path)
+            if request["final"]:
+                index.wait()
         except Exception as error:
             answer["error"] = f"{type(error).__name__}: {error}"
         # The first answer carries the cost of starting and importing too.

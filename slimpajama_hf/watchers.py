@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from slimpajama_hf import views
+from slimpajama_hf import trackers, views
 from slimpajama_hf.callbacks import DrawViews, GenerateSamples, ShowProgress
 from slimpajama_hf.passports import FixedPrompts, SamplePassports
+from slimpajama_hf.trackers import Trackers
 from slimpajama_hf.view_process import ViewProcess
 
 if TYPE_CHECKING:
@@ -31,16 +32,22 @@ class Watchers:
         self.samples = GenerateSamples(folder, encoder, run.display_samples, "display_samples" in typed, self.progress)
         self.passports, self.prompts = SamplePassports(folder, encoder), FixedPrompts(folder, encoder)
         self.views = ViewProcess(folder, *views.caption_of(record), max_steps=settings.training.max_steps)
+        first = record["sessions"][-1]["step"]
+        self.trackers = Trackers(trackers.asked(settings.training.report_to), folder, record["run_id"], first)
+        # Trainer would send what it logs itself, which is nothing.
+        settings.training.report_to = []
         self.drawing = DrawViews(self.views, run.viz_interval, "viz_interval" in typed)
 
     @property
     def callbacks(self) -> list[TrainerCallback]:
         """In the order in which they look at a step."""
-        return [self.passports, self.prompts, self.samples, self.drawing, self.progress]
+        return [self.passports, self.prompts, self.samples, self.drawing, self.trackers, self.progress]
 
     def listen_to(self, recorder: StepRecorder) -> None:
         recorder.listeners += [self.progress.on_row, self.passports.on_row]
-        recorder.trouble = self.progress.say
+        recorder.listeners.append(self.trackers.on_row)
+        self.trackers.flush = recorder.flush
+        recorder.trouble = self.trackers.say = self.progress.say
 
     def look_at(self, trainer: SlimPajamaTrainer) -> None:
         self.samples.trainer = self.drawing.trainer = self.passports.trainer = self.prompts.trainer = trainer
@@ -51,6 +58,7 @@ class Watchers:
         return self.samples.seconds + self.passports.seconds + self.prompts.seconds + self.views.cpu_seconds
 
     def flush(self) -> str | None:
-        """Write what the disk did not take so far; why some of it still cannot be written, or None."""
+        """End what is under way, write what the disk did not take so far; why that still cannot be written, or None."""
+        self.trackers.close()
         problems = [each.file.flush() for each in (self.samples, self.passports, self.prompts)]
         return next((problem for problem in problems if problem), None)

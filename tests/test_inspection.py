@@ -73,9 +73,9 @@ def test_the_tokens_of_a_step_are_those_that_were_trained(finished, other_modes,
         assert len(found.tokens) == rows[step]["tokens"]
         assert found.now.nats.mean() == pytest.approx(rows[step]["loss"], abs=1e-5)
         assert found.now.accuracy == pytest.approx(rows[step]["accuracy"], abs=1e-6)
-        # What was kept of the step itself says the same, to float16's three digits.
-        assert found.then_source == "surprisals.f16" and not found.notes
-        np.testing.assert_allclose(found.then, found.now.nats, rtol=1e-3, atol=1e-3)
+        # What was kept of the step itself says the same.
+        assert found.then_source == "surprisals.f32" and not found.notes
+        np.testing.assert_allclose(found.then, found.now.nats, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["truncate", "window", "pack"])
@@ -178,7 +178,7 @@ def test_documents_asked_for_in_order_are_read_in_one_go(shards, monkeypatch):
 def test_without_kept_surprisals_the_checkpoint_before_the_step_says_what_was(finished, tmp_path):
     run = copy_of(finished, tmp_path / "run")
     kept = inspection.inspect(run, 20).then
-    (run / "surprisals.f16").unlink()
+    (run / "surprisals.f32").unlink()
     found = inspection.inspect(run, 20)
     assert found.then_source == "checkpoint-20"
     np.testing.assert_allclose(found.then, kept, rtol=1e-3, atol=1e-3)
@@ -189,8 +189,8 @@ def test_without_kept_surprisals_the_checkpoint_before_the_step_says_what_was(fi
 
 def test_surprisals_of_another_ledger_are_not_believed(finished, tmp_path):
     run = copy_of(finished, tmp_path / "run")
-    values = np.fromfile(run / "surprisals.f16", "<f2")
-    (values + np.float16(1)).astype("<f2").tofile(run / "surprisals.f16")
+    values = np.fromfile(run / "surprisals.f32", "<f4")
+    (values + np.float32(1)).astype("<f4").tofile(run / "surprisals.f32")
     found = inspection.inspect(run, 21)
     assert found.then is None and "not of this ledger" in found.notes[0]
 
@@ -288,7 +288,7 @@ def test_in_colour_the_text_shows_what_surprised(finished):
     assert max(map(width, text.split("\n"))) <= 80
     assert "48;2;127;0;0" in text  # a background for the most surprising
     assert "12 tokens that changed most" in text and "what checkpoint-40 expected" in text
-    assert "as it was learned (surprisals.f16)" in text and "under checkpoint-40" in text
+    assert "as it was learned (surprisals.f32)" in text and "under checkpoint-40" in text
 
 
 def test_without_colour_every_token_has_its_number(finished):

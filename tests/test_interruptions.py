@@ -68,7 +68,7 @@ def lost_and_repeated(run: Path, unbroken: Path) -> tuple[int, int]:
 
 def assert_bit_equal(run: Path, unbroken: Path, steps: int = STEPS) -> None:
     assert_the_same_run(run, unbroken, steps)
-    assert (run / "surprisals.f16").read_bytes() == (unbroken / "surprisals.f16").read_bytes()
+    assert (run / "surprisals.f32").read_bytes() == (unbroken / "surprisals.f32").read_bytes()
 
 
 @pytest.fixture(scope="module")

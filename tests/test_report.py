@@ -280,9 +280,9 @@ def test_old_torn_and_young_runs_give_a_report_that_says_so(tmp_path, what):
     elif what == "broken files":
         for name in ("passports.jsonl", "samples.jsonl", "prompts.jsonl", "run.json"):
             (run / name).write_bytes(b'\xff{"step": 0, "input_ids": [1,2], "pieces"\nnull\n[]\n{}\n')
-        (run / "surprisals.f16").write_bytes(b"\x01")
+        (run / "surprisals.f32").write_bytes(b"\x01")
     elif what == "no side file":
-        (run / "surprisals.f16").unlink()
+        (run / "surprisals.f32").unlink()
     path = report.write(run)
     assert path.stat().st_size > 50_000
     meta, arrays = content.gather(RunFolder(run), Rows(run / "ledger.jsonl"))
@@ -315,13 +315,13 @@ def test_the_home_folder_is_not_told(run):
     assert str(Path.home()) not in json.dumps([meta["config"], meta["about"], meta["shards"]])
 
 
-def test_surprisals_are_the_side_files_to_a_thousandth(run):
+def test_surprisals_are_the_side_files_to_a_ten_thousandth(run):
     _, arrays = content.gather(RunFolder(run), Rows(run / "ledger.jsonl"))
     first = json.loads((run / "passports.jsonl").read_text().splitlines()[0])
     size = len(first["before"])
-    assert np.allclose(arrays["before"][:size] / 1000, first["before"], atol=1e-3)
+    assert np.allclose(arrays["before"][:size] / 10000, first["before"], rtol=0, atol=1e-4)
     side = surprisals.read(run / surprisals.FILE_NAME, 0, size)
-    assert np.allclose(arrays["before"][:size] / 1000, side, rtol=1e-3, atol=1e-3)
+    assert np.allclose(arrays["before"][:size] / 10000, side, rtol=0, atol=1e-4)
 
 
 def test_packing_refuses_what_the_page_cannot_read():

@@ -38,8 +38,8 @@ def test_the_folder_holds_what_the_readme_says(finished):
         "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "data_state.json", "manifest.json",
     }  # fmt: skip
     expected = {f"checkpoint-{step}/{name}" for step in (10, 20, 30, 40) for name in checkpoint}
-    expected |= {"ledger.jsonl", "surprisals.f16", "samples.jsonl", "passports.jsonl", "prompts.jsonl"}
-    expected |= {"run.json", "run_config.yaml", "report.html"}
+    expected |= {"ledger.jsonl", "surprisals.f32", "samples.jsonl", "passports.jsonl", "prompts.jsonl"}
+    expected |= {"run.json", "run_config.yaml", "report.html", "_index/search.sqlite"}
     viz = ("metrics_history.json", "text_samples.json", "training_latest.png")
     expected |= {f"training_viz/{name}" for name in (*viz, "training_step_000020.png", "training_step_000040.png")}
     assert names == expected

@@ -188,12 +188,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "a shown sample": (_change_shown_sample, "text samples", "step 20: output not as in samples.jsonl"),
     "a sample's accuracy": (_change_sample_accuracy, "sample accuracy", "step 0: accuracy 0.75, the row has"),
     "surprisals of another model": (
-        lambda run: (run / "surprisals.f16").write_bytes(bytes((run / "surprisals.f16").stat().st_size)),
+        lambda run: (run / "surprisals.f32").write_bytes(bytes((run / "surprisals.f32").stat().st_size)),
         "surprisals", "step 0: loss 8.",
     ),
     "surprisals cut short": (
-        lambda run: (run / "surprisals.f16").write_bytes((run / "surprisals.f16").read_bytes()[:-2]),
-        "surprisals", "step 39: surprisals.f16 ends before it",
+        lambda run: (run / "surprisals.f32").write_bytes((run / "surprisals.f32").read_bytes()[:-4]),
+        "surprisals", "step 39: surprisals.f32 ends before it",
     ),
     "a chart": (
         lambda run: flip_a_byte(run / "training_viz/training_latest.png"),

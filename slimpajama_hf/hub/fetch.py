@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from slimpajama_hf import checkpoints, files, hub_files, ledger
+from slimpajama_hf import checkpoints, files, hub_files, ledger, surprisals
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.hub.account import why
 from slimpajama_hf.hub.staging import STATE
@@ -35,7 +35,7 @@ INCOMING = "_incoming"
 _FETCHED = "_fetched.json"
 
 #: Files of a run that a resume or a look at it needs, where they were pushed.
-_RUN_FILES = ("run.json", "run_config.yaml", ledger.FILE_NAME, "surprisals.f16", "samples.jsonl", "passports.jsonl",
+_RUN_FILES = ("run.json", "run_config.yaml", ledger.FILE_NAME, surprisals.FILE_NAME, "samples.jsonl", "passports.jsonl",
               "prompts.jsonl", "evaluations.jsonl")  # fmt: skip
 _NEEDED = ("run.json", "run_config.yaml", ledger.FILE_NAME)
 

@@ -327,21 +327,21 @@ def _surprisals(folder: RunFolder, rows: Rows) -> tuple[np.ndarray | None, str]:
     """The side file as an array that is read where it is looked at, and what is missing of it, in words."""
     path = folder.path / surprisals.FILE_NAME
     expected = int(np.maximum(rows.tokens - 1, 0).sum())
-    found = path.stat().st_size // 2 if path.is_file() else 0
+    found = path.stat().st_size // surprisals.DTYPE.itemsize if path.is_file() else 0
     if not found:
         return (
             None,
-            "This run kept no surprisals (surprisals.f16 is not there): tokens have colours at sampled steps only."
+            f"This run kept no surprisals ({path.name} is not there): tokens have colours at sampled steps only."
             if expected
             else "",
         )
-    values = np.memmap(path, np.dtype("<f2"), "r", shape=(found,))
+    values = np.memmap(path, surprisals.DTYPE, "r", shape=(found,))
     missing = expected - found
     # While a run is on its last rows may be on their way.
     late = missing > 64 * 1024
     return (
         values,
-        f"surprisals.f16 ends {missing:,} tokens before the ledger does; those have no colour." if late else "",
+        f"{path.name} ends {missing:,} tokens before the ledger does; those have no colour." if late else "",
     )
 
 
@@ -416,8 +416,8 @@ def _pack_passports(
 ) -> list[str]:
     """Add the arrays of the passports, one after the other; the texts that their numbers stand for.
 
-    `piece`: tokens of each passport; `before`, `after`: thousandths of a nat, tokens - 1 of each; `top`, `chance`: five
-    guesses at each predicted token of those that have them, the chance as the square of n/255.
+    `piece`: tokens of each passport; `before`, `after`: ten-thousandths of a nat, tokens - 1 of each; `top`, `chance`:
+    five guesses at each predicted token of those that have them, the chance as the square of n/255.
     """
     vocabulary: dict[str, int] = {}
 
@@ -438,9 +438,9 @@ def _pack_passports(
             values = np.asarray(nats[begins[step] : begins[step] + predicted], np.float64)
             if len(values) == predicted:
                 passport["before"] = [float(value) for value in values]
-        unknown = np.full(predicted, documents.UNKNOWN, np.uint16)
+        unknown = np.full(predicted, documents.UNKNOWN, np.uint32)
         for name, parts in (("before", before), ("after", after)):
-            parts.append(documents.thousandths(documents.numbers(passport[name])) if name in passport else unknown)
+            parts.append(documents.ten_thousandths(documents.numbers(passport[name])) if name in passport else unknown)
         if "top_ids" in passport:
             guesses = passport.get("guesses", {})
             top.append(
@@ -453,8 +453,8 @@ def _pack_passports(
             chance.append((np.sqrt(np.nan_to_num(probabilities).clip(0, 1)) * 255).round().astype(np.uint8).ravel())
     arrays["piece"] = np.array(piece, np.uint32)
     for name, parts, kind in (
-        ("before", before, np.uint16),
-        ("after", after, np.uint16),
+        ("before", before, np.uint32),
+        ("after", after, np.uint32),
         ("top", top, np.uint32),
         ("chance", chance, np.uint8),
     ):

@@ -29,8 +29,8 @@ READING_SECONDS = 1.5
 #: Characters of a document's opening in a table, and of a true continuation.
 OPENING_CHARACTERS = 160
 
-#: An unknown surprisal among thousandths of a nat.
-UNKNOWN = 65535
+#: An unknown surprisal among ten-thousandths of a nat.
+UNKNOWN = 2**32 - 1
 
 _STEP = re.compile(rb'^\{"step": ?(\d+)')
 
@@ -99,11 +99,11 @@ def _is_whole(passport: dict[str, Any]) -> bool:
     return all(values is None or (isinstance(values, list) and len(values) == len(ids) - 1) for values in lists)
 
 
-def thousandths(nats: np.ndarray) -> np.ndarray:
-    """Nats as thousandths, uint16; `UNKNOWN` for what is no number. Beyond 65 nats all are 65.534."""
+def ten_thousandths(nats: np.ndarray) -> np.ndarray:
+    """Nats as ten-thousandths, uint32; `UNKNOWN` for what is no number. All beyond 400,000 nats are that."""
     known = np.isfinite(nats)
-    scaled = np.where(known, np.clip(np.nan_to_num(nats), 0, 65.534) * 1000, UNKNOWN)
-    return scaled.round().astype(np.uint16)
+    scaled = np.where(known, np.clip(np.nan_to_num(nats), 0, 4e5) * 10_000, UNKNOWN)
+    return scaled.round().astype(np.uint32)
 
 
 def numbers(values: list[float | None]) -> np.ndarray:

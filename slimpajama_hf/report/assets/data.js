@@ -72,13 +72,14 @@ function derive({ meta, arrays }) {
   return run;
 }
 
-const UNKNOWN = 65535; // thousandths of a nat that nobody knows
+const PARTS = 10000; // surprisals come as ten-thousandths of a nat
+const UNKNOWN = 2 ** 32 - 1; // ... one that nobody knows
 
 function lesson({ before, after }, { nats_at, tokens }) {
   let sum = 0, n = 0;
   for (let k = nats_at; k < nats_at + tokens - 1; k++)
     if (before[k] !== UNKNOWN && after[k] !== UNKNOWN) { sum += before[k] - after[k]; n++; }
-  return n ? sum / n / 1000 : NaN;
+  return n ? sum / n / PARTS : NaN;
 }
 
 // First index whose step is at or after `step`.

@@ -3,7 +3,7 @@
 const reading = { mode: "before", index: null, lit: null };
 const MODES = [["before", "as it was read"], ["after", "after its update"], ["taught", "what it taught"]];
 
-const nats = (value) => (value === UNKNOWN ? NaN : value / 1000);
+const nats = (value) => (value === UNKNOWN ? NaN : value / PARTS);
 // The scale of colours ends where a blind guess among all tokens stands.
 const blind = () => run.meta.uniform_nats || 10;
 
