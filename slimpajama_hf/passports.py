@@ -192,7 +192,8 @@ class SamplePassports(_Keeper):
     texts), `before` and `after` (T - 1, nats), `top_ids` and `top_probs` (T - 1, 5), `guesses` (id -> text).
 
     As a listener of the recorder (`recorder.listeners.append(passports.on_row)`) it also keeps the tokens of documents
-    whose loss was unusual for its time: `step`, `input_ids`, `pieces` and `unusual`, the robust z-score.
+    whose loss was unusual for its time: `step`, `input_ids`, `pieces` and `unusual`, the robust z-score. Those that
+    still are unusual at a checkpoint or at the end are written then: early in a run almost every document is.
     """
 
     def __init__(self, folder: RunFolder, encoder: Encoder, interval: int | None = None) -> None:
@@ -203,8 +204,9 @@ class SamplePassports(_Keeper):
         self._guesses: _Guesses | None = None
         self._recent: deque[tuple[int, list[int]]] = deque(maxlen=64)  # the ledger may lag some steps behind
         self._usual = _Unusual()
-        self._hardest: list[float] = []  # heaps: the least unusual first
-        self._easiest: list[float] = []
+        self._hardest: list[tuple[float, int]] = []  # heaps of (size of the score, step): the least unusual first
+        self._easiest: list[tuple[float, int]] = []
+        self._unwritten: dict[int, tuple[float, list[int]]] = {}  # step -> score, tokens
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What is usual is known again after a resume."""
@@ -215,9 +217,9 @@ class SamplePassports(_Keeper):
             if self.file.path.exists():
                 with open(self.file.path, encoding="utf-8") as lines:
                     for line in lines:
-                        score = json.loads(line).get("unusual")
-                        if score is not None:
-                            self._enters(score)
+                        entry = json.loads(line)
+                        if "unusual" in entry:
+                            self._enter(entry["unusual"], entry["step"])
         except (OSError, ValueError, KeyError) as error:
             self._say(f"{self.file.path} cannot be read ({error}); unusual documents are collected anew")
 
@@ -269,28 +271,41 @@ class SamplePassports(_Keeper):
     # ---- unusual documents ----
 
     def on_row(self, row: dict[str, Any]) -> None:
-        """A new row of the ledger: keep its document if its loss is among the most unusual so far."""
+        """A new row of the ledger: remember its document if its loss is among the most unusual so far."""
         if row["loss"] is None or self.trainer is None:
             return
         score = self._usual.score(row["loss"])
         ids = next((ids for step, ids in self._recent if step == row["step"]), None)
-        if score is None or ids is None or not self._enters(score):
-            return
-        self._guarded(
-            row["step"],
-            "passport",
-            lambda: self._append(
-                {"step": row["step"], "input_ids": ids, "pieces": pieces(self._encoder, ids), "unusual": score},
-                "passport",
-            ),
-        )
+        if score is not None and ids is not None:
+            self._unwritten[row["step"]] = score, ids
+            self._enter(score, row["step"])
 
-    def _enters(self, score: float) -> bool:
-        heap, size = (self._hardest, score) if score > 0 else (self._easiest, -score)
+    def _enter(self, score: float, step: int) -> None:
+        """Put a step among the most unusual; the one that gives way to it is forgotten."""
+        heap, entry = (self._hardest, (score, step)) if score > 0 else (self._easiest, (-score, step))
         if len(heap) < UNUSUAL:
-            heapq.heappush(heap, size)
-            return True
-        return size > heapq.heappushpop(heap, size)
+            heapq.heappush(heap, entry)
+        else:
+            self._unwritten.pop(heapq.heappushpop(heap, entry)[1], None)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What stands in a checkpoint's folder by then is there after a resume from it."""
+        if self._able() and self._unwritten:
+            self._guarded(state.global_step, "unusual documents", self._write_unusual)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._able() and self.trainer is not None:
+            self.trainer.recorder.flush()  # the last rows of the ledger are among what is looked at
+            self.on_save(args, state, control)
+
+    def _write_unusual(self) -> None:
+        while self._unwritten:
+            step = min(self._unwritten)
+            score, ids = self._unwritten.pop(step)
+            self._append(
+                {"step": step, "input_ids": ids, "pieces": pieces(self._encoder, ids), "unusual": score},
+                "unusual document",
+            )
 
 
 class _Unusual(LossSpikes):

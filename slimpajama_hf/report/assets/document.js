@@ -156,8 +156,8 @@ function showPopover(passport, k, { pieces, before, after }, anchor) {
   if (k === 0) children.push(element("p", {}, "The first token: nothing comes before it to predict it from."));
   else {
     const was = before[k - 1], is = after[k - 1];
-    if (Number.isFinite(was)) children.push(element("p", {}, element("b", {}, `${fixed(was, was < 1 ? 3 : 2)} nats`), ` · chance ${chance(was)}`));
-    if (Number.isFinite(is)) children.push(element("p", {}, `after the update ${fixed(is, is < 1 ? 3 : 2)} nats · ${chance(is)}`));
+    if (Number.isFinite(was)) children.push(element("p", {}, element("b", {}, `${fixed(was, 4)} nats`), ` · chance ${chance(was)}`));
+    if (Number.isFinite(is)) children.push(element("p", {}, `after the update ${fixed(is, 4)} nats · ${chance(is)}`));
     if (passport.top) {
       const at = passport.top_at + 5 * (k - 1), rows = [];
       let seen = false;
