@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import math
 import random
 import shutil
 import signal
@@ -73,9 +74,9 @@ def make_run(folder: Path, steps: int, *, passports: int = 20, bare: bool = Fals
         size = len(nats[step]) + 1
         pieces = (HOSTILE * 20)[:size]
         ids = [HOSTILE.index(piece) for piece in pieces]
-        before = [round(float(value), 3) for value in nats[step]]
+        before = [round(float(value), 5) for value in nats[step]]
         top = [[i, 40, 41, 42, 43] for i in ids[1:]]
-        lines.append({"step": step, "input_ids": ids, "pieces": pieces, "before": before, "after": [round(0.9 * v, 3) for v in before],
+        lines.append({"step": step, "input_ids": ids, "pieces": pieces, "before": before, "after": [round(0.9 * v, 5) for v in before],
                       "top_ids": top, "top_probs": [[0.5, 0.2, 0.1, 0.05, 0.01]] * (size - 1),
                       "guesses": {str(i): f"<u>{i}" for i in {t for row in top for t in row}}})  # fmt: skip
     lines.append({"step": 12, "input_ids": [0], "pieces": []})  # no passport
@@ -192,7 +193,7 @@ def test_tokens_say_their_surprisal_and_the_five_guesses(run, shown):
     said = shown.text("#popover")
     assert not shown.value("document.querySelector('#popover').hidden")
     value = passport["before"][0]
-    assert f"{value:.{3 if value < 1 else 2}f} nats" in said
+    assert f"{value:.4f} nats" in said
     assert shown.value("document.querySelectorAll('#popover tr').length") == 5 and "50 %" in said
     assert "less surprising" in shown.text("#taught")
     shown.value("document.querySelector('[data-mode=taught]').click()")
@@ -206,7 +207,7 @@ def test_tokens_say_their_surprisal_and_the_five_guesses(run, shown):
 def test_charts_zoom_by_drag_and_wheel_and_choose_the_step(shown):
     box = shown.box("#chart-loss .plot")
     middle = box["y"] + box["height"] / 2
-    shown.click(box["x"] + 46 + 0.5 * (box["width"] - 52), box["y"] + box["height"] - 24)
+    shown.click(box["x"] + 46 + 0.5 * (box["width"] - 52), box["y"] + box["height"] - 30)
     assert abs(int(shown.text("#step-title")) - 59) <= 2
     assert shown.value("document.querySelector('#unzoom').disabled")
     shown.drag(box["x"] + 100, middle, box["x"] + 500, middle)
@@ -217,6 +218,24 @@ def test_charts_zoom_by_drag_and_wheel_and_choose_the_step(shown):
     shown.mouse("mouseWheel", box["x"] + 300, middle, deltaX=0, deltaY=-100, modifiers=2)
     shown.frame()
     assert not shown.value("document.querySelector('#unzoom').disabled")
+    assert shown.errors == []
+
+
+@needs_browser
+def test_the_step_axis_is_linear_or_logarithmic(shown):
+    def place() -> float:
+        """Of the slider's line in the loss chart, as a part of its width."""
+        box, line = shown.box("#chart-loss .u-over"), shown.box("#chart-loss .now")
+        return (line["x"] + line["width"] / 2 - box["x"]) / box["width"]
+
+    go(shown, 59)
+    assert place() == pytest.approx(59 / 119, abs=0.01)
+    shown.value("document.querySelector('[data-value=log]').click()")
+    shown.frame()
+    assert place() == pytest.approx(math.log(60) / math.log(120), abs=0.01)
+    shown.value("document.querySelector('[data-value=linear]').click()")
+    shown.frame()
+    assert place() == pytest.approx(59 / 119, abs=0.01)
     assert shown.errors == []
 
 

@@ -18,7 +18,8 @@ FILE_NAME = "report.html"
 
 _ASSETS = Path(__file__).parent / "assets"
 #: In this order they are one script; each stands on those before it.
-_SCRIPTS = ("data.js", "format.js", "chart.js", "document.js", "panels.js", "main.js")
+_SCRIPTS = ("uplot/uPlot.iife.min.js", "data.js", "format.js", "chart.js", "document.js", "panels.js", "main.js")
+_STYLES = ("uplot/uPlot.min.css", "page.css")
 
 
 def write(folder: Path) -> Path:
@@ -62,7 +63,7 @@ def render(meta: dict[str, Any], packed: bytes | None, watch: bool = False) -> s
         "subtitle": html.escape(meta["subtitle"]),
         "figures": _figures(meta),
         "watch": "yes" if watch else "no",
-        "style": (_ASSETS / "page.css").read_text(encoding="utf-8"),
+        "style": "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in _STYLES),
         "data": base64.b64encode(packed).decode() if packed is not None else "",
         "script": script,
     }

@@ -1,4 +1,5 @@
-// Charts on canvas: steps as dots, or as a fan of quantiles where they are many; running means; one zoom for all.
+// Step charts on uPlot: it has the scales, the axes, the lines, the cursor and the zoom. What it has not is drawn in its
+// hooks: single steps as dots of their domain, or as a fan of quantiles where they are many, and the marks.
 
 const view = { from: 0, to: 1, log: false }; // in steps
 const shown = { hidden: new Set(), window: 50 };
@@ -6,21 +7,14 @@ const shown = { hidden: new Set(), window: 50 };
 const across = (step) => (view.log ? Math.log10(Math.max(step, 0) + 1) : step);
 const back = (u) => (view.log ? 10 ** u - 1 : u);
 
-function niceTicks(low, high, most) {
-  if (!(high > low)) return [low];
-  const rough = (high - low) / Math.max(most, 1);
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].map((f) => f * power).find((s) => s >= rough * 0.999);
+// Places of the ticks of the step axis; `incr` is what uPlot found room for.
+function stepTicks(width, incr) {
   const ticks = [];
-  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) ticks.push(+(k * step).toPrecision(12));
-  return ticks;
-}
-
-function stepTicks(width) {
-  const most = Math.max(Math.floor(width / 72), 2);
-  if (!view.log) return niceTicks(view.from, view.to, most).filter((t) => t >= 0 && (t % 1 === 0));
-  const ticks = [0];
-  for (let power = 1; power <= view.to * 1.001; power *= 10) for (const f of width > 500 ? [1, 2, 5] : [1]) ticks.push(f * power);
+  if (!view.log) for (let k = Math.ceil(view.from / incr); k * incr <= view.to; k++) ticks.push(k * incr);
+  else {
+    ticks.push(0);
+    for (let power = 1; power <= view.to * 1.001; power *= 10) for (const f of width > 500 ? [1, 2, 5] : [1]) ticks.push(f * power);
+  }
   return ticks.filter((t) => t >= view.from && t <= view.to);
 }
 
@@ -44,6 +38,17 @@ function fit(canvas, box = canvas.parentElement.getBoundingClientRect()) {
 }
 
 const FONT = '12px ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif';
+const PADDING = [8, 9, 0, 0]; // CSS pixels over, right of, under and left of a plot and its axes
+const WHOLE = [1, 2, 2.5, 5].flatMap((f) => [1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8].map((power) => f * power)).filter(Number.isInteger).sort((a, b) => a - b);
+
+// The axes of every chart. `x`, `y`: what differs, in uPlot's terms.
+function axesOf(x, y) {
+  const common = { font: FONT, stroke: () => ink.muted, ticks: { show: false } };
+  return [
+    { ...common, size: 24, gap: 5, space: 72, grid: { show: false }, ...x },
+    { ...common, size: 46, gap: 7, space: 46, grid: { stroke: () => ink.line, width: 1 }, values: (_, ticks) => tickTexts(ticks), ...y },
+  ];
+}
 
 // Sums up to each carried step of some steps: means over any window are one subtraction.
 class Sums {
@@ -70,19 +75,29 @@ class Sums {
   }
 }
 
+// Draw in CSS pixels on the canvas of a chart, inside its plot or, `beyond` it, as far as its padding.
+function paint(u, beyond, draw) {
+  const { ctx: c } = u, ratio = uPlot.pxRatio, { left, top, width, height } = u.bbox;
+  c.save();
+  c.beginPath(); c.rect(left - beyond * ratio, top - beyond * ratio, width + 2 * beyond * ratio, height + 2 * beyond * ratio); c.clip();
+  c.scale(ratio, ratio);
+  c.font = FONT;
+  draw(c);
+  c.restore();
+}
+
 class StepChart {
   // panel: {id, title, unit, values, weights?, sums?, wide?, floor?, domains?, dashed?, held_out?, exact?, sparse?, read, ticks?}
   constructor(panel, actions) {
     this.panel = panel;
     this.actions = actions;
-    this.base = element("canvas", { "aria-hidden": "true" });
-    this.top = element("canvas", { "aria-hidden": "true" });
     this.output = element("output");
-    this.plot = element("div.plot", { role: "img", "aria-label": `${panel.title} (${panel.unit}) by step` }, this.base, this.top);
+    this.plot = element("div.plot", { role: "img", "aria-label": `${panel.title} (${panel.unit}) by step` });
     this.node = element(panel.wide ? "div.chart.wide" : "div.chart", { id: `chart-${panel.id}` },
       element("div.chart-head", {}, element("h3", {}, panel.title, element("small", {}, panel.unit)), this.output), this.plot);
-    this.selection = null;
-    this.listen();
+    // The line of the slider and its dot; the line under the pointer is uPlot's.
+    this.line = element("div.now");
+    this.dot = element("div.dot-now");
   }
 
   use(run, chosen, byDomain) {
@@ -92,24 +107,54 @@ class StepChart {
     this.all = new Sums(run, this.panel, this.chosen);
     this.lines = this.panel.domains && byDomain.length > 1
       ? byDomain.map(({ domain, index }) => ({ domain, sums: new Sums(run, this.panel, index) })) : [];
+    // Its series may be others now.
+    this.u?.destroy();
+    this.u = null;
   }
 
+  make(width, height) {
+    const { panel } = this, smooth = { points: { show: false }, spanGaps: true };
+    const series = [{},
+      ...this.lines.map(({ domain }) => ({ ...smooth, width: 1.25, stroke: () => css(onPaper(this.run.meta.domains[domain].colour), 0.9) })),
+      { ...smooth, width: 5, stroke: () => ink.paper },
+      { ...smooth, width: 2.2, stroke: () => (this.lines.length ? ink.ink : ink.accent) },
+      ...(panel.dashed ? [{ ...smooth, width: 1.5, dash: [6, 4], stroke: () => ink.alarm }] : []),
+    ];
+    this.u = new uPlot({
+      width, height, series, padding: PADDING, legend: { show: false },
+      scales: { x: { time: false, distr: 100, fwd: across, bwd: back, range: () => [view.from, view.to] }, y: { range: () => [this.low, this.high] } },
+      axes: axesOf(
+        // (uPlot leaves labels out on scales that it takes for logarithmic.)
+        { incrs: WHOLE, filter: (u, ticks) => ticks, splits: (u, axis, min, max, incr) => stepTicks(u.bbox.width / uPlot.pxRatio, incr), values: (u, ticks) => ticks.map(count) },
+        panel.ticks ? { values: (u, ticks) => panel.ticks(ticks) } : {}),
+      cursor: {
+        y: false, points: { show: false }, sync: { key: "steps", setSeries: false }, drag: { x: true, y: false, setScale: false },
+        bind: { dblclick: () => () => { this.actions.zoom(-Infinity, Infinity); } },
+      },
+      hooks: {
+        drawAxes: [() => paint(this.u, 6, (c) => this.drawSteps(c))],
+        draw: [() => { paint(this.u, 8, (c) => this.drawOver(c)); this.drawTop(); }],
+        setCursor: [(u) => { if (u.over.matches(":hover")) this.actions.hover(u.cursor.left >= 0 ? this.pick(u.cursor.left, u.cursor.top) : null); }],
+        setSelect: [(u) => {
+          const { left, width: wide } = u.select;
+          if (wide < 3) return;
+          u.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
+          this.actions.zoom(u.posToVal(left, "x"), u.posToVal(left + wide, "x"));
+        }],
+      },
+    }, this.data, this.plot);
+    this.u.over.append(this.line, this.dot);
+    this.listen(this.u.over);
+  }
+
+  // Of the plot, in CSS pixels of the canvas.
   frame() {
-    const { width, height } = this.size;
-    return { left: 46, right: width - 9, top: 8, bottom: height - 22 };
+    const { left, top, width, height } = this.u.bbox, ratio = uPlot.pxRatio;
+    return { left: left / ratio, right: (left + width) / ratio, top: top / ratio, bottom: (top + height) / ratio };
   }
-  x(step) {
-    const { left, right } = this.frame();
-    return left + ((across(step) - across(view.from)) / (across(view.to) - across(view.from))) * (right - left);
-  }
-  step(x) {
-    const { left, right } = this.frame();
-    return back(across(view.from) + ((x - left) / (right - left)) * (across(view.to) - across(view.from)));
-  }
-  y(value) {
-    const { top, bottom } = this.frame();
-    return bottom - ((value - this.low) / (this.high - this.low)) * (bottom - top);
-  }
+  x(step) { return this.u.valToPos(step, "x") + this.u.bbox.left / uPlot.pxRatio; }
+  y(value) { return this.u.valToPos(value, "y") + this.u.bbox.top / uPlot.pxRatio; }
+  step(x) { return this.u.posToVal(x - this.u.bbox.left / uPlot.pxRatio, "x"); }
 
   // Limits that show the course of what is in view, not its outliers.
   limits(first, last, values) {
@@ -123,112 +168,87 @@ class StepChart {
     const inside = picked.filter((v) => v >= at(0.25) - fence && v <= at(0.75) + fence);
     let low = Math.min(at(0.01), inside[0]), high = Math.max(at(0.99), inside[inside.length - 1]);
     // A long run still shows the height that it fell from.
-    for (const [, mean] of this.curve) { low = Math.min(low, mean); high = Math.max(high, mean); }
+    for (const mean of this.curve) if (mean !== null) { low = Math.min(low, mean); high = Math.max(high, mean); }
     const pad = 0.06 * (high - low) || 0.1 * Math.abs(high) || 1;
     low = this.panel.floor === 0 ? 0 : low < 0 ? low - pad : Math.max(0, low - pad);
     return [low, high + pad];
   }
 
-  // [[x, mean], ...] of the last `window` chosen steps up to each place; one point a pixel at most.
-  means(sums, window) {
-    const { left, right } = this.frame(), points = [];
-    const first = sums.place(lowerBound(this.run.steps, view.from)), last = sums.place(lowerBound(this.run.steps, view.to + 1e-9) + 1);
-    const steps = this.run.steps;
-    if (last - first < (right - left) * 1.5) {
-      for (let k = first; k < last; k++) { const m = sums.mean(Math.max(k + 1 - window, 0), k + 1); if (Number.isFinite(m)) points.push([this.x(steps[sums.index[k]]), m]); }
-      return points;
+  // The lines at the same steps, a few at most a pixel: [steps, of each domain, of all twice, what is dashed].
+  sample(width, window) {
+    const { steps } = this.run, first = lowerBound(steps, view.from), last = Math.min(lowerBound(steps, view.to + 1e-9) + 1, this.run.n);
+    const ends = []; // carried steps up to which means are taken
+    if (last - first <= width * 1.5) for (let i = first; i < last; i++) ends.push(i + 1);
+    else for (let k = 1; k <= width; k++) {
+      const end = Math.min(lowerBound(steps, back(across(view.from) + (k / width) * (across(view.to) - across(view.from)))) + 1, last);
+      if (end > (ends[ends.length - 1] ?? first)) ends.push(end);
     }
-    let before = first;
-    for (let x = left; x <= right; x += 1) {
-      const k = Math.min(sums.place(lowerBound(steps, this.step(x + 0.5))), last);
-      if (k <= before) continue;
-      const m = sums.mean(Math.max(Math.min(k - window, before), 0), k);
-      if (Number.isFinite(m)) points.push([x, m]);
-      before = k;
-    }
-    return points;
+    const means = (sums, over) => {
+      let before = sums.place(ends.length ? ends[0] - 1 : 0);
+      return ends.map((end) => {
+        const k = sums.place(end);
+        if (k === before && k > 0 && sums.index[k - 1] !== end - 1) return null; // none of its steps is here
+        // A pixel that holds more steps than the window is their mean.
+        const mean = sums.mean(Math.max(Math.min(k - over, before), 0), k);
+        before = k;
+        return Number.isFinite(mean) ? mean : null;
+      });
+    };
+    this.curve = means(this.all, window);
+    const dashed = this.panel.dashed ? [ends.map((end) => { const v = this.run[this.panel.dashed][end - 1]; return Number.isFinite(v) ? v : null; })] : [];
+    return [
+      ends.map((end) => steps[end - 1]),
+      // As many of its documents as stand among that many steps.
+      ...this.lines.map(({ sums }) => means(sums, Math.max(Math.round((window * sums.index.length) / this.all.index.length), 10))),
+      this.curve, this.curve, ...dashed,
+    ];
+  }
+
+  get window() {
+    return this.panel.exact ? 1 : this.panel.sparse ? 10 : Math.max(Math.round(shown.window / this.run.meta.every), 1);
   }
 
   draw() {
-    const { context: c, width, height } = fit(this.base);
-    this.size = { width, height };
-    if (!this.run || !this.run.n || width < 40) return;
-    const { left, right, top, bottom } = this.frame(), { steps } = this.run, values = this.run[this.panel.values];
-    const every = this.run.meta.every;
-    const window_ = this.panel.exact ? 1 : this.panel.sparse ? 10 : Math.max(Math.round(shown.window / every), 1);
-    const first = this.all.place(lowerBound(steps, view.from)), last = this.all.place(lowerBound(steps, view.to + 1e-9) + 1);
-    this.curve = this.means(this.all, window_);
-    [this.low, this.high] = this.limits(first, last, values);
-    c.font = FONT;
-    c.textBaseline = "middle";
-
-    // Axes.
-    const ticks = niceTicks(this.low, this.high, Math.max(Math.floor((bottom - top) / 46), 2));
-    c.lineWidth = 1;
-    const texts = this.panel.ticks ? this.panel.ticks(ticks) : tickTexts(ticks);
-    for (const [number, tick] of ticks.entries()) {
-      const y = Math.round(this.y(tick)) + 0.5;
-      c.strokeStyle = ink.line;
-      c.beginPath(); c.moveTo(left, y); c.lineTo(right, y); c.stroke();
-      c.fillStyle = ink.muted; c.textAlign = "right";
-      c.fillText(texts[number], left - 7, y);
+    const { width, height } = this.plot.getBoundingClientRect();
+    if (!this.run || !this.run.n || width < 80) return;
+    const { steps } = this.run;
+    this.first = this.all.place(lowerBound(steps, view.from));
+    this.last = this.all.place(lowerBound(steps, view.to + 1e-9) + 1);
+    this.data = this.sample(Math.round(width) - 55, this.window);
+    [this.low, this.high] = this.limits(this.first, this.last, this.run[this.panel.values]);
+    if (this.u && this.log !== view.log) {
+      // uPlot keeps what a scale's ends are until the ends change.
+      this.u.destroy();
+      this.u = null;
     }
-    c.textBaseline = "alphabetic";
-    let free = -Infinity;
-    const marks = stepTicks(right - left);
-    for (const tick of marks) {
-      const x = this.x(tick), text = count(tick), half = c.measureText(text).width / 2;
-      const at = Math.min(Math.max(x, left - 10 + half), right - half);
-      if (at - half < free) continue;
-      c.fillStyle = ink.muted; c.textAlign = "center";
-      c.fillText(text, at, height - 5);
-      free = at + half + 14;
+    this.log = view.log;
+    if (!this.u) this.make(width, height);
+    else {
+      if (this.u.width !== width || this.u.height !== height) this.u.setSize({ width, height });
+      this.u.setData(this.data);
     }
-
-    c.save();
-    c.beginPath(); c.rect(left - 6, top - 6, right - left + 12, bottom - top + 8); c.clip();
-    // Resumes and gaps run through; the rest is marked below.
-    c.strokeStyle = ink.muted; c.setLineDash([3, 4]);
-    for (const step of this.run.meta.events.resumes) if (step >= view.from && step <= view.to) { const x = Math.round(this.x(step)) + 0.5; c.beginPath(); c.moveTo(x, top); c.lineTo(x, bottom); c.stroke(); }
-    c.setLineDash([]);
-
-    if (!this.panel.exact && last - first <= Math.max((right - left) * 2.2, 700)) this.drawDots(c, first, last, values);
-    else if (!this.panel.exact) this.drawFan(c, first, last, values);
-
-    for (const { domain, sums } of this.lines) {
-      // As many of its documents as stand among that many steps.
-      const points = this.means(sums, Math.max(Math.round((window_ * sums.index.length) / this.all.index.length), 10));
-      this.trace(c, points, css(onPaper(this.run.meta.domains[domain].colour), 0.9), 1.25);
-    }
-    if (this.panel.floor === undefined && this.low < 0) { c.fillStyle = ink.muted; c.fillRect(left, Math.round(this.y(0)), right - left, 1); }
-    this.trace(c, this.curve, ink.paper, 5);
-    this.trace(c, this.curve, this.lines.length ? ink.ink : ink.accent, 2.2);
-    if (this.panel.dashed) {
-      c.setLineDash([6, 4]);
-      const points = [], line = this.run[this.panel.dashed], from = lowerBound(steps, view.from), to = Math.min(lowerBound(steps, view.to) + 1, this.run.n);
-      const stride = Math.max(1, Math.floor((to - from) / (right - left)));
-      for (let i = from; i < to; i += stride) if (Number.isFinite(line[i])) points.push([this.x(steps[i]), line[i]]);
-      this.trace(c, points, ink.alarm, 1.5);
-      c.setLineDash([]);
-    }
-    if (this.panel.held_out) {
-      for (const entry of this.run.meta.evaluations) {
-        const value = entry[this.panel.held_out];
-        if (!Number.isFinite(value) || entry.step < view.from || entry.step > view.to) continue;
-        c.fillStyle = ink.paper; c.strokeStyle = ink.ink; c.lineWidth = 1.6;
-        c.beginPath(); c.arc(this.x(entry.step), this.y(value), 4, 0, 7); c.fill(); c.stroke();
-      }
-    }
-    c.restore();
-    if (this.panel.wide) this.drawMarks(c);
-    this.drawTop();
   }
 
-  trace(c, points, colour, width) {
-    c.strokeStyle = colour; c.lineWidth = width; c.lineJoin = "round";
-    c.beginPath();
-    points.forEach(([x, value], k) => (k ? c.lineTo(x, this.y(value)) : c.moveTo(x, this.y(value))));
-    c.stroke();
+  // Under the lines: resumes run through; steps as dots, or as a fan.
+  drawSteps(c) {
+    const { left, right, top, bottom } = this.frame(), { first, last } = this, values = this.run[this.panel.values];
+    c.strokeStyle = ink.muted; c.lineWidth = 1; c.setLineDash([3, 4]);
+    for (const step of this.run.meta.events.resumes) if (step >= view.from && step <= view.to) { const x = Math.round(this.x(step)) + 0.5; c.beginPath(); c.moveTo(x, top); c.lineTo(x, bottom); c.stroke(); }
+    c.setLineDash([]);
+    if (!this.panel.exact && last - first <= Math.max((right - left) * 2.2, 700)) this.drawDots(c, first, last, values);
+    else if (!this.panel.exact) this.drawFan(c, first, last, values);
+    if (this.panel.floor === undefined && this.low < 0) { c.fillStyle = ink.muted; c.fillRect(left, Math.round(this.y(0)), right - left, 1); }
+  }
+
+  // Over them: held-out scores, and the marks.
+  drawOver(c) {
+    for (const entry of this.panel.held_out ? this.run.meta.evaluations : []) {
+      const value = entry[this.panel.held_out];
+      if (!Number.isFinite(value) || entry.step < view.from || entry.step > view.to) continue;
+      c.fillStyle = ink.paper; c.strokeStyle = ink.ink; c.lineWidth = 1.6;
+      c.beginPath(); c.arc(this.x(entry.step), this.y(value), 4, 0, 7); c.fill(); c.stroke();
+    }
+    if (this.panel.wide) this.drawMarks(c);
   }
 
   drawDots(c, first, last, values) {
@@ -311,97 +331,60 @@ class StepChart {
     }
   }
 
-  // The line of the slider, the one under the pointer, the selection: over the chart, so that it need not be drawn again.
+  // The line of the slider and the numbers: over the chart, so that it need not be drawn again.
   drawTop() {
-    if (!this.run || !this.run.n || !this.size || this.low === undefined || this.node.hidden) return;
-    const { context: c } = fit(this.top, this.size);
-    const { left, right, top, bottom } = this.frame(), values = this.run[this.panel.values];
-    const line = (i, colour, dash) => {
-      const x = this.x(this.run.steps[i]);
-      if (x < left - 1 || x > right + 1) return;
-      c.strokeStyle = colour; c.lineWidth = 1.4; c.setLineDash(dash);
-      c.beginPath(); c.moveTo(x, top - 4); c.lineTo(x, bottom); c.stroke();
-      c.setLineDash([]);
-      const value = values[i];
-      if (!Number.isFinite(value)) return;
-      c.fillStyle = css(onPaper(this.run.meta.domains[this.run.domain[i]].colour)); c.strokeStyle = ink.paper; c.lineWidth = 2;
-      c.beginPath(); c.arc(x, Math.min(Math.max(this.y(value), top - 3), bottom), 5, 0, 7); c.fill(); c.stroke();
-    };
-    if (this.selection) {
-      const [a, b] = this.selection;
-      c.fillStyle = css(rgb(ink.accent), 0.14);
-      c.fillRect(Math.min(a, b), top - 4, Math.abs(b - a), bottom - top + 4);
-    }
-    line(cursor.index, ink.accent, []);
-    if (cursor.hover !== null) line(cursor.hover, ink.muted, [3, 3]);
-    const i = cursor.hover ?? cursor.index;
-    const k = this.all.place(i + 1);
-    const mean = this.all.mean(Math.max(k - Math.max(Math.round(shown.window / this.run.meta.every), 1), 0), k);
+    if (!this.run || !this.run.n || !this.u || this.node.hidden) return;
+    const values = this.run[this.panel.values], now = this.run.steps[cursor.index], value = values[cursor.index];
+    const inside = now >= view.from && now <= view.to;
+    this.line.hidden = !inside;
+    this.dot.hidden = !inside || !Number.isFinite(value);
+    const height = this.u.bbox.height / uPlot.pxRatio, place = `translate(${this.u.valToPos(now, "x")}px, `;
+    this.line.style.transform = `${place}0)`;
+    this.dot.style.transform = `${place}${Math.min(Math.max(this.u.valToPos(value || 0, "y"), -3), height)}px)`;
+    this.dot.style.background = css(onPaper(this.run.meta.domains[this.run.domain[cursor.index]].colour));
+    const i = cursor.hover ?? cursor.index, k = this.all.place(i + 1);
     const parts = [element("b", {}, this.panel.read(values[i]))];
     if (this.panel.wide) parts.unshift(`step ${count(this.run.steps[i])}: `);
-    if (!this.panel.exact && !this.panel.sparse) parts.push(` · mean ${this.panel.read(mean)}`);
+    if (!this.panel.exact && !this.panel.sparse)
+      parts.push(` · mean ${this.panel.read(this.all.mean(Math.max(k - Math.max(Math.round(shown.window / this.run.meta.every), 1), 0), k))}`);
     this.output.replaceChildren(...parts);
   }
 
-  listen() {
-    const pointers = new Map();
-    let start = null, pinch = null, tapped = 0;
-    const local = (event) => event.clientX - this.plot.getBoundingClientRect().left;
-    const at = (x) => nearestShown(this.step(x));
-    this.plot.addEventListener("pointerdown", (event) => {
-      if (!this.run?.n || (event.pointerType === "mouse" && event.button !== 0)) return;
-      pointers.set(event.pointerId, local(event));
-      this.plot.setPointerCapture(event.pointerId);
-      if (pointers.size === 2) { pinch = [...pointers.values()].map((x) => this.step(x)); start = null; this.selection = null; }
-      else start = { x: local(event), y: event.clientY - this.plot.getBoundingClientRect().top };
-    });
-    this.plot.addEventListener("pointermove", (event) => {
-      if (!this.run?.n) return;
-      const x = local(event);
-      if (pointers.has(event.pointerId)) pointers.set(event.pointerId, x);
-      if (pinch && pointers.size === 2) {
-        // The two steps stay under the two fingers.
-        const { left, right } = this.frame(), [x0, x1] = [...pointers.values()], [u0, u1] = pinch.map(across);
-        if (Math.abs(x1 - x0) > 12) {
-          const scale = (u1 - u0) / (x1 - x0);
-          this.actions.zoom(back(u0 + (left - x0) * scale), back(u0 + (right - x0) * scale));
-        }
-      } else if (start && event.pointerType === "mouse") {
-        if (this.selection || Math.abs(x - start.x) > 5) { this.selection = [start.x, x]; this.drawTop(); }
-      } else if (start) this.actions.go(at(x));
-      else if (event.pointerType === "mouse") this.actions.hover(this.pick(x, event.clientY - this.plot.getBoundingClientRect().top));
-    });
-    const end = (event) => {
-      const x = pointers.get(event.pointerId);
-      pointers.delete(event.pointerId);
-      if (event.type !== "pointerup") { this.selection = null; start = null; pinch = null; return; }
-      if (pinch) { if (!pointers.size) pinch = null; start = null; return; }
-      if (this.selection) {
-        const [a, b] = this.selection.map((place) => this.step(place));
-        this.selection = null;
-        this.actions.zoom(Math.min(a, b), Math.max(a, b));
-      } else if (start && x !== undefined) {
-        if (event.pointerType !== "mouse" && event.timeStamp - tapped < 320) this.actions.zoom(-Infinity, Infinity);
-        else this.actions.go(event.pointerType === "mouse" ? this.pick(x, start.y) : at(x));
-        tapped = event.timeStamp;
-      }
-      start = null;
-    };
-    for (const kind of ["pointerup", "pointercancel"]) this.plot.addEventListener(kind, end);
-    this.plot.addEventListener("pointerleave", () => this.actions.hover(null));
-    this.plot.addEventListener("dblclick", () => this.actions.zoom(-Infinity, Infinity));
-    this.plot.addEventListener("wheel", (event) => {
+  // What uPlot leaves open: the click, the wheel, and fingers.
+  listen(over) {
+    const at = (event) => event.clientX - over.getBoundingClientRect().left;
+    const left = () => this.u.bbox.left / uPlot.pxRatio;
+    over.addEventListener("click", (event) => { this.actions.go(this.pick(at(event), event.clientY - over.getBoundingClientRect().top)); });
+    over.addEventListener("mouseleave", () => this.actions.hover(null));
+    over.addEventListener("wheel", (event) => {
       // A wheel alone scrolls the page; a pinch on a touchpad arrives as a wheel with Ctrl.
-      if (!this.run?.n || !(event.ctrlKey || event.metaKey || event.altKey)) return;
+      if (!(event.ctrlKey || event.metaKey || event.altKey)) return;
       event.preventDefault();
-      const { left, right } = this.frame(), u = across(this.step(Math.min(Math.max(local(event), left), right)));
-      const scale = Math.exp(Math.min(Math.max(event.deltaY, -60), 60) * 0.006);
+      const u = across(this.step(at(event) + left())), scale = Math.exp(Math.min(Math.max(event.deltaY, -60), 60) * 0.006);
       this.actions.zoom(back(u + (across(view.from) - u) * scale), back(u + (across(view.to) - u) * scale));
     }, { passive: false });
+    const fingers = new Map();
+    let pinch = null;
+    over.addEventListener("pointerdown", (event) => {
+      if (event.pointerType === "mouse") return;
+      fingers.set(event.pointerId, at(event));
+      pinch = fingers.size === 2 ? [...fingers.values()].map((x) => across(this.step(x + left()))) : null;
+    });
+    over.addEventListener("pointermove", (event) => {
+      if (!fingers.has(event.pointerId)) return;
+      fingers.set(event.pointerId, at(event));
+      if (!pinch) return this.actions.go(nearestShown(this.step(at(event) + left())));
+      // The two steps stay under the two fingers.
+      const [x0, x1] = fingers.values(), [u0, u1] = pinch, scale = (u1 - u0) / (x1 - x0);
+      if (Math.abs(x1 - x0) > 12) this.actions.zoom(back(u0 - x0 * scale), back(u0 + (over.clientWidth - x0) * scale));
+    });
+    for (const kind of ["pointerup", "pointercancel"])
+      over.addEventListener(kind, (event) => { fingers.delete(event.pointerId); if (!fingers.size) pinch = null; });
   }
 
   // The dot under the pointer if one is near, else the nearest step.
-  pick(x, y) {
+  pick(left, top) {
+    const x = left + this.u.bbox.left / uPlot.pxRatio, y = top + this.u.bbox.top / uPlot.pxRatio;
     const steps = this.run.steps, values = this.run[this.panel.values];
     let best = null, least = 12 * 12;
     const from = this.all.place(lowerBound(steps, this.step(x - 12))), to = this.all.place(lowerBound(steps, this.step(x + 12)) + 1);
@@ -414,11 +397,17 @@ class StepChart {
   }
 }
 
-// A small chart that stands still: lines or bars over a scale of its own. `draw(c, frame)` does it.
-function stillChart(title, unit, height, draw) {
-  const canvas = element("canvas", { role: "img", "aria-label": title });
-  const plot = element("div.plot.still", { style: { height: `${height}px` } }, canvas);
+// A small chart that stands still, by uPlot: `make()` gives its data and what differs from a plain one.
+function stillChart(title, unit, height, make) {
+  const plot = element("div.plot.still", { role: "img", "aria-label": title, style: { height: `${height}px` } });
   const node = element("div.chart", {}, element("div.chart-head", {}, element("h3", {}, title, element("small", {}, unit))), plot);
-  redraws.push(() => { if (node.isConnected) { const size = fit(canvas); size.context.font = FONT; draw(size.context, size); } });
+  let u = null;
+  redraws.push(() => {
+    const { width } = plot.getBoundingClientRect();
+    if (!node.isConnected || width < 80) return;
+    u?.destroy();
+    const { data, ...options } = make();
+    u = new uPlot({ width, height, padding: PADDING, legend: { show: false }, cursor: { show: false }, ...options }, data, plot);
+  });
   return node;
 }
