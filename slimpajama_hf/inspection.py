@@ -254,6 +254,17 @@ def complete(found: Inspection, predicted: int, checkpoint: int | None) -> None:
         if now_folder is not None and checkpoint is not None:
             waiting(f"loading checkpoint-{checkpoint}")
             found.now = view_of(now_folder, checkpoint, ids, encoder)
+            if found.record["model"]["precision"] != "float32":
+                found.notes.append(_other_precision(found))
+
+
+def _other_precision(found: Inspection) -> str:
+    """What to say where a checkpoint sees in float32 what was trained in bfloat16."""
+    precision, loss, now = found.record["model"]["precision"], found.row["loss"], found.now
+    said = f"the run was trained in {precision}, a checkpoint is asked in float32: the same weights differ a little"
+    if now is not None and now.step == found.row["step"] and loss is not None:
+        said += f", here by {abs(float(now.nats.astype(np.float64).mean()) - loss):.4f} nats per token"
+    return said
 
 
 def _add_then(

@@ -222,7 +222,11 @@ def rewind(
     with tempfile.TemporaryDirectory(prefix="slimpajama_hf-rewind-") as place:
         if plan.left_out is not None:
             config = config | {"leave_out": [*(config.get("leave_out") or []), plan.name]}
-        verify.train_again(run, config, end, again, Path(place) / "rewind.yaml", flags=())
+        try:
+            verify.train_again(run, config, end, again, Path(place) / "rewind.yaml", flags=())
+        except KeyboardInterrupt:
+            screen.say(f"stopped; what is done of it is in {again}: remove that to rewind anew")
+            raise
     notes += verify.other_threads(run, Run(again))
     notes += _of_the_schedule(config, plan)
     parted, changes, repeated = _side_by_side(run, Run(again), plan)

@@ -727,7 +727,13 @@ def train_again(
     if threads:
         # torch takes MKL's number over OpenMP's where both are set (aten/src/ATen/ParallelOpenMP.cpp).
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    code = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        # A Ctrl-C went to it too: it saves after the step that is on. Another one ends both.
+        process.wait()
+        raise
     if code:
         raise UserError(f"the steps could not be done again: training ended with exit code {code} (see above)")
 

@@ -99,6 +99,22 @@ def test_every_sample_is_found_again(tmp_path, encoder, mode):
         assert [token.id for token in tokens] == sample.input_ids
 
 
+def test_a_run_in_bfloat16_says_how_far_its_checkpoints_are_from_it(shards, tmp_path):
+    run = tmp_path / "run"
+    done = run_script(
+        *NANO, "--dataset", f"{shards}/*.jsonl.zst", "--max_steps", "6", "--save_steps", "5", "--precision", "bfloat16",
+        "--output_dir", str(run),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = inspection.inspect(run, 5, checkpoint=5)
+    (note,) = found.notes
+    assert "trained in bfloat16, a checkpoint is asked in float32" in note
+    said = float(note.partition("here by ")[2].split()[0])
+    assert said == pytest.approx(abs(found.now.nats.mean() - found.row["loss"]), abs=1e-4)
+    # What was kept is what was trained, to the last digit.
+    assert found.then.mean() == pytest.approx(found.row["loss"], abs=1e-5)
+
+
 def test_tokens_joined_are_the_text(finished, shards):
     found = inspection.inspect(finished, 7)
     start, end = reread.covered(found.tokens, 0)

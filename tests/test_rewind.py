@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from slimpajama_hf import __main__, cli, ledger, rewind, surprisals, terminal, verify
+from slimpajama_hf import __main__, checkpoints, cli, ledger, rewind, surprisals, terminal, verify
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.rewind import Change
 from slimpajama_hf.verify import Run
-from tests.conftest import NANO, make_records, read_ledger, run_command, run_script, write_records
+from tests.conftest import NANO, ROOT, environment, make_records, read_ledger, run_command, run_script, write_records
 from tests.untrained import make_run
 
 
@@ -202,3 +207,24 @@ def test_the_terminal_says_what_was_done_and_what_came_of_it(finished):
     with drawn.capture() as capture:
         rewind.show(drawn, found)
     assert "FAILED  step 22 is not as it was: loss 1.0 / 2.0" in capture.get()
+
+
+def test_a_ctrl_c_leaves_what_is_done_and_says_where(shards, tmp_path):
+    run = tmp_path / "run"
+    flags = [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--save_steps", "20", "--max_steps", "80"]
+    assert run_script(*flags, "--output_dir", str(run)).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slimpajama_hf", "rewind", str(run), "--to", "0", "--drop", "2", "--output_dir", str(tmp_path / "again")],
+        env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    rows = tmp_path / "again" / "ledger.jsonl"
+    deadline = time.monotonic() + 120
+    while not (rows.exists() and rows.stat().st_size > 3000) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert f"stopped; what is done of it is in {tmp_path / 'again'}" in said and "Traceback" not in said
+    done = read_ledger(tmp_path / "again")
+    assert 0 < len(done) < 79 and verify.verify(tmp_path / "again").ok
+    assert checkpoints.steps(tmp_path / "again") == [len(done)]
