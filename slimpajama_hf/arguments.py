@@ -119,7 +119,7 @@ TRAINING_DEFAULTS: dict[str, tuple[Any, str | None]] = {
     ),
     "eval_steps": (None, "steps between evaluations on held-out documents; default: none"),
     "seed": (42, "of the initial weights and of every other random draw"),
-    "report_to": ("none", "tensorboard, trackio, wandb, ...: every row of the ledger goes there too"),
+    "report_to": ("none", "tensorboard, trackio, wandb or others, as a,b: every row of the ledger goes there too"),
     "push_to_hub": (False, "every checkpoint to the Hub, in the background (docs/hub.md)"),
     "hub_model_id": (None, "where to, as owner/name; default: the name of the run's folder"),
     "hub_private_repo": (None, "make a private repository, where there is none yet"),

@@ -53,11 +53,14 @@ class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
             raise ValueError(f"--save_steps {self.save_steps}: expected a number of steps above 0, or --no-checkpoint")
         if self.eval_steps is not None and self.eval_strategy == "no":  # type: ignore[has-type]
             self.eval_strategy = "steps"
-        if self.report_to not in (None, "none", ["none"], []):
+        report_to: Any = self.report_to  # type: ignore[has-type]
+        if report_to not in (None, "none", ["none"], []):
             from slimpajama_hf import trackers
 
+            if isinstance(report_to, str):
+                report_to = [name.strip() for name in report_to.split(",")]
             # Before anything is opened: one that is unknown or not installed is said now.
-            trackers.asked(self.report_to)
+            self.report_to = trackers.asked(report_to)
         # None stays None until the corpus and the model are known (cli.complete); transformers wants a name meanwhile.
         output_dir = self.output_dir  # type: ignore[has-type]
         super().__post_init__()
@@ -77,6 +80,9 @@ def changed_fields(arguments: TrainingArguments) -> dict[str, Any]:
         if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         value = plain[name]
+        if name == "report_to" and isinstance(value, list):
+            # As it is typed.
+            value = ",".join(value) or "none"
         if name in _DERIVED or value is None or (not value and default in (None, False, 0, "", "none", [], {})):
             continue
         # to_dict() turns enumerations into their values.

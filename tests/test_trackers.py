@@ -68,6 +68,7 @@ def test_its_files_are_deleted_with_the_run(run, shards):
 @pytest.mark.parametrize(
     "asked, said",
     [("wandb", "--report_to wandb: the package is not installed; pip install wandb"),
+     ("tensorboard,wandb", "--report_to wandb: the package is not installed; pip install wandb"),
      ("tensorbord", "--report_to tensorbord: expected none, or one or more of")],
 )  # fmt: skip
 def test_what_is_not_there_is_said_before_anything_is_opened(tmp_path, asked, said):
