@@ -506,7 +506,10 @@ def test_a_loss_that_stands_out_is_marked_with_its_document():
     assert again.score(100.0) is None, "too few to say what is ordinary"
 
 
-def test_a_sample_that_fails_is_recorded_as_failed_and_training_goes_on(corpus, tmp_path, encoder, fault_table):
+def test_a_sample_that_fails_is_recorded_as_failed_and_training_goes_on(
+    corpus, tmp_path, encoder, fault_table, monkeypatch
+):
+    from slimpajama_hf import generation
     from slimpajama_hf.callbacks import GenerateSamples, ShowProgress
     from slimpajama_hf.run_folder import RunFolder
 
@@ -515,14 +518,14 @@ def test_a_sample_that_fails_is_recorded_as_failed_and_training_goes_on(corpus, 
     callback = GenerateSamples(folder, encoder, 2, True, ShowProgress())
     callback.trainer = trainer
     trainer.add_callback(callback)
-    real = trainer.model.generate
+    real = generation.write_after
 
-    def generate(*arguments, **keywords):
+    def write_after(*arguments, **keywords):
         if trainer.state.global_step == 2:
             raise RuntimeError("the accelerator fell out")
         return real(*arguments, **keywords)
 
-    trainer.model.generate = generate
+    monkeypatch.setattr(generation, "write_after", write_after)
     trainer.train()
     samples = [json.loads(line) for line in folder.samples.read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [0, 2, 4]

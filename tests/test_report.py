@@ -397,7 +397,7 @@ def test_watch_takes_in_new_rows_and_keeps_the_place(run, tab, tmp_path):
         assert tab.text("#step-title") == "20" and tab.value("document.querySelector('#slider').max") == "119"
         assert tab.errors == []
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 130
+        assert process.wait(timeout=60) == 130
     finally:
         process.kill()
         process.wait()

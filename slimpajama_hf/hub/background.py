@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 #: Seconds that the end of a run which is done waits for a push that goes on; one that was stopped has no such time.
 LONGEST_WAIT_SECONDS, WAIT_WHEN_STOPPED_SECONDS = 600.0, 5.0
+#: A push is waited for as long as it takes to make it ready and to send it at this rate (and `--hub_patience` on top):
+#: what is slower, or stands still, is left to `push`.
+READY_SECONDS, SLOWEST_BYTES_PER_SECOND = 20.0, 1e6
 
 
 class Uploads(TrainerCallback):
@@ -47,6 +50,7 @@ class Uploads(TrainerCallback):
         self._process: subprocess.Popen[str] | None = None
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._failing: dict[str, Any] | None = None
+        self._bytes_under_way = 0
         self._outbox: Outbox | None = None
         if destination is not None:
             self._outbox = Outbox(folder.path, destination.most)
@@ -132,6 +136,7 @@ class Uploads(TrainerCallback):
                     self._say(f"the Hub takes it again: step {event['step']:,} is pushed")
                 self._failing = None
             elif event["event"] == "begun":
+                self._bytes_under_way = event["bytes"]
                 for trouble in event["trouble"]:
                     self._say(f"pushed without {trouble}")
             elif event["event"] == "dropped":
@@ -165,7 +170,7 @@ class Uploads(TrainerCallback):
         assert self._destination is not None and self._outbox is not None
         self._listen()
         self._send({"finish": True})
-        began = time.monotonic()
+        began = heard = time.monotonic()
         failing_since: float | None = None
         interrupted = threading.Event()
         command = f"python -m slimpajama_hf push {self._folder.path}"
@@ -179,6 +184,7 @@ class Uploads(TrainerCallback):
                 except queue.Empty:
                     pass
                 else:
+                    heard = time.monotonic()
                     if event["event"] == "failed":
                         failing_since = failing_since or time.monotonic()
                         self._failing = event
@@ -186,8 +192,17 @@ class Uploads(TrainerCallback):
                             return
                     elif event["event"] in ("begun", "pushed"):
                         failing_since = None
+                        self._bytes_under_way = event["bytes"] if event["event"] == "begun" else 0
+                if time.monotonic() - heard > self._longest_silence:
+                    self._failing = self._failing or {"why": "it takes too long"}
+                    return
                 if failing_since is not None and time.monotonic() - failing_since > self._patience:
                     return
+
+    @property
+    def _longest_silence(self) -> float:
+        """Seconds without a word of the push that is under way (or being made ready) after which it is left."""
+        return READY_SECONDS + self._patience + self._bytes_under_way / SLOWEST_BYTES_PER_SECOND
 
     def _end(self) -> None:
         if self._process is not None:

@@ -73,7 +73,7 @@ class Outbox:
     def waiting(self) -> list[int]:
         """Steps that wait or are going up, ascending."""
         found = (re.fullmatch(r"(?:step|uploading)-(\d+)", path.name) for path in self._entries())
-        return sorted(int(match.group(1)) for match in found if match)
+        return sorted({int(match.group(1)) for match in found if match})
 
     def pushed(self) -> dict[str, Any]:
         """What the Hub has: run_id, repo, revision, step, commit, url; empty before the first push."""
@@ -123,8 +123,12 @@ class Outbox:
 
     def give_back(self, step: int) -> None:
         """It could not be pushed: it waits again, unless something newer does."""
-        with contextlib.suppress(OSError):
-            os.rename(self.path / f"uploading-{step}", self.path / f"step-{step}")
+        held = self.path / f"uploading-{step}"
+        try:
+            os.rename(held, self.path / f"step-{step}")
+        except OSError:
+            # Training has laid the same step there anew, with the chart and the report of its end.
+            self._throw_away(held)
         self._coalesce()
 
     def done(self, step: int, pushed: dict[str, Any]) -> None:
