@@ -73,9 +73,9 @@ def make_run(folder: Path, steps: int, *, passports: int = 20, bare: bool = Fals
         size = len(nats[step]) + 1
         pieces = (HOSTILE * 20)[:size]
         ids = [HOSTILE.index(piece) for piece in pieces]
-        before = [round(float(value), 3) for value in nats[step]]
+        before = [round(float(value), 5) for value in nats[step]]
         top = [[i, 40, 41, 42, 43] for i in ids[1:]]
-        lines.append({"step": step, "input_ids": ids, "pieces": pieces, "before": before, "after": [round(0.9 * v, 3) for v in before],
+        lines.append({"step": step, "input_ids": ids, "pieces": pieces, "before": before, "after": [round(0.9 * v, 5) for v in before],
                       "top_ids": top, "top_probs": [[0.5, 0.2, 0.1, 0.05, 0.01]] * (size - 1),
                       "guesses": {str(i): f"<u>{i}" for i in {t for row in top for t in row}}})  # fmt: skip
     lines.append({"step": 12, "input_ids": [0], "pieces": []})  # no passport
@@ -221,6 +221,47 @@ def test_charts_zoom_by_drag_and_wheel_and_choose_the_step(shown):
 
 
 @needs_browser
+def test_fingers_choose_the_step_and_zoom(shown):
+    shown.size(390, 844, touch=True)
+    shown.frame()
+    go(shown, 5)
+    box = shown.box("#chart-loss .plot")
+    middle = box["y"] + box["height"] / 2
+
+    def touch(kind: str, *places: float) -> None:
+        points = [{"x": box["x"] + place, "y": middle, "id": number} for number, place in enumerate(places)]
+        shown.call("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+
+    touch("touchStart", 46 + 0.5 * (box["width"] - 55))
+    touch("touchEnd")
+    shown.frame()
+    assert abs(int(shown.text("#step-title")) - 59) <= 5
+    assert shown.value("document.querySelector('#unzoom').disabled")
+    touch("touchStart", 150, 200)
+    for by in (10, 30, 50):
+        touch("touchMove", 150 - by, 200 + by)
+    touch("touchEnd")
+    shown.frame()
+    assert not shown.value("document.querySelector('#unzoom').disabled")
+    assert shown.errors == []
+
+
+@needs_browser
+def test_the_mouse_over_one_chart_is_shown_in_all(shown):
+    go(shown, 5)
+    box = shown.box("#chart-loss .plot")
+    shown.mouse("mouseMoved", box["x"] + 46 + 0.75 * (box["width"] - 55), box["y"] + box["height"] - 26)
+    shown.frame()
+    step = int(shown.text("#chart-loss output").split()[1].rstrip(":"))
+    assert abs(step - 89) <= 2 and shown.text("#step-title") == "5"
+    assert shown.text("#chart-gradient output").startswith(f"{1.5 + step / 120:.3f}")
+    lines = "[...document.querySelectorAll('.chart:not([hidden]) .u-cursor-x')].filter(line => !line.matches('.u-off')).length"
+    assert shown.value(lines) == shown.value(
+        "document.querySelectorAll('.chart:not([hidden]) .plot:not(.still)').length"
+    )
+
+
+@needs_browser
 def test_domains_are_switched_and_keys_step(shown):
     go(shown, 10)
     before = shown.value("document.querySelector('#chart-loss canvas').toDataURL()")
@@ -264,6 +305,7 @@ def test_a_hundred_thousand_steps_stay_small_and_quick(tab, tmp_path):
     assert path.stat().st_size < 5_000_000
     tab.call("Page.navigate", url="about:blank")
     tab.open(path.as_uri())
+    tab.until("performance.getEntriesByName('first-contentful-paint').length")  # told some time after the paint
     assert tab.value("performance.getEntriesByName('first-contentful-paint')[0].startTime") < 1000
     go(tab, 99_999)
     assert tab.text("#step-title") == "99,999"

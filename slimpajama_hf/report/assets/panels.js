@@ -131,9 +131,10 @@ function showCorpus() {
     list("Hardest documents", `More surprising than was usual at their time, ${against}. Nats per token.`, unusual.hardest),
     list("Easiest documents", `Less surprising than was usual at their time, ${against}. Nats per token.`, unusual.easiest));
 
+  for (const { u } of stills.splice(0)) u.destroy();
   const charts = [];
-  if (meta.by_position) charts.push(element("div", {}, stillChart("Surprisal by position in the document", "nats, log scale of tokens", 230, drawByPosition), element("p.lead", {}, "How much a longer beginning helps, in each quarter of the run: pale is early, dark is late.")));
-  if (meta.by_length.length) charts.push(element("div", {}, stillChart("Loss by length of the document", "nats per token", 230, drawByLength), element("p.lead", {}, "The later half of the run. Bar: the middle half of the documents, darker where there are more; line: their mean.")));
+  if (meta.by_position?.curves.some((curve) => curve.means.some((mean) => mean !== null))) charts.push(element("div", {}, positionChart(), element("p.lead", {}, "How much a longer beginning helps, in each quarter of the run: pale is early, dark is late.")));
+  if (meta.by_length.length) charts.push(element("div", {}, lengthChart(), element("p.lead", {}, "The later half of the run. Bar: the middle half of the documents, darker where there are more; line: their mean.")));
   $("breakdowns").replaceChildren(...charts);
 
   const most = Math.max(...meta.by_domain.map((d) => d.steps), 1);
@@ -160,53 +161,33 @@ function domainAt(step) {
   return run.steps[i] === step ? run.meta.domains[run.domain[i]].name : "";
 }
 
-// Axes of a chart that stands still; returns the two scales.
-function axes(c, { width, height }, [x0, x1], [y0, y1], xTicks, xText) {
-  const left = 40, right = width - 8, top = 10, bottom = height - 22;
-  const x = (value) => left + ((value - x0) / (x1 - x0 || 1)) * (right - left), y = (value) => bottom - ((value - y0) / (y1 - y0 || 1)) * (bottom - top);
-  const ticks = niceTicks(y0, y1, 5), texts = tickTexts(ticks);
-  c.textBaseline = "middle"; c.textAlign = "right"; c.lineWidth = 1;
-  ticks.forEach((tick, k) => {
-    c.strokeStyle = ink.line; c.beginPath(); c.moveTo(left, Math.round(y(tick)) + 0.5); c.lineTo(right, Math.round(y(tick)) + 0.5); c.stroke();
-    c.fillStyle = ink.muted; c.fillText(texts[k], left - 7, y(tick));
-  });
-  c.textBaseline = "alphabetic"; c.textAlign = "center";
-  let free = -Infinity;
-  for (const tick of xTicks) {
-    const text = xText(tick), half = c.measureText(text).width / 2, at = Math.min(Math.max(x(tick), left + half - 8), right - half);
-    if (at - half < free) continue;
-    c.fillStyle = ink.muted; c.fillText(text, at, height - 5);
-    free = at + half + 10;
-  }
-  return { x, y, left, right, top, bottom };
-}
-
-function drawByPosition(c, size) {
+function positionChart() {
   const { edges, curves } = run.meta.by_position, all = curves.flatMap((curve) => curve.means.filter((m) => m !== null));
-  if (!all.length) return;
-  const places = edges.slice(0, -1).map((edge, k) => Math.log2((edge + edges[k + 1]) / 2));
-  const last = Math.log2(edges[edges.length - 1]);
-  const powers = Array.from({ length: Math.ceil(last) + 1 }, (_, k) => k).filter((k) => k <= last);
-  const { x, y } = axes(c, size, [0, last], [Math.max(Math.min(...all) - 0.3, 0), Math.max(...all) + 0.2], powers, (k) => count(2 ** k));
-  curves.forEach((curve, q) => {
-    const shade = mix(rgb(ink.paper), rgb(ink.accent), curves.length === 1 ? 1 : 0.34 + (0.66 * q) / (curves.length - 1));
-    c.strokeStyle = css(shade); c.lineWidth = 2; c.lineJoin = "round"; c.beginPath();
-    let begun = false;
-    curve.means.forEach((mean, k) => { if (mean === null) return; begun ? c.lineTo(x(places[k]), y(mean)) : c.moveTo(x(places[k]), y(mean)); begun = true; });
-    c.stroke();
-  });
+  const shade = (q) => css(mix(rgb(ink.paper), rgb(ink.accent), curves.length === 1 ? 1 : 0.34 + (0.66 * q) / (curves.length - 1)));
+  return stillChart("Surprisal by position in the document", "nats, log scale of tokens", {
+    series: [{}, ...curves.map((_, q) => ({ ...QUIET, stroke: shade(q), width: 2, spanGaps: true }))],
+    scales: { x: { time: false, distr: 3, log: 2, range: [1, edges[edges.length - 1]] }, y: { range: [Math.max(Math.min(...all) - 0.3, 0), Math.max(...all) + 0.2] } },
+    axes: [xAxis({}, count), yAxis(40)],
+  }, [edges.slice(0, -1).map((edge, k) => (edge + edges[k + 1]) / 2), ...curves.map((curve) => curve.means)]);
 }
 
-function drawByLength(c, size) {
+function lengthChart() {
   const bins = run.meta.by_length, high = Math.max(...bins.map((b) => b.high)) + 0.2, low = Math.max(Math.min(...bins.map((b) => b.low)) - 0.3, 0);
   const name = (b) => (b.from >= 1024 ? `${b.from / 1024}k` : b.from === 8 ? "<16" : `${b.from}`) + (b === bins[bins.length - 1] ? "+" : "");
-  const { x, y } = axes(c, size, [-0.5, bins.length - 0.5], [low, high], bins.map((_, k) => k), (k) => name(bins[k]));
-  const wide = Math.min((x(1) - x(0)) * 0.62, 46), most = Math.max(...bins.map((b) => b.count));
-  bins.forEach((b, k) => {
-    c.fillStyle = css(rgb(ink.point), 0.35 + 0.5 * (b.count / most));
-    c.fillRect(x(k) - wide / 2, y(b.high), wide, Math.max(y(b.low) - y(b.high), 2));
-    c.fillStyle = ink.accent; c.fillRect(x(k) - wide / 2, y(b.mean) - 1.2, wide, 2.4);
+  const most = Math.max(...bins.map((b) => b.count)), places = bins.map((_, k) => k);
+  // A rectangle a bin from `bottom` to `top`, `extra` pixels taller.
+  const boxes = (u, top, bottom, extra) => bins.map((bin, k) => {
+    const wide = Math.min((u.bbox.width / bins.length) * 0.62, 46 * uPlot.pxRatio), path = new Path2D(), y = u.valToPos(bin[top], "y", true);
+    path.rect(u.valToPos(k, "x", true) - wide / 2, y - (extra / 2) * uPlot.pxRatio, wide, u.valToPos(bin[bottom], "y", true) - y + extra * uPlot.pxRatio);
+    return [css(rgb(ink.point), 0.35 + 0.5 * (bin.count / most)), path];
   });
+  const means = (u) => boxes(u, "mean", "mean", 2.4).reduce((all, [, path]) => (all.addPath(path), all), new Path2D());
+  return stillChart("Loss by length of the document", "nats per token", {
+    series: [{}, { ...QUIET, fill: "black", paths: (u) => ({ fill: byColour(boxes(u, "high", "low", 0)) }) },
+      { ...QUIET, fill: ink.accent, paths: (u) => ({ fill: means(u) }) }],
+    scales: { x: { time: false, range: [-0.5, bins.length - 0.5] }, y: { range: [low, high] } },
+    axes: [xAxis({ splits: () => places }, (k) => name(bins[k])), yAxis(40)],
+  }, [places, places, places]);
 }
 
 // ---- the record ----
