@@ -10,14 +10,15 @@ This page is the table of contents: each line names the module where the thing i
 
 from __future__ import annotations
 
-from slimpajama_hf import cli
+from slimpajama_hf import cli, devices
 
 
 def main(argv: list[str]) -> int:
+    devices.refuse_several_processes()
     settings = cli.parse(argv)
 
     # Heavy imports come after the flags are known to be right; the heaviest, the Trainer, after the corpus has opened.
-    from slimpajama_hf import corpora, devices, model, resume, run_folder, session
+    from slimpajama_hf import corpora, model, resume, run_folder, session
     from slimpajama_hf.hub import account
     from slimpajama_hf.screen import Waiting
     from slimpajama_hf.tokenizer import Encoder, load_tokenizer

@@ -14,6 +14,19 @@ def is_distributed() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def refuse_several_processes() -> None:
+    """Raises UserError where a launcher started several processes, before any of them touches the run's folder.
+
+    Reading knows how to share the documents out (`samples.SampleStream`); the ledger, the checkpoints and the signals
+    do not know of each other's processes yet.
+    """
+    if is_distributed():
+        raise UserError(
+            f"{os.environ['WORLD_SIZE']} processes were launched: a run has one process so far; "
+            "launch it with --num_processes 1 --num_machines 1 (accelerate) or --nproc-per-node 1 --nnodes 1 (torchrun)"
+        )
+
+
 def choose_gpu(gpu: int | None) -> None:
     """Leave only GPU `gpu` visible (None: GPU 0 if there is any). Raises UserError for one that is not there.
 

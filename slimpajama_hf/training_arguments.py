@@ -30,7 +30,7 @@ class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
         if self.per_device_train_batch_size != 1:
             raise ValueError(
                 f"--per_device_train_batch_size {self.per_device_train_batch_size}: a step is one document here; "
-                "leave it at 1 (with several processes each has its own document)"
+                "leave it at 1"
             )
         if self.gradient_accumulation_steps != 1:
             raise ValueError(

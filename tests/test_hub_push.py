@@ -22,6 +22,11 @@ def hub() -> Iterator[LoopbackModelHub]:
         yield server
 
 
+def slow(*case: Any) -> Any:
+    """A case of the long version (`make test-faults`)."""
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 def flags(shards: Path, run: Path, steps: int = 20, save: int = 10) -> list[str]:
     return [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--max_steps", str(steps), "--save_steps", str(save),
             "--output_dir", str(run), "--push_to_hub", "--hub_model_id", "me/run", "--hub_patience", "1"]  # fmt: skip
@@ -125,9 +130,9 @@ def test_it_loads_as_any_model_does(pushed, tmp_path):
     "account, token, said",
     [(Account(), None, "there is no Hub token on this machine"),
      (Account(role="read"), TOKEN, "the Hub token of me may only read; expected write"),
-     (Account(name="you"), TOKEN, "--hub_model_id me/run: the Hub token is of you, who is not in me"),
-     (Account(role="fineGrained", scoped=[]), TOKEN, "the fine-grained Hub token of me may not write to me/run"),
-     (None, TOKEN, "the Hub refuses the token (HTTP 401)")],
+     slow(Account(name="you"), TOKEN, "--hub_model_id me/run: the Hub token is of you, who is not in me"),
+     slow(Account(role="fineGrained", scoped=[]), TOKEN, "the fine-grained Hub token of me may not write to me/run"),
+     slow(None, TOKEN, "the Hub refuses the token (HTTP 401)")],
 )  # fmt: skip
 def test_a_token_that_may_not_is_said_before_anything_is_opened(hub, shards, tmp_path, account, token, said):
     hub.accounts = {} if account is None else {TOKEN: account}
@@ -141,9 +146,9 @@ def test_a_token_that_may_not_is_said_before_anything_is_opened(hub, shards, tmp
 
 @pytest.mark.parametrize(
     "fault, said",
-    [(Push("/commit/", status=503), "HTTP 503"), (Push("/commit/", status=403), "HTTP 403"),
-     (Push("POST /api/repos/create", status=401), "HTTP 401"), (Push("/commit/", status=429), "HTTP 429"),
-     (Push("PUT /_lfs/", how="reset", after=4096), "")],
+    [(Push("/commit/", status=503), "HTTP 503"), slow(Push("/commit/", status=403), "HTTP 403"),
+     slow(Push("POST /api/repos/create", status=401), "HTTP 401"), slow(Push("/commit/", status=429), "HTTP 429"),
+     slow(Push("PUT /_lfs/", how="reset", after=4096), "")],
 )  # fmt: skip
 def test_a_hub_that_fails_stops_nothing_and_push_finishes_later(hub, shards, tmp_path, fault, said):
     hub.pushes = [fault]
@@ -163,6 +168,7 @@ def test_a_hub_that_fails_stops_nothing_and_push_finishes_later(hub, shards, tmp
     assert third.returncode == 0 and "has step 20 already" in third.stdout
 
 
+@pytest.mark.slow
 def test_no_hub_at_all(shards, tmp_path):
     run = tmp_path / "run"
     offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": TOKEN}
@@ -173,6 +179,7 @@ def test_no_hub_at_all(shards, tmp_path):
     assert failed.returncode == 1 and "Traceback" not in failed.stderr and "it waits in" in failed.stderr
 
 
+@pytest.mark.slow
 def test_a_failure_that_passes_is_tried_again(hub, shards, tmp_path):
     hub.pushes = [Push("/commit/", status=503, times=1), Push("PUT /_lfs/", how="reset", after=1000, times=1)]
     done = run_script(*flags(shards, tmp_path / "run"), "--hub_patience", "60", **hub.environment())
@@ -180,6 +187,7 @@ def test_a_failure_that_passes_is_tried_again(hub, shards, tmp_path):
     assert hub.models["me/run"].titles[-1] == "Step 20" and "finish it" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_hub_that_never_answers_delays_no_step(hub, shards, tmp_path):
     hub.pushes = [Push("/preupload/", how="stall")]
     run = tmp_path / "run"
@@ -191,6 +199,7 @@ def test_a_hub_that_never_answers_delays_no_step(hub, shards, tmp_path):
     assert "finish it" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_run_pushes_what_waits_when_it_goes_on(hub, shards, tmp_path):
     hub.pushes = [Push("/commit/", status=503)]
     run = tmp_path / "run"
@@ -202,6 +211,7 @@ def test_a_killed_run_pushes_what_waits_when_it_goes_on(hub, shards, tmp_path):
     assert not [path for path in (run / "_outbox").iterdir() if re.match(r"step-|uploading-", path.name)]
 
 
+@pytest.mark.slow
 def test_a_private_repository_and_no_state(hub, shards, tmp_path):
     done = run_script(
         *flags(shards, tmp_path / "run"), "--hub_private_repo", "true", "--hub_strategy", "end", **hub.environment()
@@ -226,7 +236,7 @@ def same(one: Path, other: Path) -> None:
     assert (one / "surprisals.f32").read_bytes() == (other / "surprisals.f32").read_bytes()
 
 
-@pytest.mark.parametrize("revision", ["", "@commit"])
+@pytest.mark.parametrize("revision", [pytest.param("", marks=pytest.mark.slow), "@commit"])
 def test_a_run_goes_on_from_the_hub_in_another_folder_bit_for_bit(pushed, shards, tmp_path, revision):
     server, run, _ = pushed
     commit = server.models["me/run"].commits[-1][0]

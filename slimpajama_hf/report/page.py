@@ -19,7 +19,6 @@ FILE_NAME = "report.html"
 _ASSETS = Path(__file__).parent / "assets"
 #: In this order they are one script; each stands on those before it.
 _SCRIPTS = ("uplot/uPlot.iife.min.js", "data.js", "format.js", "chart.js", "document.js", "panels.js", "main.js")
-_STYLES = ("uplot/uPlot.min.css", "page.css")
 
 
 def write(folder: Path) -> Path:
@@ -53,7 +52,8 @@ def render(meta: dict[str, Any], packed: bytes | None, watch: bool = False) -> s
     names the one script that may run and forbids every connection.
     """
     script = "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in _SCRIPTS)
-    script = f'"use strict";\n(() => {{\n{script}\n}})();\n'
+    licence = (_ASSETS / "uplot" / "LICENSE").read_text(encoding="utf-8")
+    script = f'"use strict";\n/* uPlot:\n{licence}*/\n(() => {{\n{script}\n}})();\n'
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
     connections = "'self'" if watch else "'none'"
     parts = {
@@ -63,7 +63,7 @@ def render(meta: dict[str, Any], packed: bytes | None, watch: bool = False) -> s
         "subtitle": html.escape(meta["subtitle"]),
         "figures": _figures(meta),
         "watch": "yes" if watch else "no",
-        "style": "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in _STYLES),
+        "style": "".join((_ASSETS / name).read_text(encoding="utf-8") for name in ("uplot/uPlot.min.css", "page.css")),
         "data": base64.b64encode(packed).decode() if packed is not None else "",
         "script": script,
     }

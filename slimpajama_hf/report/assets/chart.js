@@ -1,53 +1,43 @@
-// Step charts on uPlot: it has the scales, the axes, the lines, the cursor and the zoom. What it has not is drawn in its
-// hooks: single steps as dots of their domain, or as a fan of quantiles where they are many, and the marks.
+// Charts of uPlot: steps as dots, or as a fan of quantiles where they are many; running means; one zoom for all.
 
 const view = { from: 0, to: 1, log: false }; // in steps
 const shown = { hidden: new Set(), window: 50 };
 
-const across = (step) => (view.log ? Math.log10(Math.max(step, 0) + 1) : step);
-const back = (u) => (view.log ? 10 ** u - 1 : u);
+// The two scales of steps: uPlot's linear one and its asinh, a logarithm that begins at 0.
+const across = (step) => (view.log ? Math.asinh(step) : step);
+const back = (u) => (view.log ? Math.sinh(u) : u);
 
-// Places of the ticks of the step axis; `incr` is what uPlot found room for.
-function stepTicks(width, incr) {
-  const ticks = [];
-  if (!view.log) for (let k = Math.ceil(view.from / incr); k * incr <= view.to; k++) ticks.push(k * incr);
-  else {
-    ticks.push(0);
-    for (let power = 1; power <= view.to * 1.001; power *= 10) for (const f of width > 500 ? [1, 2, 5] : [1]) ticks.push(f * power);
-  }
-  return ticks.filter((t) => t >= view.from && t <= view.to);
-}
-
-const decimals = (value) => (String(value).split(".")[1] || "").length;
-// Texts of ticks: all with as many digits after the point as the one that needs most.
-function tickTexts(ticks) {
-  const digits = Math.max(...ticks.map(decimals));
-  return ticks.map((tick) => (Math.abs(tick) >= 10000 ? short(tick) : fixed(tick, digits)));
-}
-
-// A canvas of the size that its box has, in device pixels; drawing units are CSS pixels.
-// `box`: the size if it is known already; asking makes the browser lay out the page.
-function fit(canvas, box = canvas.parentElement.getBoundingClientRect()) {
-  const ratio = Math.min(window.devicePixelRatio || 1, 3);
-  const width = Math.max(Math.round(box.width * ratio), 1), height = Math.max(Math.round(box.height * ratio), 1);
-  if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
-  const context = canvas.getContext("2d");
-  context.setTransform(ratio, 0, 0, ratio, 0, 0);
-  context.clearRect(0, 0, box.width, box.height);
-  return { context, width: box.width, height: box.height };
-}
-
+const POWERS = [0, 1, 2, 3, 4, 5, 6, 7, 8].flatMap((power) => [1, 2, 5].map((f) => f * 10 ** power));
+const decimals = (value) => (String(+value.toPrecision(10)).split(".")[1] || "").length;
 const FONT = '12px ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif';
-const PADDING = [8, 9, 0, 0]; // CSS pixels over, right of, under and left of a plot and its axes
-const WHOLE = [1, 2, 2.5, 5].flatMap((f) => [1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8].map((power) => f * power)).filter(Number.isInteger).sort((a, b) => a - b);
 
-// The axes of every chart. `x`, `y`: what differs, in uPlot's terms.
-function axesOf(x, y) {
-  const common = { font: FONT, stroke: () => ink.muted, ticks: { show: false } };
-  return [
-    { ...common, size: 24, gap: 5, space: 72, grid: { show: false }, ...x },
-    { ...common, size: 46, gap: 7, space: 46, grid: { stroke: () => ink.line, width: 1 }, values: (_, ticks) => tickTexts(ticks), ...y },
-  ];
+const AXIS = { font: FONT, stroke: () => ink.muted, ticks: { show: false } };
+// `values(ticks, distance between two)`: their texts.
+const yAxis = (size, values = (ticks, step) => ticks.map((v) => (Math.abs(v) >= 10000 ? short(v) : fixed(v, decimals(step))))) =>
+  ({ ...AXIS, size, gap: 7, space: 46, grid: { stroke: () => ink.line, width: 1 }, values: (u, ticks, axis, space, step) => values(ticks, step) });
+// Texts that would run into each other or over the edge are left out.
+const xAxis = (more, text) => ({ ...AXIS, size: 22, gap: 7, grid: { show: false }, ...more, values: (u, ticks) => {
+  let free = -Infinity;
+  return ticks.map((tick) => {
+    const words = text(tick), x = u.valToPos(tick, "x"), half = words.length * 3.4;
+    if (x - half < free || x + half > u.bbox.width / uPlot.pxRatio + 18) return null;
+    free = x + half + 12;
+    return words;
+  });
+} });
+const QUIET = { auto: false, pxAlign: 0, points: { show: false } };
+
+function pathOf(points, u) {
+  const path = new Path2D();
+  points.forEach(([x, y], k) => path[k ? "lineTo" : "moveTo"](u.valToPos(x, "x", true), u.valToPos(y, "y", true)));
+  return path;
+}
+
+// What uPlot strokes or fills in several colours: [colour, path] pairs, those of one colour as one path.
+function byColour(pairs) {
+  const paths = new Map();
+  for (const [colour, path] of pairs) { if (!paths.has(colour)) paths.set(colour, new Path2D()); paths.get(colour).addPath(path); }
+  return paths;
 }
 
 // Sums up to each carried step of some steps: means over any window are one subtraction.
@@ -68,22 +58,9 @@ class Sums {
     return weight > 0 ? (this.total[high] - this.total[low]) / weight : NaN;
   }
   // First place among the chosen whose carried index is at or after `i`.
-  place(i) {
-    let low = 0, high = this.index.length;
-    while (low < high) { const m = (low + high) >> 1; if (this.index[m] < i) low = m + 1; else high = m; }
-    return low;
-  }
-}
-
-// Draw in CSS pixels on the canvas of a chart, inside its plot or, `beyond` it, as far as its padding.
-function paint(u, beyond, draw) {
-  const { ctx: c } = u, ratio = uPlot.pxRatio, { left, top, width, height } = u.bbox;
-  c.save();
-  c.beginPath(); c.rect(left - beyond * ratio, top - beyond * ratio, width + 2 * beyond * ratio, height + 2 * beyond * ratio); c.clip();
-  c.scale(ratio, ratio);
-  c.font = FONT;
-  draw(c);
-  c.restore();
+  place(i) { return lowerBound(this.index, i); }
+  // The places that are in view, one more at the end.
+  seen(steps) { return [this.place(lowerBound(steps, view.from)), this.place(lowerBound(steps, view.to + 1e-9) + 1)]; }
 }
 
 class StepChart {
@@ -95,72 +72,99 @@ class StepChart {
     this.plot = element("div.plot", { role: "img", "aria-label": `${panel.title} (${panel.unit}) by step` });
     this.node = element(panel.wide ? "div.chart.wide" : "div.chart", { id: `chart-${panel.id}` },
       element("div.chart-head", {}, element("h3", {}, panel.title, element("small", {}, panel.unit)), this.output), this.plot);
-    // The line of the slider and its dot; the line under the pointer is uPlot's.
-    this.line = element("div.now");
-    this.dot = element("div.dot-now");
+    this.here = element("div.here", {}, element("i"));
+    this.listen();
   }
 
   use(run, chosen, byDomain) {
     this.run = run;
+    this.values = run[this.panel.values];
     // Of what only some steps have, only those count.
-    this.chosen = this.panel.sparse ? chosen.filter((i) => Number.isFinite(run[this.panel.values][i])) : chosen;
+    this.chosen = this.panel.sparse ? chosen.filter((i) => Number.isFinite(this.values[i])) : chosen;
     this.all = new Sums(run, this.panel, this.chosen);
     this.lines = this.panel.domains && byDomain.length > 1
       ? byDomain.map(({ domain, index }) => ({ domain, sums: new Sums(run, this.panel, index) })) : [];
-    // Its series may be others now.
-    this.u?.destroy();
-    this.u = null;
+    this.u?.setData(this.data(), false);
   }
 
-  make(width, height) {
-    const { panel } = this, smooth = { points: { show: false }, spanGaps: true };
-    const series = [{},
-      ...this.lines.map(({ domain }) => ({ ...smooth, width: 1.25, stroke: () => css(onPaper(this.run.meta.domains[domain].colour), 0.9) })),
-      { ...smooth, width: 5, stroke: () => ink.paper },
-      { ...smooth, width: 2.2, stroke: () => (this.lines.length ? ink.ink : ink.accent) },
-      ...(panel.dashed ? [{ ...smooth, width: 1.5, dash: [6, 4], stroke: () => ink.alarm }] : []),
-    ];
+  data() { return [this.run.steps, ...this.series().slice(1).map(() => this.values)]; }
+  colour(i) { return onPaper(this.run.meta.domains[this.run.domain[i]].colour); }
+
+  series() {
+    const stroke = (stroke, width, points, more = {}) => ({ ...QUIET, stroke, width, ...more, paths: (u) => ({ stroke: pathOf(points(), u) }) });
+    return [{},
+      // Nothing is stroked here: the width lets dots at the edge be seen whole.
+      { ...QUIET, width: 12, fill: "black", paths: (u) => ({ fill: this.steps(u) }) },
+      { ...QUIET, width: 1.25, stroke: "black", paths: (u) => ({ stroke: byColour(this.lines.map(({ domain, sums }) =>
+        [css(onPaper(this.run.meta.domains[domain].colour), 0.9), pathOf(this.means(sums), u)])) }) },
+      stroke(() => ink.paper, 5, () => this.curve),
+      stroke(() => (this.lines.length ? ink.ink : ink.accent), 2.2, () => this.curve),
+      stroke(() => ink.alarm, 1.5, () => this.dashed(), { dash: [6, 4] })];
+  }
+
+  build() {
+    const { width, height } = this.plot.getBoundingClientRect();
+    this.u?.destroy();
+    this.scale = view.log;
     this.u = new uPlot({
-      width, height, series, padding: PADDING, legend: { show: false },
-      scales: { x: { time: false, distr: 100, fwd: across, bwd: back, range: () => [view.from, view.to] }, y: { range: () => [this.low, this.high] } },
-      axes: axesOf(
-        // (uPlot leaves labels out on scales that it takes for logarithmic.)
-        { incrs: WHOLE, filter: (u, ticks) => ticks, splits: (u, axis, min, max, incr) => stepTicks(u.bbox.width / uPlot.pxRatio, incr), values: (u, ticks) => ticks.map(count) },
-        panel.ticks ? { values: (u, ticks) => panel.ticks(ticks) } : {}),
+      width, height, padding: [8, 9, 0, 0], legend: { show: false }, series: this.series(),
+      scales: {
+        x: { time: false, distr: view.log ? 4 : 1, range: (u, low, high) => [low, high] },
+        y: { range: () => this.limits() },
+      },
+      axes: [
+        xAxis({ space: 72, incrs: POWERS, filter: (u, ticks) => ticks, ...(view.log ? { splits: () => [0, ...POWERS].filter((t) => t >= view.from && t <= view.to) } : {}) }, count),
+        yAxis(46, this.panel.ticks),
+      ],
       cursor: {
-        y: false, points: { show: false }, sync: { key: "steps", setSeries: false }, drag: { x: true, y: false, setScale: false },
-        bind: { dblclick: () => () => { this.actions.zoom(-Infinity, Infinity); } },
+        y: false,
+        points: { show: (u, s) => s === 1 && element("div"), size: 12, fill: (u) => css(this.colour(u.cursor.idx ?? 0)), stroke: () => ink.paper },
+        dataIdx: (u, s, i) => (s === 0 || Number.isFinite(this.values[i]) ? i : null),
+        // The line stands on a step: the dot under the pointer, or the nearest; the other charts follow by the step.
+        move: (u, x, y) => (x < 0 || u.cursor.event?.buttons || u.cursor.event?.type === "mousedown" ? [x, y] : [u.valToPos(this.run.steps[this.pick(x, u.cursor.event ? y : null)], "x"), y]),
+        drag: { x: true, y: false, dist: 5, setScale: false, click: () => {} },
+        sync: { key: "steps", scales: ["x", null], filters: { pub: (kind) => kind === "mousemove" } },
+        bind: { dblclick: () => () => this.actions.zoom(-Infinity, Infinity) },
       },
       hooks: {
-        drawAxes: [() => paint(this.u, 6, (c) => this.drawSteps(c))],
-        draw: [() => { paint(this.u, 8, (c) => this.drawOver(c)); this.drawTop(); }],
-        setCursor: [(u) => { if (u.over.matches(":hover")) this.actions.hover(u.cursor.left >= 0 ? this.pick(u.cursor.left, u.cursor.top) : null); }],
+        setCursor: [(u) => this.actions.hover(u.cursor.left < 0 ? null : u.cursor.idx ?? null)],
         setSelect: [(u) => {
-          const { left, width: wide } = u.select;
-          if (wide < 3) return;
-          u.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
-          this.actions.zoom(u.posToVal(left, "x"), u.posToVal(left + wide, "x"));
+          const { left, width } = u.select;
+          if (!width) return;
+          this.selected = true;
+          u.setSelect({ left: 0, width: 0 }, false);
+          this.actions.zoom(u.posToVal(left, "x"), u.posToVal(left + width, "x"));
         }],
+        drawAxes: [(u) => this.inside(u, (c, ratio) => this.drawUnder(u, c, ratio))],
+        draw: [(u) => { this.inside(u, (c, ratio) => this.drawMarks(u, c, ratio)); this.drawTop(); }],
       },
-    }, this.data, this.plot);
-    this.u.over.append(this.line, this.dot);
-    this.listen(this.u.over);
+    }, this.data(), this.plot);
+    this.u.over.append(this.here);
   }
 
-  // Of the plot, in CSS pixels of the canvas.
-  frame() {
-    const { left, top, width, height } = this.u.bbox, ratio = uPlot.pxRatio;
-    return { left: left / ratio, right: (left + width) / ratio, top: top / ratio, bottom: (top + height) / ratio };
+  resize() {
+    const { width, height } = this.plot.getBoundingClientRect();
+    if (this.u && width) this.u.setSize({ width, height });
   }
-  x(step) { return this.u.valToPos(step, "x") + this.u.bbox.left / uPlot.pxRatio; }
-  y(value) { return this.u.valToPos(value, "y") + this.u.bbox.top / uPlot.pxRatio; }
-  step(x) { return this.u.posToVal(x - this.u.bbox.left / uPlot.pxRatio, "x"); }
+
+  draw() {
+    if (!this.run?.n || this.node.hidden) return;
+    if (!this.u || this.scale !== view.log) this.build();
+    this.u.setScale("x", { min: view.from, max: view.to });
+  }
+
+  get width() { return this.u.bbox.width / uPlot.pxRatio; }
+  stepAt(x) { return back(across(view.from) + (x / this.width) * (across(view.to) - across(view.from))); }
+  get window() {
+    return this.panel.exact ? 1 : this.panel.sparse ? 10 : Math.max(Math.round(shown.window / this.run.meta.every), 1);
+  }
 
   // Limits that show the course of what is in view, not its outliers.
-  limits(first, last, values) {
-    const picked = [];
+  limits() {
+    const [first, last] = this.all.seen(this.run.steps), picked = [];
+    this.curve = this.means(this.all);
     const stride = Math.max(1, Math.floor((last - first) / 1500));
-    for (let k = first; k < last; k += stride) { const v = values[this.chosen[k]]; if (Number.isFinite(v)) picked.push(v); }
+    for (let k = first; k < last; k += stride) { const v = this.values[this.chosen[k]]; if (Number.isFinite(v)) picked.push(v); }
     if (!picked.length) return [0, 1];
     picked.sort((a, b) => a - b);
     const at = (q) => picked[Math.round(q * (picked.length - 1))];
@@ -168,246 +172,208 @@ class StepChart {
     const inside = picked.filter((v) => v >= at(0.25) - fence && v <= at(0.75) + fence);
     let low = Math.min(at(0.01), inside[0]), high = Math.max(at(0.99), inside[inside.length - 1]);
     // A long run still shows the height that it fell from.
-    for (const mean of this.curve) if (mean !== null) { low = Math.min(low, mean); high = Math.max(high, mean); }
+    for (const [, mean] of this.curve) { low = Math.min(low, mean); high = Math.max(high, mean); }
     const pad = 0.06 * (high - low) || 0.1 * Math.abs(high) || 1;
     low = this.panel.floor === 0 ? 0 : low < 0 ? low - pad : Math.max(0, low - pad);
     return [low, high + pad];
   }
 
-  // The lines at the same steps, a few at most a pixel: [steps, of each domain, of all twice, what is dashed].
-  sample(width, window) {
-    const { steps } = this.run, first = lowerBound(steps, view.from), last = Math.min(lowerBound(steps, view.to + 1e-9) + 1, this.run.n);
-    const ends = []; // carried steps up to which means are taken
-    if (last - first <= width * 1.5) for (let i = first; i < last; i++) ends.push(i + 1);
-    else for (let k = 1; k <= width; k++) {
-      const end = Math.min(lowerBound(steps, back(across(view.from) + (k / width) * (across(view.to) - across(view.from)))) + 1, last);
-      if (end > (ends[ends.length - 1] ?? first)) ends.push(end);
-    }
-    const means = (sums, over) => {
-      let before = sums.place(ends.length ? ends[0] - 1 : 0);
-      return ends.map((end) => {
-        const k = sums.place(end);
-        if (k === before && k > 0 && sums.index[k - 1] !== end - 1) return null; // none of its steps is here
-        // A pixel that holds more steps than the window is their mean.
-        const mean = sums.mean(Math.max(Math.min(k - over, before), 0), k);
-        before = k;
-        return Number.isFinite(mean) ? mean : null;
-      });
-    };
-    this.curve = means(this.all, window);
-    const dashed = this.panel.dashed ? [ends.map((end) => { const v = this.run[this.panel.dashed][end - 1]; return Number.isFinite(v) ? v : null; })] : [];
-    return [
-      ends.map((end) => steps[end - 1]),
-      // As many of its documents as stand among that many steps.
-      ...this.lines.map(({ sums }) => means(sums, Math.max(Math.round((window * sums.index.length) / this.all.index.length), 10))),
-      this.curve, this.curve, ...dashed,
-    ];
-  }
-
-  get window() {
-    return this.panel.exact ? 1 : this.panel.sparse ? 10 : Math.max(Math.round(shown.window / this.run.meta.every), 1);
-  }
-
-  draw() {
-    const { width, height } = this.plot.getBoundingClientRect();
-    if (!this.run || !this.run.n || width < 80) return;
-    const { steps } = this.run;
-    this.first = this.all.place(lowerBound(steps, view.from));
-    this.last = this.all.place(lowerBound(steps, view.to + 1e-9) + 1);
-    this.data = this.sample(Math.round(width) - 55, this.window);
-    [this.low, this.high] = this.limits(this.first, this.last, this.run[this.panel.values]);
-    if (this.u && this.log !== view.log) {
-      // uPlot keeps what a scale's ends are until the ends change.
-      this.u.destroy();
-      this.u = null;
-    }
-    this.log = view.log;
-    if (!this.u) this.make(width, height);
-    else {
-      if (this.u.width !== width || this.u.height !== height) this.u.setSize({ width, height });
-      this.u.setData(this.data);
+  // Places [from, to) of what stands in each column of so many pixels, and the step of its middle.
+  *columns(sums, wide) {
+    const { steps } = this.run, [first, last] = sums.seen(steps);
+    for (let x = 0, from = first; x < this.width && from < last; x += wide) {
+      const to = Math.min(sums.place(lowerBound(steps, this.stepAt(x + wide))), last);
+      if (to > from) yield [from, to, this.stepAt(x + wide / 2)];
+      from = Math.max(from, to);
     }
   }
 
-  // Under the lines: resumes run through; steps as dots, or as a fan.
-  drawSteps(c) {
-    const { left, right, top, bottom } = this.frame(), { first, last } = this, values = this.run[this.panel.values];
-    c.strokeStyle = ink.muted; c.lineWidth = 1; c.setLineDash([3, 4]);
-    for (const step of this.run.meta.events.resumes) if (step >= view.from && step <= view.to) { const x = Math.round(this.x(step)) + 0.5; c.beginPath(); c.moveTo(x, top); c.lineTo(x, bottom); c.stroke(); }
-    c.setLineDash([]);
-    if (!this.panel.exact && last - first <= Math.max((right - left) * 2.2, 700)) this.drawDots(c, first, last, values);
-    else if (!this.panel.exact) this.drawFan(c, first, last, values);
-    if (this.panel.floor === undefined && this.low < 0) { c.fillStyle = ink.muted; c.fillRect(left, Math.round(this.y(0)), right - left, 1); }
+  // [[step, mean], ...] of the last `window` chosen steps up to each place; one point a pixel at most.
+  means(sums) {
+    const { steps } = this.run, [first, last] = sums.seen(steps), points = [];
+    // As many documents of a domain as stand among that many steps.
+    const window = sums === this.all ? this.window : Math.max(Math.round((this.window * sums.index.length) / this.all.index.length), 10);
+    const add = (step, from, to) => { const mean = sums.mean(Math.max(from, 0), to); if (Number.isFinite(mean)) points.push([step, mean]); };
+    if (last - first < this.width * 1.5) for (let k = first; k < last; k++) add(steps[sums.index[k]], k + 1 - window, k + 1);
+    else for (const [from, to, step] of this.columns(sums, 1)) add(step, Math.min(to - window, from), to);
+    return points;
   }
 
-  // Over them: held-out scores, and the marks.
-  drawOver(c) {
-    for (const entry of this.panel.held_out ? this.run.meta.evaluations : []) {
-      const value = entry[this.panel.held_out];
-      if (!Number.isFinite(value) || entry.step < view.from || entry.step > view.to) continue;
-      c.fillStyle = ink.paper; c.strokeStyle = ink.ink; c.lineWidth = 1.6;
-      c.beginPath(); c.arc(this.x(entry.step), this.y(value), 4, 0, 7); c.fill(); c.stroke();
+  dashed() {
+    const line = this.run[this.panel.dashed], { steps } = this.run, points = [];
+    if (!line) return points;
+    const from = lowerBound(steps, view.from), to = Math.min(lowerBound(steps, view.to) + 1, this.run.n);
+    const stride = Math.max(1, Math.floor((to - from) / this.width));
+    for (let i = from; i < to; i += stride) if (Number.isFinite(line[i])) points.push([steps[i], line[i]]);
+    return points;
+  }
+
+  // Colour -> path of the single steps: dots where few are in view, else a fan.
+  steps(u) {
+    const [first, last] = this.all.seen(this.run.steps);
+    if (this.panel.exact) return null;
+    return last - first <= Math.max(this.width * 2.2, 700) ? this.dots(u, first, last) : this.fan(u);
+  }
+
+  dots(u, first, last) {
+    const many = last - first, ratio = uPlot.pxRatio, size = ratio * (many < 150 ? 3 : many < 500 ? 2.3 : 1.7), { top } = u.bbox;
+    const paths = this.run.meta.domains.map(() => new Path2D());
+    for (let k = first; k < last; k++) {
+      const i = this.chosen[k], path = paths[this.run.domain[i]];
+      if (!Number.isFinite(this.values[i])) continue;
+      const x = u.valToPos(this.run.steps[i], "x", true), y = u.valToPos(this.values[i], "y", true);
+      // An arrow for what stands higher.
+      if (y < top - 2 * ratio) { path.moveTo(x, top - 3 * ratio); path.lineTo(x - 2.5 * ratio, top + 2 * ratio); path.lineTo(x + 2.5 * ratio, top + 2 * ratio); path.closePath(); }
+      else { path.moveTo(x + size, y); path.arc(x, y, size, 0, 7); }
     }
-    if (this.panel.wide) this.drawMarks(c);
+    return byColour(this.run.meta.domains.map((domain, d) => [css(onPaper(domain.colour), many < 500 ? 0.75 : 0.5), paths[d]]));
   }
 
-  drawDots(c, first, last, values) {
-    const many = last - first, size = many < 150 ? 3 : many < 500 ? 2.3 : 1.7;
-    const { top } = this.frame();
-    for (let d = 0; d < this.run.meta.domains.length; d++) {
-      c.fillStyle = css(onPaper(this.run.meta.domains[d].colour), many < 500 ? 0.75 : 0.5);
-      c.beginPath();
-      for (let k = first; k < last; k++) {
-        const i = this.chosen[k], value = values[i];
-        if (this.run.domain[i] !== d || !Number.isFinite(value)) continue;
-        const x = this.x(this.run.steps[i]), y = this.y(value);
-        if (y < top - 2) { c.moveTo(x, top - 3); c.lineTo(x - 2.5, top + 2); c.lineTo(x + 2.5, top + 2); c.closePath(); continue; }
-        c.moveTo(x + size, y); c.arc(x, y, size, 0, 6.2832);
-      }
-      c.fill();
-    }
-  }
-
-  drawFan(c, first, last, values) {
-    const { left, right } = this.frame(), steps = this.run.steps, columns = [];
-    const lows = this.run[`${this.panel.values}_low`] || values, highs = this.run[`${this.panel.values}_high`] || values;
+  fan(u) {
+    const lows = this.run[`${this.panel.values}_low`] || this.values, highs = this.run[`${this.panel.values}_high`] || this.values, columns = [];
     // Extremes of blocks are those of all domains together.
-    const blocks = lows !== values && !shown.hidden.size;
-    const width = 3;
-    let k = first;
-    for (let x = left; x < right && k < last; x += width) {
-      const end = Math.min(this.all.place(lowerBound(steps, this.step(x + width))), last);
-      if (end <= k) continue;
+    const blocks = lows !== this.values && !shown.hidden.size;
+    for (const [from, to, step] of this.columns(this.all, 3)) {
       let low = Infinity, high = -Infinity;
-      const some = [], stride = Math.max(1, Math.floor((end - k) / 64));
-      for (let j = k; j < end; j++) {
-        const i = this.chosen[j], value = values[i];
+      const some = [], stride = Math.max(1, Math.floor((to - from) / 64));
+      for (let k = from; k < to; k++) {
+        const i = this.chosen[k], value = this.values[i];
         if (!Number.isFinite(value)) continue;
         low = Math.min(low, blocks ? lows[i] : value); high = Math.max(high, blocks ? highs[i] : value);
-        if ((j - k) % stride === 0) some.push(value);
+        if ((k - from) % stride === 0) some.push(value);
       }
-      k = end;
       if (!some.length) continue;
       some.sort((a, b) => a - b);
       const at = (q) => some[Math.round(q * (some.length - 1))];
-      columns.push([x + width / 2, low, at(0.1), at(0.25), at(0.75), at(0.9), high]);
+      columns.push([step, low, at(0.1), at(0.25), at(0.75), at(0.9), high]);
     }
-    const area = (a, b, alpha) => {
-      c.fillStyle = css(rgb(ink.point), alpha);
-      c.beginPath();
-      columns.forEach((column, i) => (i ? c.lineTo(column[0], this.y(column[b])) : c.moveTo(column[0], this.y(column[b]))));
-      for (let i = columns.length - 1; i >= 0; i--) c.lineTo(columns[i][0], this.y(columns[i][a]));
-      c.closePath(); c.fill();
+    const area = (a, b) => pathOf([...columns.map((c) => [c[0], c[b]]), ...columns.map((c) => [c[0], c[a]]).reverse()], u);
+    return new Map([[1, 6, 0.12], [2, 5, 0.24], [3, 4, 0.34]].map(([a, b, alpha]) => [css(rgb(ink.point), alpha), area(a, b)]));
+  }
+
+  inside(u, draw) {
+    const { left, top, width, height } = u.bbox, ratio = uPlot.pxRatio, edge = 6 * ratio;
+    u.ctx.save();
+    u.ctx.setLineDash([]);
+    u.ctx.beginPath(); u.ctx.rect(left - edge, top - edge, width + 2 * edge, height + 2 * edge); u.ctx.clip();
+    draw(u.ctx, ratio);
+    u.ctx.restore();
+  }
+
+  // Resumes run through, and so does zero.
+  drawUnder(u, c, ratio) {
+    const { left, top, width, height } = u.bbox;
+    c.strokeStyle = ink.muted; c.lineWidth = ratio;
+    c.beginPath();
+    if (this.panel.floor === undefined && u.scales.y.min < 0) { const y = Math.round(u.valToPos(0, "y", true)); c.moveTo(left, y); c.lineTo(left + width, y); }
+    c.stroke();
+    c.setLineDash([3 * ratio, 4 * ratio]);
+    c.beginPath();
+    for (const step of this.run.meta.events.resumes) if (step >= view.from && step <= view.to) { const x = Math.round(u.valToPos(step, "x", true)); c.moveTo(x, top); c.lineTo(x, top + height); }
+    c.stroke();
+  }
+
+  drawMarks(u, c, ratio) {
+    const { left, top, width, height } = u.bbox, bottom = top + height;
+    // Those in view, `apart` pixels at least.
+    const each = (steps, apart, draw) => {
+      let free = -Infinity;
+      for (const step of steps) {
+        const x = u.valToPos(step, "x", true);
+        if (x < left - 1 || x > left + width + 1 || x - free < apart * ratio) continue;
+        free = x;
+        c.beginPath(); draw(x, step);
+      }
     };
-    area(1, 6, 0.12);
-    area(2, 5, 0.24);
-    area(3, 4, 0.34);
-  }
-
-  drawMarks(c) {
-    const { left, right, top, bottom } = this.frame();
-    const inView = (step) => step >= view.from && step <= view.to;
-    let free = -Infinity;
-    c.fillStyle = ink.alarm;
-    for (const step of [...this.run.spikes.keys()].sort((a, b) => a - b)) {
-      const x = this.x(step);
-      if (!inView(step) || x - free < 4) continue;
-      free = x;
-      c.beginPath(); c.moveTo(x, top + 5); c.lineTo(x - 4, top - 3); c.lineTo(x + 4, top - 3); c.fill();
+    const shape = (x, y, ...points) => points.forEach(([dx, dy], k) => c[k ? "lineTo" : "moveTo"](x + dx * ratio, y + dy * ratio));
+    if (this.panel.held_out) {
+      const scores = new Map(this.run.meta.evaluations.map((entry) => [entry.step, entry[this.panel.held_out]]).filter(([, value]) => Number.isFinite(value)));
+      c.fillStyle = ink.paper; c.strokeStyle = ink.ink; c.lineWidth = 1.6 * ratio;
+      each(scores.keys(), 0, (x, step) => { c.arc(x, u.valToPos(scores.get(step), "y", true), 4 * ratio, 0, 7); c.fill(); c.stroke(); });
     }
-    c.strokeStyle = ink.alarm; c.lineWidth = 1.8;
-    for (const step of this.run.skipped_updates.keys()) {
-      if (!inView(step)) continue;
-      const x = this.x(step), y = bottom - 7;
-      c.beginPath(); c.moveTo(x - 4, y - 4); c.lineTo(x + 4, y + 4); c.moveTo(x + 4, y - 4); c.lineTo(x - 4, y + 4); c.stroke();
-    }
+    if (!this.panel.wide) return;
+    c.fillStyle = c.strokeStyle = ink.alarm; c.lineWidth = 1.8 * ratio;
+    each([...this.run.spikes.keys()].sort((a, b) => a - b), 4, (x) => { shape(x, top, [0, 5], [-4, -3], [4, -3]); c.fill(); });
+    each(this.run.skipped_updates.keys(), 0, (x) => { shape(x, bottom, [-4, -11], [4, -3]); shape(x, bottom, [4, -11], [-4, -3]); c.stroke(); });
     c.fillStyle = ink.soft;
-    free = -Infinity;
-    for (const step of this.run.meta.events.checkpoints) {
-      const x = Math.min(Math.max(this.x(step), left), right);
-      if (!inView(step) || x - free < 7) continue;
-      free = x;
-      c.beginPath(); c.moveTo(x, bottom - 4.5); c.lineTo(x + 4.5, bottom); c.lineTo(x, bottom + 4.5); c.lineTo(x - 4.5, bottom); c.fill();
-    }
+    each(this.run.meta.events.checkpoints, 7, (x) => { shape(x, bottom, [0, -4.5], [4.5, 0], [0, 4.5], [-4.5, 0]); c.fill(); });
   }
 
-  // The line of the slider and the numbers: over the chart, so that it need not be drawn again.
+  // The line of the slider and the numbers: elements, so that no chart is drawn again when it moves.
   drawTop() {
-    if (!this.run || !this.run.n || !this.u || this.node.hidden) return;
-    const values = this.run[this.panel.values], now = this.run.steps[cursor.index], value = values[cursor.index];
-    const inside = now >= view.from && now <= view.to;
-    this.line.hidden = !inside;
-    this.dot.hidden = !inside || !Number.isFinite(value);
-    const height = this.u.bbox.height / uPlot.pxRatio, place = `translate(${this.u.valToPos(now, "x")}px, `;
-    this.line.style.transform = `${place}0)`;
-    this.dot.style.transform = `${place}${Math.min(Math.max(this.u.valToPos(value || 0, "y"), -3), height)}px)`;
-    this.dot.style.background = css(onPaper(this.run.meta.domains[this.run.domain[cursor.index]].colour));
-    const i = cursor.hover ?? cursor.index, k = this.all.place(i + 1);
-    const parts = [element("b", {}, this.panel.read(values[i]))];
+    if (!this.u || this.node.hidden || this.u.scales.y.min == null) return;
+    const at = cursor.index, x = this.u.valToPos(this.run.steps[at], "x"), y = this.u.valToPos(this.values[at], "y"), dot = this.here.firstChild;
+    this.here.hidden = x < -1 || x > this.width + 1;
+    this.here.style.transform = `translateX(${x}px)`;
+    dot.hidden = !Number.isFinite(y);
+    dot.style.transform = `translateY(${Math.min(Math.max(y, -3), this.u.bbox.height / uPlot.pxRatio)}px)`;
+    dot.style.background = css(this.colour(at));
+    const i = cursor.hover ?? at, k = this.all.place(i + 1);
+    const mean = this.all.mean(Math.max(k - this.window, 0), k);
+    const parts = [element("b", {}, this.panel.read(this.values[i]))];
     if (this.panel.wide) parts.unshift(`step ${count(this.run.steps[i])}: `);
-    if (!this.panel.exact && !this.panel.sparse)
-      parts.push(` · mean ${this.panel.read(this.all.mean(Math.max(k - Math.max(Math.round(shown.window / this.run.meta.every), 1), 0), k))}`);
+    if (!this.panel.exact && !this.panel.sparse) parts.push(` · mean ${this.panel.read(mean)}`);
     this.output.replaceChildren(...parts);
   }
 
-  // What uPlot leaves open: the click, the wheel, and fingers.
-  listen(over) {
-    const at = (event) => event.clientX - over.getBoundingClientRect().left;
-    const left = () => this.u.bbox.left / uPlot.pxRatio;
-    over.addEventListener("click", (event) => { this.actions.go(this.pick(at(event), event.clientY - over.getBoundingClientRect().top)); });
-    over.addEventListener("mouseleave", () => this.actions.hover(null));
-    over.addEventListener("wheel", (event) => {
+  // uPlot knows the mouse; fingers, the wheel and what a click means are here.
+  listen() {
+    const fingers = new Map();
+    let pinch = null, tapped = -Infinity;
+    const local = (event) => event.clientX - this.u.rect.left;
+    const on = (kind, work, options) => this.plot.addEventListener(kind, (event) => { if (this.u && this.u.over.contains(event.target)) work(event); }, options);
+    on("pointerdown", (event) => {
+      this.selected = false;
+      if (event.pointerType === "mouse") return;
+      event.preventDefault(); // no mouse is made of a finger
+      fingers.set(event.pointerId, local(event));
+      if (fingers.size === 2) pinch = [...fingers.values()].map((x) => across(this.stepAt(x)));
+    });
+    on("pointermove", (event) => {
+      if (!fingers.has(event.pointerId)) return;
+      fingers.set(event.pointerId, local(event));
+      const [x0, x1] = fingers.values();
+      if (!pinch) return this.actions.go(this.pick(x0, null));
+      // The two steps stay under the two fingers.
+      if (fingers.size < 2 || Math.abs(x1 - x0) < 12) return;
+      const scale = (pinch[1] - pinch[0]) / (x1 - x0);
+      this.actions.zoom(back(pinch[0] - x0 * scale), back(pinch[0] + (this.width - x0) * scale));
+    });
+    for (const kind of ["pointerup", "pointercancel"]) on(kind, (event) => { fingers.delete(event.pointerId); if (!fingers.size) pinch = null; });
+    on("click", (event) => {
+      if (this.selected) return;
+      if (event.timeStamp - tapped < 320) this.actions.zoom(-Infinity, Infinity);
+      else this.actions.go(this.pick(local(event), event.clientY - this.u.rect.top));
+      tapped = event.timeStamp;
+    });
+    on("wheel", (event) => {
       // A wheel alone scrolls the page; a pinch on a touchpad arrives as a wheel with Ctrl.
       if (!(event.ctrlKey || event.metaKey || event.altKey)) return;
       event.preventDefault();
-      const u = across(this.step(at(event) + left())), scale = Math.exp(Math.min(Math.max(event.deltaY, -60), 60) * 0.006);
+      const u = across(this.stepAt(local(event))), scale = Math.exp(Math.min(Math.max(event.deltaY, -60), 60) * 0.006);
       this.actions.zoom(back(u + (across(view.from) - u) * scale), back(u + (across(view.to) - u) * scale));
     }, { passive: false });
-    const fingers = new Map();
-    let pinch = null;
-    over.addEventListener("pointerdown", (event) => {
-      if (event.pointerType === "mouse") return;
-      fingers.set(event.pointerId, at(event));
-      pinch = fingers.size === 2 ? [...fingers.values()].map((x) => across(this.step(x + left()))) : null;
-    });
-    over.addEventListener("pointermove", (event) => {
-      if (!fingers.has(event.pointerId)) return;
-      fingers.set(event.pointerId, at(event));
-      if (!pinch) return this.actions.go(nearestShown(this.step(at(event) + left())));
-      // The two steps stay under the two fingers.
-      const [x0, x1] = fingers.values(), [u0, u1] = pinch, scale = (u1 - u0) / (x1 - x0);
-      if (Math.abs(x1 - x0) > 12) this.actions.zoom(back(u0 - x0 * scale), back(u0 + (over.clientWidth - x0) * scale));
-    });
-    for (const kind of ["pointerup", "pointercancel"])
-      over.addEventListener(kind, (event) => { fingers.delete(event.pointerId); if (!fingers.size) pinch = null; });
   }
 
-  // The dot under the pointer if one is near, else the nearest step.
-  pick(left, top) {
-    const x = left + this.u.bbox.left / uPlot.pxRatio, y = top + this.u.bbox.top / uPlot.pxRatio;
-    const steps = this.run.steps, values = this.run[this.panel.values];
+  // The dot near (x, y) if there is one, else the step nearest to x.
+  pick(x, y) {
+    const { steps } = this.run;
     let best = null, least = 12 * 12;
-    const from = this.all.place(lowerBound(steps, this.step(x - 12))), to = this.all.place(lowerBound(steps, this.step(x + 12)) + 1);
-    if (to - from < 400)
+    const from = this.all.place(lowerBound(steps, this.stepAt(x - 12))), to = this.all.place(lowerBound(steps, this.stepAt(x + 12)) + 1);
+    if (y !== null && to - from < 400)
       for (let k = from; k < to; k++) {
-        const i = this.chosen[k], distance = (this.x(steps[i]) - x) ** 2 + (this.y(values[i]) - y) ** 2;
+        const i = this.chosen[k], distance = (this.u.valToPos(steps[i], "x") - x) ** 2 + (this.u.valToPos(this.values[i], "y") - y) ** 2;
         if (distance < least) [best, least] = [i, distance];
       }
-    return best ?? nearestShown(this.step(x));
+    return best ?? nearestShown(this.stepAt(x));
   }
 }
 
-// A small chart that stands still, by uPlot: `make()` gives its data and what differs from a plain one.
-function stillChart(title, unit, height, make) {
-  const plot = element("div.plot.still", { role: "img", "aria-label": title, style: { height: `${height}px` } });
-  const node = element("div.chart", {}, element("div.chart-head", {}, element("h3", {}, title, element("small", {}, unit))), plot);
-  let u = null;
-  redraws.push(() => {
-    const { width } = plot.getBoundingClientRect();
-    if (!node.isConnected || width < 80) return;
-    u?.destroy();
-    const { data, ...options } = make();
-    u = new uPlot({ width, height, padding: PADDING, legend: { show: false }, cursor: { show: false }, ...options }, data, plot);
-  });
-  return node;
+// A small chart that stands still, on scales of its own.
+const stills = [];
+function stillChart(title, unit, options, data) {
+  const plot = element("div.plot.still", { role: "img", "aria-label": title });
+  const u = new uPlot({ width: 300, height: 230, padding: [10, 8, 0, 0], legend: { show: false }, cursor: { show: false }, ...options }, data, plot);
+  stills.push({ u, resize: () => u.setSize({ width: plot.clientWidth, height: 230 }) });
+  return element("div.chart", {}, element("div.chart-head", {}, element("h3", {}, title, element("small", {}, unit))), plot);
 }

@@ -118,3 +118,15 @@ function over(background) {
   const dark = [31, 35, 40], light = [255, 255, 255];
   return css(contrast(dark, background) >= contrast(light, background) ? dark : light);
 }
+
+// A canvas of the size that its box has, in device pixels; drawing units are CSS pixels.
+// `box`: the size if it is known already; asking makes the browser lay out the page.
+function fit(canvas, box = canvas.parentElement.getBoundingClientRect()) {
+  const ratio = Math.min(window.devicePixelRatio || 1, 3);
+  const width = Math.max(Math.round(box.width * ratio), 1), height = Math.max(Math.round(box.height * ratio), 1);
+  if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
+  const context = canvas.getContext("2d");
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  context.clearRect(0, 0, box.width, box.height);
+  return { context, width: box.width, height: box.height };
+}

@@ -2,13 +2,12 @@
 
 let run = null;
 const cursor = { index: 0, hover: null };
-const redraws = [];
 const page = document.documentElement;
 const watching = page.dataset.watch === "yes";
 
 const PANELS = [
   { id: "loss", title: "Loss", unit: "nats per token", values: "loss", wide: true, domains: true, held_out: "loss", read: (v) => fixed(v, 4) },
-  { id: "accuracy", title: "Accuracy", unit: "of next tokens", values: "accuracy", floor: 0, domains: true, held_out: "accuracy", read: (v) => percent(v), ticks: (ticks) => tickTexts(ticks.map((t) => +(100 * t).toPrecision(10))).map((t) => `${t} %`) },
+  { id: "accuracy", title: "Accuracy", unit: "of next tokens", values: "accuracy", floor: 0, domains: true, held_out: "accuracy", read: (v) => percent(v), ticks: (ticks, step) => ticks.map((t) => `${fixed(100 * t, decimals(100 * step))} %`) },
   { id: "bits", title: "Bits per byte", unit: "dashed: so far", values: "bits_per_byte", sums: "bits", weights: "text_bytes", domains: true, dashed: "running_bits", held_out: "bits_per_byte", read: (v) => fixed(v, 3) },
   { id: "gradient", title: "Gradient norm", unit: "before clipping", values: "grad_norm", read: (v) => fixed(v, 3) },
   { id: "rate", title: "Learning rate", unit: "per update", values: "learning_rate", floor: 0, exact: true, read: rate, ticks: (ticks) => ticks.map((t) => (t === 0 ? "0" : t < 1e-3 ? t.toExponential(+t.toExponential().split("e")[0] % 1 ? 1 : 0).replace("e-", "e−") : String(t))) },
@@ -30,8 +29,9 @@ const drawTops = () => { for (const chart of charts) chart.drawTop(); drawTrackT
 const drawCharts = () => { for (const chart of charts) chart.draw(); drawTrack(); };
 function drawAll() {
   readInk();
+  for (const chart of charts) chart.resize();
   drawCharts();
-  for (const redraw of redraws) redraw();
+  for (const still of stills) still.resize();
   reading.draw?.();
 }
 
@@ -202,7 +202,6 @@ function take(content, first) {
   const whole_ = !before || $("unzoom").disabled, step = before?.n ? before.steps[cursor.index] : null;
   run = derive(content);
   readInk();
-  redraws.length = 0;
   shownWriting = "";
   cursor.hover = null;
   fillStrides();
@@ -314,7 +313,7 @@ function useTheme(name) {
 function repaint() {
   if (!run?.n) return;
   readInk();
-  showDomains(); showPassport(); showDocument(); redraws.length = 0; showCorpus();
+  showDomains(); showPassport(); showDocument(); showCorpus();
   later(drawAll);
 }
 const remembered = (() => { try { return localStorage.getItem("report-theme") || ""; } catch { return ""; } })();
@@ -329,7 +328,10 @@ new ResizeObserver(() => { if (run?.n) later(drawAll); }).observe(document.body)
 
 nothingYet();
 if (watching) ask();
-else
-  gunzip(fromBase64($("data").textContent.trim()))
-    .then((bytes) => { $("data").remove(); take(unpack(bytes), true); page.dataset.ready = "yes"; })
+else {
+  // The head of the page is seen before the charts are drawn; a page in the background gets no frame.
+  const painted = new Promise((done) => { requestAnimationFrame(() => setTimeout(done)); setTimeout(done, 200); });
+  Promise.all([gunzip(fromBase64($("data").textContent.trim())), painted])
+    .then(([bytes]) => { $("data").remove(); take(unpack(bytes), true); page.dataset.ready = "yes"; })
     .catch((error) => fail(`This report cannot be shown: ${error.message}`));
+}

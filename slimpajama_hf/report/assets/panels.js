@@ -131,9 +131,10 @@ function showCorpus() {
     list("Hardest documents", `More surprising than was usual at their time, ${against}. Nats per token.`, unusual.hardest),
     list("Easiest documents", `Less surprising than was usual at their time, ${against}. Nats per token.`, unusual.easiest));
 
+  for (const { u } of stills.splice(0)) u.destroy();
   const charts = [];
-  if (meta.by_position) charts.push(element("div", {}, stillChart("Surprisal by position in the document", "nats, log scale of tokens", 230, byPosition), element("p.lead", {}, "How much a longer beginning helps, in each quarter of the run: pale is early, dark is late.")));
-  if (meta.by_length.length) charts.push(element("div", {}, stillChart("Loss by length of the document", "nats per token", 230, byLength), element("p.lead", {}, "The later half of the run. Bar: the middle half of the documents, darker where there are more; line: their mean.")));
+  if (meta.by_position?.curves.some((curve) => curve.means.some((mean) => mean !== null))) charts.push(element("div", {}, positionChart(), element("p.lead", {}, "How much a longer beginning helps, in each quarter of the run: pale is early, dark is late.")));
+  if (meta.by_length.length) charts.push(element("div", {}, lengthChart(), element("p.lead", {}, "The later half of the run. Bar: the middle half of the documents, darker where there are more; line: their mean.")));
   $("breakdowns").replaceChildren(...charts);
 
   const most = Math.max(...meta.by_domain.map((d) => d.steps), 1);
@@ -160,41 +161,33 @@ function domainAt(step) {
   return run.steps[i] === step ? run.meta.domains[run.domain[i]].name : "";
 }
 
-function byPosition() {
+function positionChart() {
   const { edges, curves } = run.meta.by_position, all = curves.flatMap((curve) => curve.means.filter((m) => m !== null));
-  const last = Math.log2(edges[edges.length - 1]), low = Math.max(Math.min(...all) - 0.3, 0), high = Math.max(...all) + 0.2;
-  return {
-    data: [edges.slice(0, -1).map((edge, k) => Math.log2((edge + edges[k + 1]) / 2)), ...curves.map((curve) => curve.means)],
-    scales: { x: { time: false, range: [0, last] }, y: { range: [low, high] } },
-    axes: axesOf({ space: 34, incrs: [1, 2, 4], values: (_, ticks) => ticks.map((power) => count(2 ** power)) }, {}),
-    series: [{}, ...curves.map((_, q) => ({
-      width: 2, spanGaps: true, points: { show: false },
-      stroke: css(mix(rgb(ink.paper), rgb(ink.accent), curves.length === 1 ? 1 : 0.34 + (0.66 * q) / (curves.length - 1))),
-    }))],
-  };
+  const shade = (q) => css(mix(rgb(ink.paper), rgb(ink.accent), curves.length === 1 ? 1 : 0.34 + (0.66 * q) / (curves.length - 1)));
+  return stillChart("Surprisal by position in the document", "nats, log scale of tokens", {
+    series: [{}, ...curves.map((_, q) => ({ ...QUIET, stroke: shade(q), width: 2, spanGaps: true }))],
+    scales: { x: { time: false, distr: 3, log: 2, range: [1, edges[edges.length - 1]] }, y: { range: [Math.max(Math.min(...all) - 0.3, 0), Math.max(...all) + 0.2] } },
+    axes: [xAxis({}, count), yAxis(40)],
+  }, [edges.slice(0, -1).map((edge, k) => (edge + edges[k + 1]) / 2), ...curves.map((curve) => curve.means)]);
 }
 
-function byLength() {
+function lengthChart() {
   const bins = run.meta.by_length, high = Math.max(...bins.map((b) => b.high)) + 0.2, low = Math.max(Math.min(...bins.map((b) => b.low)) - 0.3, 0);
   const name = (b) => (b.from >= 1024 ? `${b.from / 1024}k` : b.from === 8 ? "<16" : `${b.from}`) + (b === bins[bins.length - 1] ? "+" : "");
-  const most = Math.max(...bins.map((b) => b.count));
-  const bars = (u) => paint(u, 0, (c) => {
-    const { left, top } = u.bbox, ratio = uPlot.pxRatio;
-    const x = (k) => u.valToPos(k, "x") + left / ratio, y = (value) => u.valToPos(value, "y") + top / ratio;
-    const wide = Math.min((x(1) - x(0)) * 0.62, 46);
-    bins.forEach((b, k) => {
-      c.fillStyle = css(rgb(ink.point), 0.35 + 0.5 * (b.count / most));
-      c.fillRect(x(k) - wide / 2, y(b.high), wide, Math.max(y(b.low) - y(b.high), 2));
-      c.fillStyle = ink.accent; c.fillRect(x(k) - wide / 2, y(b.mean) - 1.2, wide, 2.4);
-    });
+  const most = Math.max(...bins.map((b) => b.count)), places = bins.map((_, k) => k);
+  // A rectangle a bin from `bottom` to `top`, `extra` pixels taller.
+  const boxes = (u, top, bottom, extra) => bins.map((bin, k) => {
+    const wide = Math.min((u.bbox.width / bins.length) * 0.62, 46 * uPlot.pxRatio), path = new Path2D(), y = u.valToPos(bin[top], "y", true);
+    path.rect(u.valToPos(k, "x", true) - wide / 2, y - (extra / 2) * uPlot.pxRatio, wide, u.valToPos(bin[bottom], "y", true) - y + extra * uPlot.pxRatio);
+    return [css(rgb(ink.point), 0.35 + 0.5 * (bin.count / most)), path];
   });
-  return {
-    data: [bins.map((_, k) => k), bins.map((b) => b.mean)],
+  const means = (u) => boxes(u, "mean", "mean", 2.4).reduce((all, [, path]) => (all.addPath(path), all), new Path2D());
+  return stillChart("Loss by length of the document", "nats per token", {
+    series: [{}, { ...QUIET, fill: "black", paths: (u) => ({ fill: byColour(boxes(u, "high", "low", 0)) }) },
+      { ...QUIET, fill: ink.accent, paths: (u) => ({ fill: means(u) }) }],
     scales: { x: { time: false, range: [-0.5, bins.length - 0.5] }, y: { range: [low, high] } },
-    axes: axesOf({ space: 30, incrs: [1, 2], splits: () => bins.map((_, k) => k), values: (_, ticks) => ticks.map((k) => name(bins[k])) }, {}),
-    series: [{}, { show: false }],
-    hooks: { draw: [bars] },
-  };
+    axes: [xAxis({ splits: () => places }, (k) => name(bins[k])), yAxis(40)],
+  }, [places, places, places]);
 }
 
 // ---- the record ----
