@@ -216,13 +216,11 @@ class Corpus:
     def records(
         self,
         start: Cursor,
-        world_size: int = 1,
-        rank: int = 0,
         *,
         skip_broken_shards: bool = False,
         patience: Patience | None = None,
     ) -> Iterator[Document | Unusable | Gap]:
-        """Documents from `start` to the end of this pass, in order; every `world_size`-th one, this rank's own.
+        """Documents from `start` to the end of this pass, in order.
 
         Raises BrokenShard at a file that cannot be read; with `skip_broken_shards` a Gap stands there instead, and
         reading goes on with the next shard.
@@ -243,8 +241,6 @@ class Corpus:
             try:
                 for row, record in read_shard(shard, first, self.text_column, patience):
                     broken_in_a_row = 0
-                    if row % world_size != rank:
-                        continue
                     here, after = dataclasses.replace(start, row=row), dataclasses.replace(start, row=row + 1)
                     found: Document | Unusable
                     if isinstance(record, str):

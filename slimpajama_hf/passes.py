@@ -39,8 +39,6 @@ class Passes:
     shuffle_buffer: int = 0
     """Records in a block that is shuffled as a whole; below 2: the corpus' own order."""
     seed: int = 0
-    world_size: int = 1
-    rank: int = 0
     skip_broken_shards: bool = False
 
     def records(self, start: Cursor, patience: Patience) -> Iterator[Record]:
@@ -52,8 +50,6 @@ class Passes:
     def _read(self, start: Cursor, patience: Patience) -> Iterator[Record]:
         return self.corpus.records(
             dataclasses.replace(start, token=0, block=0, used=0, size=0),
-            self.world_size,
-            self.rank,
             skip_broken_shards=self.skip_broken_shards,
             patience=patience,
         )

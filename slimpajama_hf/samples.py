@@ -54,9 +54,11 @@ class SampleStream:
     """The training samples of a corpus from a cursor on. Iterating opens the stream anew at `start`.
 
     Yields `Sample`s of 2 to `max_length` tokens, made ready up to `read_ahead` at a time in a thread of its own (0:
-    when asked for). Raises UserError after 1,000 unusable records in a row, at a shard that is broken (unless
-    `skip_broken_shards`) and when the Hub failed for `patience_seconds`; patience.StopRequested when `stop()` is true
-    while it waits.
+    when asked for). Of `world_size` processes each opens the same stream, in the one order that a single process reads,
+    and takes of every `world_size` samples in a row the one at its `rank`. Its `after` is then that of the last of
+    them, equal on every rank, so that any number of processes goes on exactly from it. Raises UserError after 1,000
+    unusable records in a row, at a shard that is broken (unless `skip_broken_shards`) and when the Hub failed for
+    `patience_seconds`; patience.StopRequested when `stop()` is true while it waits.
     """
 
     def __init__(
@@ -77,7 +79,8 @@ class SampleStream:
         leave_out: Iterable[str] = (),
     ) -> None:
         self.corpus, self.encoder, self.mode, self.max_length = corpus, encoder, mode, max_length
-        self.passes = Passes(corpus, epochs, shuffle_buffer, seed, world_size, rank, skip_broken_shards)
+        self.passes = Passes(corpus, epochs, shuffle_buffer, seed, skip_broken_shards)
+        self.world_size, self.rank = world_size, rank
         self.patience_seconds, self.read_ahead = patience_seconds, read_ahead
         self.leave_out = frozenset(leave_out)
         """`shard#row`: documents that are never trained; `shard#row.part`: that sample of one alone."""
@@ -88,6 +91,9 @@ class SampleStream:
         """Told of shards that are set aside, from the thread that reads."""
         self.gaps_at_end: list[dict[str, Any]] = []
         """Shards set aside after the last sample of the stream: no sample carries them."""
+        self.untaken_at_end = 0
+        """Samples at the end of the stream that were too few to give each process one: none of them is taken, and the
+        last cursor stands before them, so that fewer processes can go on with them."""
 
     def __iter__(self) -> Iterator[Sample]:
         start = self.start
@@ -115,7 +121,27 @@ class SampleStream:
         else:
             make = windows if self.mode == "window" else packed
             samples = make((example["record"] for example in records), self.encoder, self.max_length, start)
-        yield from self._with_what_was_passed_over(samples)
+        whole = self._with_what_was_passed_over(samples)
+        yield from whole if self.world_size == 1 else self._own(whole)
+
+    def _own(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """Of every `world_size` samples in a row this rank's; what was passed over before any of them rides with it."""
+        skipped: Counter[str] = Counter()
+        gaps: list[dict[str, Any]] = []
+        own: Sample | None = None
+        seen = 0
+        for sample in samples:
+            skipped.update(sample.skipped)
+            gaps += sample.gaps
+            if seen == self.rank:
+                own = sample
+            seen += 1
+            if seen == self.world_size:
+                assert own is not None
+                yield dataclasses.replace(own, after=sample.after, skipped=dict(skipped), gaps=gaps)
+                skipped, gaps, own, seen = Counter(), [], None, 0
+        self.untaken_at_end = seen
+        self.gaps_at_end = gaps + self.gaps_at_end
 
     def _with_what_was_passed_over(self, samples: Iterable[Sample | Unusable | Gap]) -> Iterator[Sample]:
         """Pass usable samples on; what was passed over before one rides with it."""

@@ -197,13 +197,6 @@ def test_a_corpus_can_be_opened_again_from_its_description(shards):
     assert documents(again) == documents(corpus)
 
 
-def test_ranks_share_the_documents(shards):
-    corpus = corpora.open_corpus(f"{shards}/*.jsonl.zst")
-    parts = [[record.sha1 for record in corpus.records(Cursor(), 2, rank)] for rank in range(2)]
-    assert not set(parts[0]) & set(parts[1])
-    assert sorted(parts[0] + parts[1]) == sorted(document.sha1 for document in documents(corpus))
-
-
 @pytest.fixture
 def hub(tmp_path):
     """A loopback Hub that has the third mirror in its real layout and neither of the other two."""
