@@ -299,6 +299,10 @@ def test_a_hundred_thousand_steps_stay_small_and_quick(tab, tmp_path):
             line = line.replace(f'"step":{step % 1000},', f'"step":{step},', 1)
             at = line.index('"text_sha1":"') + 13
             file.write(line[:at] + digest + line[at + 40 :] + "\n")
+    text = "The river and the city of the old world, "
+    _write_lines(run / "samples.jsonl", [
+        {"step": step, "input": f"{step} {text}", "output": text * 3, "accuracy": 0.2, "domain": "d", "continuation": text * 3}
+        for step in range(0, 100_000, 5)])  # fmt: skip
     begun = time.monotonic()
     path = report.write(run)
     assert time.monotonic() - begun < 20, "5 s on a machine of its own"
@@ -309,6 +313,8 @@ def test_a_hundred_thousand_steps_stay_small_and_quick(tab, tmp_path):
     assert tab.value("performance.getEntriesByName('first-contentful-paint')[0].startTime") < 1000
     go(tab, 99_999)
     assert tab.text("#step-title") == "99,999"
+    # The last sample that was stored is among those in the page.
+    assert "99995 The river" in tab.text("#sample")
 
 
 @pytest.mark.parametrize("what", ["bare", "torn", "empty", "broken files", "no side file"])
