@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: help install test-run test test-faults check lint types audit bench train clean
+.PHONY: help install test-run test test-faults test-all check lint types audit bench train clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ test-faults: $(DEV_STAMP) ## the long version of the faults (kills, full disks, 
 	@rm -f $(VENV)/faults.jsonl
 	@FAULT_TABLE=$(VENV)/faults.jsonl $(BIN)/python -m pytest -m "slow or not slow" tests/test_faults.py tests/test_stream_faults.py tests/test_interruptions.py tests/test_hub_push.py
 	@$(BIN)/python -m tests.fault_table $(VENV)/faults.jsonl
+
+test-all: $(DEV_STAMP) ## every test, the minutes-long ones too
+	@$(BIN)/python -m pytest -m "slow or not slow"
 
 lint: $(DEV_STAMP) ## style
 	@$(BIN)/ruff check .

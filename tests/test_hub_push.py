@@ -147,7 +147,7 @@ def test_a_token_that_may_not_is_said_before_anything_is_opened(hub, shards, tmp
 
 @pytest.mark.parametrize(
     "fault, said",
-    [(Push("/commit/", status=503), "HTTP 503"), slow(Push("/commit/", status=403), "HTTP 403"),
+    [slow(Push("/commit/", status=503), "HTTP 503"), slow(Push("/commit/", status=403), "HTTP 403"),
      slow(Push("POST /api/repos/create", status=401), "HTTP 401"), slow(Push("/commit/", status=429), "HTTP 429"),
      slow(Push("PUT /_lfs/", how="reset", after=4096), "")],
 )  # fmt: skip

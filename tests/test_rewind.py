@@ -112,6 +112,7 @@ def test_a_rewound_run_is_a_run_that_goes_on_without_the_document(finished, with
         )
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_of_a_corpus_without_it(finished, shards, tmp_path):
     """From the very start: the same as training on files from which the record was taken out."""
     record = make_records(30, seed=1)
@@ -209,6 +210,7 @@ def test_the_terminal_says_what_was_done_and_what_came_of_it(finished):
     assert "FAILED  step 22 is not as it was: loss 1.0 / 2.0" in capture.get()
 
 
+@pytest.mark.slow
 def test_a_ctrl_c_leaves_what_is_done_and_says_where(shards, tmp_path):
     run = tmp_path / "run"
     flags = [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--save_steps", "20", "--max_steps", "80"]
