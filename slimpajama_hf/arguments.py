@@ -79,6 +79,14 @@ class ModelArguments:
     backward: str = _knob(
         "auto", "auto (GPT-2's forward and backward written out, faster; else autograd's), autograd", choices=BACKWARDS
     )
+    beta2_half_life_tokens: float | None = _knob(
+        None, "half-life of AdamW's second moment in tokens, instead of --adam_beta2 (a step counts --max_seq_length)"
+    )
+
+    def __post_init__(self) -> None:
+        half_life = self.beta2_half_life_tokens
+        if half_life is not None and not 0 < half_life < float("inf"):
+            raise ValueError(f"--beta2_half_life_tokens {half_life}: expected a number of tokens above 0")
 
 
 @dataclass
@@ -144,8 +152,8 @@ TRAINING_ARGUMENTS_PAGE = "https://huggingface.co/docs/transformers/main_classes
 #: Flags of the program that this one replaces, and what they are called now.
 OLD_FLAGS = {"steps": "max_steps", "checkpoint_interval": "save_steps"}
 
-#: Flags that commands write and nobody types; help is short.
-NOT_IN_HELP = {"leave_out"}
+#: Flags that commands write or few people type (README.md has those); help is short.
+NOT_IN_HELP = {"leave_out", "beta2_half_life_tokens"}
 
 #: Old flags that mean nothing any more, with the line that says what to type.
 REFUSED_FLAGS = {

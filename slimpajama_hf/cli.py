@@ -63,6 +63,9 @@ class Settings:
         for group in (self.data, self.model, self.run):
             values |= dataclasses.asdict(group)
         values |= changed_fields(self.training)
+        if self.model.beta2_half_life_tokens is not None:
+            # It follows from the half-life; both would look like two people's wishes.
+            values.pop("adam_beta2", None)
         # What belongs to one start and not to the run is not written down.
         for name in ("test", "overwrite_output_dir", "gpu", "resume_from_checkpoint", "allow_changes"):
             values.pop(name, None)
@@ -245,11 +248,25 @@ def _parse(argv: Sequence[str]) -> Settings:
     return settings
 
 
+def beta2_of_half_life(half_life_tokens: float, tokens_per_step: int) -> float:
+    """The `beta2` with which a gradient counts half after so many tokens (Marek et al. 2025, arXiv 2507.07101)."""
+    return float(0.5 ** (tokens_per_step / half_life_tokens))
+
+
 def complete(settings: Settings) -> None:
     """What one argument says about another."""
     training: Any = settings.training
     if settings.run.no_checkpoint:
         training.save_strategy = type(training.save_strategy)("no")
+    half_life = settings.model.beta2_half_life_tokens
+    if half_life is not None:
+        beta2 = beta2_of_half_life(half_life, settings.data.max_seq_length)
+        if "adam_beta2" in settings.typed and training.adam_beta2 != beta2:
+            raise UsageError(
+                f"--beta2_half_life_tokens {half_life:g} means --adam_beta2 {beta2:.6g}, and --adam_beta2 "
+                f"{training.adam_beta2:g} is given too; leave one of them out"
+            )
+        training.adam_beta2 = beta2
     if training.output_dir is None:
         corpus = Path(settings.data.dataset).name if "*" not in settings.data.dataset else "local"
         corpus = corpus.partition(".")[0] or "local"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from slimpajama_hf import cli
-from slimpajama_hf.errors import UsageError
+from slimpajama_hf import cli, resume
+from slimpajama_hf.errors import UsageError, UserError
 from tests.conftest import ROOT, environment
 
 
@@ -153,3 +153,40 @@ def test_help_is_short_and_imports_nothing_heavy():
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) < 60
     assert "--dataset" in done.stdout and "TrainingArguments" in done.stdout
+
+
+def test_a_half_life_in_tokens_is_beta2_and_survives_its_own_configuration(tmp_path):
+    flags = ["--beta2_half_life_tokens", "25600", "--max_seq_length", "128"]
+    settings = cli.parse(flags)
+    beta2 = settings.training.adam_beta2
+    # 200 steps of 128 tokens are one half-life.
+    assert beta2**200 == pytest.approx(0.5, rel=1e-12)
+    written = settings.to_yaml()
+    assert "beta2_half_life_tokens: 25600" in written
+    assert "adam_beta2" not in written
+    again = cli.parse(["--config", write(tmp_path / "own.yaml", written)])
+    assert again.training.adam_beta2 == beta2
+    assert cli.parse([*flags, "--adam_beta2", repr(beta2)]).training.adam_beta2 == beta2
+
+
+def test_without_a_half_life_beta2_is_the_flags_own():
+    assert cli.parse([]).training.adam_beta2 == 0.999
+    assert cli.parse(["--adam_beta2", "0.95"]).training.adam_beta2 == 0.95
+
+
+def test_a_half_life_and_another_beta2_are_refused():
+    with pytest.raises(UsageError, match=r"means --adam_beta2 0\.99.* --adam_beta2 0\.95 is given too"):
+        cli.parse(["--beta2_half_life_tokens", "25600", "--adam_beta2", "0.95"])
+
+
+@pytest.mark.parametrize("half_life", ["0", "-5", "inf", "nan"])
+def test_a_half_life_is_a_number_above_0(half_life):
+    with pytest.raises(UsageError, match="expected a number of tokens above 0"):
+        cli.parse(["--beta2_half_life_tokens", half_life])
+
+
+def test_a_resume_that_changes_the_half_life_is_refused(tmp_path):
+    own = cli.parse(["--beta2_half_life_tokens", "25600"])
+    changed = cli.parse(["--config", write(tmp_path / "own.yaml", own.to_yaml()), "--beta2_half_life_tokens", "5120"])
+    with pytest.raises(UserError, match=r"--adam_beta2 .* \(begun with "):
+        resume.refuse_changes(changed, own)
