@@ -65,7 +65,11 @@ class Outbox:
         self._coalesce()
 
     def keep_up_to(self, step: int) -> None:
-        """Drop what lies after `step`: the run goes on from there, and comes to those steps again."""
+        """Drop what lies after `step`: the run goes on from there, and comes to those steps again. What a kill left
+        half laid goes too."""
+        for path in self._entries():
+            if path.name.startswith("_new."):
+                shutil.rmtree(path, ignore_errors=True)
         for waiting in self.waiting():
             if waiting > step:
                 self._throw_away(self.path / f"step-{waiting}")
