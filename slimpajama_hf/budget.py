@@ -1,4 +1,5 @@
-"""What seeing may take of a run: 5 %, however short the run is.
+"""What seeing may take of a run: 5 %. The chart and the report at the end are always made, so that a run of less than a
+minute takes more.
 
 Each watcher has a share. It gets its money in step with the run, so that the end is seen as often as the beginning,
 except for an advance with which it can show something early. Intervals that a user typed do not come here.

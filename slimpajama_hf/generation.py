@@ -9,6 +9,7 @@ import torch
 
 from slimpajama_hf import gpt2_writing
 from slimpajama_hf.errors import UserError
+from slimpajama_hf.gpt2_step import unlike_gpt2
 
 #: Tokens of the document that the model is given, and tokens that it writes.
 PROMPT_TOKENS = 10
@@ -21,7 +22,7 @@ def write_after(model: Any, prompt_ids: list[int], new_tokens: int = NEW_TOKENS,
     Greedy at temperature 0. The model is in evaluation mode meanwhile and in its former mode after. Greedily, no random
     number is drawn.
     """
-    if temperature <= 0 and gpt2_writing.can_write(model):
+    if temperature <= 0 and unlike_gpt2(model) is None:
         return gpt2_writing.write_greedily(model, prompt_ids, new_tokens)
     training = model.training
     model.eval()

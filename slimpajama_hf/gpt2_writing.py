@@ -15,22 +15,12 @@ import torch
 import torch.nn.functional as F
 
 
-def can_write(model: Any) -> bool:
-    """Whether `write_greedily` knows this model."""
-    from transformers import GPT2LMHeadModel
-
-    config = model.config
-    return (
-        type(model) is GPT2LMHeadModel
-        and config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
-        and not config.add_cross_attention
-        and not config.reorder_and_upcast_attn
-    )
-
-
 @torch.no_grad()
 def write_greedily(model: Any, prompt_ids: list[int], new_tokens: int) -> list[int]:
-    """At most `new_tokens` tokens after `prompt_ids`, the likeliest each time; the last one is EOS if it came."""
+    """At most `new_tokens` tokens after `prompt_ids`, the likeliest each time; the last one is EOS if it came.
+
+    `model`: one that is computed as here (`gpt2_step.unlike_gpt2`).
+    """
     transformer, config = model.transformer, model.config
     heads, width, epsilon = config.num_attention_heads, config.hidden_size, config.layer_norm_epsilon
     longest = len(prompt_ids) + new_tokens

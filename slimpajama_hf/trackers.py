@@ -146,7 +146,9 @@ class Trackers(TrainerCallback):
         with contextlib.suppress(queue.Full):
             self._jobs.put(None, timeout=PATIENCE_SECONDS)
         thread.join(PATIENCE_SECONDS)
-        self.left_out += self._jobs.qsize()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.left_out += self._jobs.get_nowait() is not None
         if thread.is_alive() or self.left_out:
             self.say(f"{', '.join(self._names)}: {self.left_out:,} steps were not taken in time; the ledger has them")
         if not thread.is_alive():

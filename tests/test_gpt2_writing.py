@@ -9,6 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from slimpajama_hf import generation, gpt2_writing
+from slimpajama_hf.gpt2_step import unlike_gpt2
 
 
 def gpt2(**changes: Any) -> GPT2LMHeadModel:
@@ -34,7 +35,7 @@ def generated(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
 @pytest.mark.parametrize("prompt", [[5], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
 def test_it_writes_what_generate_writes(changes, prompt):
     model = gpt2(**changes)
-    assert gpt2_writing.can_write(model)
+    assert unlike_gpt2(model) is None
     written = gpt2_writing.write_greedily(model, prompt, 40)
     assert written == generated(model, prompt, 40)
     assert len(set(written)) > 3, "a test of one token says little"
@@ -50,7 +51,7 @@ def test_it_ends_with_the_end_of_text():
 
 def test_what_it_cannot_write_is_generated():
     model = gpt2(activation_function="relu")
-    assert not gpt2_writing.can_write(model)
+    assert unlike_gpt2(model) == "its activation is relu"
     assert generation.write_after(model, [1, 2, 3], 20) == generated(model, [1, 2, 3], 20)
 
 

@@ -262,6 +262,24 @@ def test_the_mouse_over_one_chart_is_shown_in_all(shown):
 
 
 @needs_browser
+def test_the_step_axis_is_linear_or_logarithmic(shown):
+    def place() -> float:
+        """Of the slider's line in the loss chart, as a part of its width."""
+        box, line = shown.box("#chart-loss .u-over"), shown.box("#chart-loss .here")
+        return (line["x"] + line["width"] / 2 - box["x"]) / box["width"]
+
+    go(shown, 59)
+    assert place() == pytest.approx(59 / 119, abs=0.01)
+    shown.value("document.querySelector('[data-value=log]').click()")
+    shown.frame()
+    assert place() == pytest.approx(math.asinh(59) / math.asinh(119), abs=0.01)
+    shown.value("document.querySelector('[data-value=linear]').click()")
+    shown.frame()
+    assert place() == pytest.approx(59 / 119, abs=0.01)
+    assert shown.errors == []
+
+
+@needs_browser
 def test_domains_are_switched_and_keys_step(shown):
     go(shown, 10)
     before = shown.value("document.querySelector('#chart-loss canvas').toDataURL()")

@@ -292,6 +292,16 @@ def test_where_a_text_cannot_be_had_again_there_is_no_no(tmp_path, corpus, encod
 # ---- the command ----
 
 
+def test_a_run_that_is_done_is_indexed_already(finished):
+    """Nothing is read again when somebody searches: the index of the run's end has all of its documents."""
+    rows = read_ledger(finished)
+    with sqlite3.connect(f"file:{search_index.path_of(RunFolder(finished))}?mode=ro", uri=True) as connection:
+        indexed = connection.execute("SELECT step, chain FROM steps ORDER BY step").fetchall()
+        trained = {step for (step,) in connection.execute("SELECT step FROM trained")}
+    assert indexed == [(row["step"], row["chain"]) for row in rows]
+    assert trained == {row["step"] for row in rows}
+
+
 def test_a_sentence_is_found_with_its_step_and_its_loss(finished, tmp_path, capsys):
     run = copy_of(finished, tmp_path / "run")
     found = inspection.inspect(run, 17)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -116,3 +118,30 @@ def test_one_that_fails_is_said_once_and_the_other_goes_on(tmp_path, monkeypatch
     assert [step for step, _ in tools["trackio"].got] == list(range(6)) and tools["trackio"].ended
     logs = tools["trackio"].got[0][1]
     assert "grad_norm" not in logs and math.isclose(logs["bits_per_byte"], 2.0)
+
+
+def test_one_that_stands_still_holds_nothing_up_and_what_it_missed_is_counted(tmp_path, monkeypatch):
+    go_on = threading.Event()
+
+    class Stuck(Tool):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+            go_on.wait(60)
+
+    monkeypatch.setattr(trackers.Trackers, "_made", lambda self, name: Stuck())
+    monkeypatch.setattr(trackers, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(trackers, "MOST_WAITING", 4)
+    monkeypatch.setenv("WANDB_RUN_ID", "x")
+    monkeypatch.setenv("WANDB_RESUME", "allow")
+    sender, said = trackers.Trackers(["wandb"], RunFolder(tmp_path / "run"), "0123456789", 0), []
+    sender.say = said.append
+    args, state = SimpleNamespace(run_name="r"), SimpleNamespace(is_world_process_zero=True, global_step=0)
+    sender.on_train_begin(args, state, None)
+    sender.on_row(ROW | {"step": 0})
+    deadline = time.monotonic() + 30
+    while sender._jobs.qsize() and time.monotonic() < deadline:
+        time.sleep(0.01)  # until the first is in the tool's hands
+    for step in range(1, 8):
+        sender.on_row(ROW | {"step": step})  # four may wait, three are left out
+    sender.on_train_end(args, state, None)
+    go_on.set()
+    assert said == ["wandb: 7 steps were not taken in time; the ledger has them"]

@@ -135,6 +135,7 @@ class Uploads(TrainerCallback):
                 if self._failing is not None:
                     self._say(f"the Hub takes it again: step {event['step']:,} is pushed")
                 self._failing = None
+                self._bytes_under_way = 0
             elif event["event"] == "begun":
                 self._bytes_under_way = event["bytes"]
                 for trouble in event["trouble"]:
