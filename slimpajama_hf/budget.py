@@ -1,5 +1,5 @@
-"""What seeing may take of a run: 5 %. The chart and the report at the end are always made, so that a run of less than a
-minute takes more.
+"""What seeing may take of a run: 5 %. The chart and the report at the end are always made, and there is
+always something in it, so that a run of less than a minute takes more.
 
 Each watcher has a share. It gets its money in step with the run, so that the end is seen as often as the beginning,
 except for an advance with which it can show something early. Intervals that a user typed do not come here.
@@ -30,13 +30,14 @@ def affordable(
     next_cost: float,
     advance: float = 0.0,
     reserved: float = 0.0,
+    least: float = 0.0,
 ) -> bool:
     """Whether a watcher that has `spent` seconds may spend `next_cost` more now.
 
     `advance`: seconds that it may spend before it has them, out of its own share. `reserved`: seconds of its share that
-    something at the end of the run will take.
+    something at the end of the run will take. `least`: seconds that it may spend in any run, however short.
     """
     expected = session_seconds(trainer)
     whole = share * expected - reserved
     passed = trainer.clock.training_seconds / expected if expected else 0.0
-    return spent + next_cost <= max(min(advance, whole), whole * passed)
+    return spent + next_cost <= max(least, min(advance, whole), whole * passed)

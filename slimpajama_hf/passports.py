@@ -32,6 +32,8 @@ PROMPTS = "prompts.jsonl"
 
 #: How far passports and prompts may be ahead of their share, seconds: the beginning changes fastest.
 PASSPORTS_AHEAD_SECONDS, PROMPTS_AHEAD_SECONDS = 0.25, 0.5
+#: What each may take in any case, seconds: the shortest run shall have something to show.
+LEAST_SECONDS = 0.25
 
 #: Guesses kept at each place, the likeliest first.
 GUESSES = 5
@@ -152,7 +154,12 @@ class _Keeper(TrainerCallback):
     def _affordable(self) -> bool:
         assert self.trainer is not None
         return budget.affordable(
-            self.trainer, self._share, self.seconds, next_cost=self._last_seconds, advance=self._ahead_seconds
+            self.trainer,
+            self._share,
+            self.seconds,
+            next_cost=self._last_seconds,
+            advance=self._ahead_seconds,
+            least=LEAST_SECONDS,
         )
 
     def _guarded(self, step: int, what: str, act: Callable[[], None]) -> None:

@@ -84,7 +84,8 @@ def summary(folder: RunFolder, trainer: SlimPajamaTrainer, outcome: str, seeing_
     return lines
 
 
-def resume_command(folder: Path) -> str:
-    return (
-        f"accelerate launch run_clm_slimpajama.py --config {folder / 'run_config.yaml'} --resume_from_checkpoint true"
-    )
+def resume_command(folder: Path, record: dict[str, Any]) -> str:
+    """What goes on with a run, with the threads of its `run.json` (`record`): accelerate gives a CPU one by itself."""
+    threads = record.get("torch_threads")
+    launch = f"accelerate launch --num_cpu_threads_per_process {threads}" if threads else "accelerate launch"
+    return f"{launch} run_clm_slimpajama.py --config {folder / 'run_config.yaml'} --resume_from_checkpoint true"

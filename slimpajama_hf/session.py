@@ -93,6 +93,13 @@ def record_run(
                 f"--model {settings.model.model}: its configuration is not the one that this run was begun with; "
                 "bring that one back, or add --allow_changes model"
             )
+        threads = record.get("torch_threads")
+        now = torch.get_num_threads()
+        if settings.training.device.type == "cpu" and threads not in (None, now):
+            screen.say(
+                f"{now} threads where the run had {threads}: it goes on exactly, but not bit for bit; "
+                f"for that set OMP_NUM_THREADS={threads} (accelerate: --num_cpu_threads_per_process {threads})"
+            )
     else:
         record = run_folder.new_record(corpus.describe())
     # What was done after the checkpoint is done again: so are the starts that lay there.
@@ -183,7 +190,7 @@ class Session:
         for line in self.uploads.finish(done=outcome in ("done", "the corpus ended")):
             screen.say(line)
         if outcome != "done" and trainer.args.save_strategy != "no" and steps:
-            screen.say(f"         go on  {plan.resume_command(self.folder.path)}")
+            screen.say(f"         go on  {plan.resume_command(self.folder.path, self.folder.read_record())}")
         if failure is not None:
             raise failure
         if steps == 0:

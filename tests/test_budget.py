@@ -45,6 +45,10 @@ def test_an_advance_shows_something_early():
     assert spent_by(50_000, 0.4, 50)[0] >= 0.4 / 0.02 / STEP_SECONDS
 
 
+def test_the_shortest_run_has_something_to_show():
+    assert len(spent_by(20, 0.02, 1, least=0.1)) == 5 and not spent_by(20, 0.02, 1)
+
+
 def test_what_the_end_will_take_is_kept_back():
     with_it, without = (len(spent_by(10_000, 0.4, 50, reserved=reserved)) for reserved in (4.0, 0.0))
     assert without - with_it == 10

@@ -110,6 +110,7 @@ def test_it_is_cut_back_like_the_samples(run, tmp_path):
 def test_without_an_interval_it_keeps_to_its_budget(corpus, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(passports, "PASSPORTS_AHEAD_SECONDS", 0.0)
     monkeypatch.setattr(passports, "PROMPTS_AHEAD_SECONDS", 0.0)
+    monkeypatch.setattr(passports, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(budget, "PASSPORTS", 0.0)
     monkeypatch.setattr(budget, "PROMPTS", 0.0)
     trained(corpus, tmp_path / "run", encoder, interval=None, prompt_interval=None)

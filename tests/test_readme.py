@@ -47,7 +47,8 @@ def test_every_target_has_its_line_of_help():
 
 def test_named_flags_and_files_exist():
     flags = {field for group in OURS for field in group.__dataclass_fields__} | set(TRAINING_DEFAULTS)
-    flags |= {"steps", "checkpoint_interval", "config", "help", "prompt", "vocab_size", "output", "quiet"}
+    flags |= {"steps", "checkpoint_interval", "config", "help", "prompt", "vocab_size", "output"}
+    flags |= {"quiet", "num_cpu_threads_per_process"}  # accelerate launch's own
     for flag in re.findall(r"(?<![-\w])--([a-z][a-z0-9_-]*)", re.sub(r"```.*?```", "", README, flags=re.S)):
         assert flag.replace("-", "_") in flags, flag
     for path in re.findall(r"`((?:slimpajama_hf|configs|docs)/[\w./-]+)`|\]\((docs/[\w./-]+)\)", README):

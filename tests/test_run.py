@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slimpajama_hf import checkpoints, corpora, ledger
+from slimpajama_hf import checkpoints, corpora, ledger, plan
 from slimpajama_hf.corpora import Cursor
 from tests.conftest import NANO, ROOT, environment, make_records, read_ledger, run_command, run_script, write_records
 
@@ -358,3 +358,16 @@ def test_accelerate_launch_runs_the_script(shards, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(read_ledger(run)) == 4
+
+
+def test_another_number_of_threads_is_said_and_the_command_that_goes_on_names_the_runs_own(shards, tmp_path):
+    run = tmp_path / "run"
+    flags = [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--save_steps", "3", "--output_dir", str(run)]
+    assert run_script(*flags, "--max_steps", "3", OMP_NUM_THREADS="1").returncode == 0
+    record = json.loads((run / "run.json").read_text())
+    assert plan.resume_command(run, record).startswith("accelerate launch --num_cpu_threads_per_process 1 run_clm")
+    same = run_script(*flags, "--max_steps", "6", "--resume_from_checkpoint", "true", OMP_NUM_THREADS="1")
+    assert same.returncode == 0 and "threads where the run had" not in same.stderr
+    other = run_script(*flags, "--max_steps", "9", "--resume_from_checkpoint", "true", OMP_NUM_THREADS="2")
+    assert other.returncode == 0 and "2 threads where the run had 1" in other.stderr
+    assert "set OMP_NUM_THREADS=1 (accelerate: --num_cpu_threads_per_process 1)" in other.stderr

@@ -100,7 +100,7 @@ def gather(folder: RunFolder, rows: Rows, most_passports: int = documents.MOST_P
         "evaluations": _evaluations(folder, len(rows)),
         "config": _config(folder),
         "about": _about(record),
-        "resume": _without_home(plan.resume_command(folder.path)),
+        "resume": _without_home(plan.resume_command(folder.path, record)),
         "notes": notes,
     }
     return strict(meta), arrays
