@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
@@ -42,7 +43,10 @@ class _Screen:
             if self._takes_it():
                 sys.stderr.write(text)
                 sys.stderr.flush()
-        except (OSError, ValueError):
+        except OSError:
+            self._give_up()
+        except ValueError:
+            # Closed from within.
             pass
         return len(text)
 
@@ -59,6 +63,19 @@ class _Screen:
     @property
     def encoding(self) -> str:
         return getattr(sys.stderr, "encoding", None) or "utf-8"
+
+    @staticmethod
+    def _give_up() -> None:
+        """Nobody is at the other end any more: what is written from now on goes nowhere.
+
+        What could not be written stays in Python's buffer, and a flush that fails as Python ends makes the exit
+        code 120 whatever it was to be (`Py_FinalizeEx`).
+        """
+        with contextlib.suppress(OSError, ValueError):
+            descriptor = sys.stderr.fileno()
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
     @staticmethod
     def _takes_it() -> bool:

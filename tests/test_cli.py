@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -190,3 +191,17 @@ def test_a_resume_that_changes_the_half_life_is_refused(tmp_path):
     changed = cli.parse(["--config", write(tmp_path / "own.yaml", own.to_yaml()), "--beta2_half_life_tokens", "5120"])
     with pytest.raises(UserError, match=r"--adam_beta2 .* \(begun with "):
         resume.refuse_changes(changed, own)
+
+
+def test_a_pipe_that_nobody_reads_leaves_the_exit_code_alone():
+    """What a dead pipe refused stays in Python's buffer, and would fail again as Python ends: exit code 120."""
+    reader, writer = os.pipe()
+    program = "import sys; from slimpajama_hf.screen import say; sys.stdin.read(1); say('gone'); say('on'); sys.exit(3)"
+    buffered = {name: value for name, value in environment().items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env=buffered, cwd=ROOT, stdin=subprocess.PIPE, stderr=writer
+    )
+    os.close(writer)
+    os.close(reader)
+    process.communicate(b".", timeout=60)
+    assert process.returncode == 3

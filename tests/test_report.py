@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -424,7 +425,11 @@ def test_watch_takes_in_new_rows_and_keeps_the_place(run, tab, tmp_path):
     whole = (folder / "ledger.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "ledger.jsonl").write_bytes(b"".join(whole[:80]))
     command = [sys.executable, "-m", "slimpajama_hf", "report", str(folder), "--watch"]
-    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    # A shell starts what it puts in the background with Ctrl-C ignored, tests and all.
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
+        command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    )
     try:
         assert process.stderr is not None
         said = process.stderr.readline()
