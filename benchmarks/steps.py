@@ -169,6 +169,7 @@ def litgpt(options: argparse.Namespace) -> list[float]:
 def stock_trainer(options: argparse.Namespace, plain_callbacks: bool) -> list[float]:
     """transformers.Trainer as its documentation shows it, with or without the plainest callbacks for our outputs."""
     import datasets
+    import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     from slimpajama_hf import session
@@ -215,7 +216,7 @@ def stock_trainer(options: argparse.Namespace, plain_callbacks: bool) -> list[fl
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=1, max_steps=options.steps, learning_rate=1e-6,
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-        bf16=options.precision == "bfloat16",
+        bf16=options.precision == "bfloat16", use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     trainer = Trainer(
         model=network,
