@@ -48,17 +48,28 @@ class Sample:
     """Shards set aside since the sample before: {"shard", "row", "reason"}."""
     documents: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """In `pack`, what the block is made of: {"shard", "row", "text_sha1", "first_token", "tokens"}, EOS counted."""
+    together: list[Sample] = dataclasses.field(default_factory=list)
+    """Where a step has several samples, of several processes or accumulated: all of them, this one among them."""
+    weight: float = 1.0
+    """What its mean loss is multiplied by, so that the mean over the step's samples is that over its tokens; 0 for one
+    that only fills a place at the end of the stream (it is another's, and counts there)."""
+
+    @property
+    def predicted(self) -> int:
+        """Tokens that are predicted: all but the first."""
+        return len(self.input_ids) - 1
 
 
 class SampleStream:
     """The training samples of a corpus from a cursor on. Iterating opens the stream anew at `start`.
 
     Yields `Sample`s of 2 to `max_length` tokens, made ready up to `read_ahead` at a time in a thread of its own (0:
-    when asked for). Of `world_size` processes each opens the same stream, in the one order that a single process reads,
-    and takes of every `world_size` samples in a row the one at its `rank`. Its `after` is then that of the last of
-    them, equal on every rank, so that any number of processes goes on exactly from it. Raises UserError after 1,000
-    unusable records in a row, at a shard that is broken (unless `skip_broken_shards`) and when the Hub failed for
-    `patience_seconds`; patience.StopRequested when `stop()` is true while it waits.
+    when asked for). A step has `world_size * accumulated` samples: each process opens the same stream, in the one order
+    that a single process reads, and takes of every `world_size` samples in a row the one at its `rank`. `after` is then
+    that of the last sample of the step, equal on every rank, so that any number of processes goes on exactly from it;
+    so is what was passed over. At the end of the stream places may stay empty: `Sample.weight`. Raises UserError after
+    1,000 unusable records in a row, at a shard that is broken (unless `skip_broken_shards`) and when the Hub failed
+    for `patience_seconds`; patience.StopRequested when `stop()` is true while it waits.
     """
 
     def __init__(
@@ -77,10 +88,11 @@ class SampleStream:
         patience_seconds: float = patience.SECONDS,
         read_ahead: int = 8,
         leave_out: Iterable[str] = (),
+        accumulated: int = 1,
     ) -> None:
         self.corpus, self.encoder, self.mode, self.max_length = corpus, encoder, mode, max_length
         self.passes = Passes(corpus, epochs, shuffle_buffer, seed, skip_broken_shards)
-        self.world_size, self.rank = world_size, rank
+        self.world_size, self.rank, self.accumulated = world_size, rank, accumulated
         self.patience_seconds, self.read_ahead = patience_seconds, read_ahead
         self.leave_out = frozenset(leave_out)
         """`shard#row`: documents that are never trained; `shard#row.part`: that sample of one alone."""
@@ -91,9 +103,6 @@ class SampleStream:
         """Told of shards that are set aside, from the thread that reads."""
         self.gaps_at_end: list[dict[str, Any]] = []
         """Shards set aside after the last sample of the stream: no sample carries them."""
-        self.untaken_at_end = 0
-        """Samples at the end of the stream that were too few to give each process one: none of them is taken, and the
-        last cursor stands before them, so that fewer processes can go on with them."""
 
     def __iter__(self) -> Iterator[Sample]:
         start = self.start
@@ -122,26 +131,33 @@ class SampleStream:
             make = windows if self.mode == "window" else packed
             samples = make((example["record"] for example in records), self.encoder, self.max_length, start)
         whole = self._with_what_was_passed_over(samples)
-        yield from whole if self.world_size == 1 else self._own(whole)
+        yield from whole if self.world_size * self.accumulated == 1 else self._steps(whole)
 
-    def _own(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """Of every `world_size` samples in a row this rank's; what was passed over before any of them rides with it."""
-        skipped: Counter[str] = Counter()
-        gaps: list[dict[str, Any]] = []
-        own: Sample | None = None
-        seen = 0
+    def _steps(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """This rank's samples of each step."""
+        size = self.world_size * self.accumulated
+        step: list[Sample] = []
         for sample in samples:
+            step.append(sample)
+            if len(step) == size:
+                yield from self._own(step)
+                step = []
+        if step:
+            yield from self._own(step)
+
+    def _own(self, step: list[Sample]) -> Iterator[Sample]:
+        size = self.world_size * self.accumulated
+        predicted = sum(sample.predicted for sample in step)
+        skipped: Counter[str] = Counter()
+        for sample in step:
             skipped.update(sample.skipped)
-            gaps += sample.gaps
-            if seen == self.rank:
-                own = sample
-            seen += 1
-            if seen == self.world_size:
-                assert own is not None
-                yield dataclasses.replace(own, after=sample.after, skipped=dict(skipped), gaps=gaps)
-                skipped, gaps, own, seen = Counter(), [], None, 0
-        self.untaken_at_end = seen
-        self.gaps_at_end = gaps + self.gaps_at_end
+        gaps = [gap for sample in step for gap in sample.gaps]
+        for place in range(self.rank, size, self.world_size):
+            sample = step[place] if place < len(step) else step[0]
+            weight = sample.predicted * size / predicted if place < len(step) else 0.0
+            yield dataclasses.replace(
+                sample, after=step[-1].after, skipped=dict(skipped), gaps=gaps, together=step, weight=weight
+            )
 
     def _with_what_was_passed_over(self, samples: Iterable[Sample | Unusable | Gap]) -> Iterator[Sample]:
         """Pass usable samples on; what was passed over before one rides with it."""

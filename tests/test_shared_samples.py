@@ -11,16 +11,21 @@ from slimpajama_hf.samples import Sample, SampleStream
 MODES = ("truncate", "window", "pack")
 
 
-def read(shards, encoder, mode, world_size=1, start=None, groups=None, **more) -> tuple[list[list[Sample]], int]:
-    """(samples of each step in rank order, samples that were too few for a step); each rank reads for itself."""
+def read(shards, encoder, mode, world_size=1, accumulated=1, start=None, groups=None, **more) -> list[list[Sample]]:
+    """The samples of each step, in the order of the stream; each rank reads for itself."""
     corpus = corpora.open_corpus(f"{shards}/*")
     ranks = []
     for rank in range(world_size):
-        stream = SampleStream(corpus, encoder, mode, 64, world_size, rank, read_ahead=0, **more)
+        stream = SampleStream(
+            corpus, encoder, mode, 64, world_size, rank, read_ahead=0, accumulated=accumulated, **more
+        )
         stream.start = start or Cursor()
-        ranks.append((list(stream), stream.untaken_at_end))
-    assert len({(len(samples), untaken) for samples, untaken in ranks}) == 1
-    return [list(step) for step in zip(*(samples for samples, _ in ranks), strict=True)][:groups], ranks[0][1]
+        own = list(stream)
+        ranks.append([own[first : first + accumulated] for first in range(0, len(own), accumulated)])
+    assert len({len(steps) for steps in ranks}) == 1
+    return [
+        [samples[turn] for turn in range(accumulated) for samples in step] for step in zip(*ranks, strict=True)
+    ][:groups]
 
 
 def names(samples) -> list[tuple]:
@@ -28,36 +33,42 @@ def names(samples) -> list[tuple]:
 
 
 def flat(steps) -> list[Sample]:
-    return [sample for step in steps for sample in step]
+    """What is learned: what only fills a place has no weight."""
+    return [sample for step in steps for sample in step if sample.weight]
 
 
 @pytest.mark.parametrize("more", [{}, {"shuffle_buffer": 7, "seed": 3, "epochs": 2}], ids=["in order", "shuffled"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_all_ranks_together_read_what_one_process_reads(shards, encoder, mode, world_size, more):
-    alone, _ = read(shards, encoder, mode, **more)
-    steps, untaken = read(shards, encoder, mode, world_size, **more)
-    together, single = flat(steps), flat(alone)
-    assert untaken == len(single) % world_size
-    assert names(together) == names(single)[: len(together)]
+@pytest.mark.parametrize(("world_size", "accumulated"), [(2, 1), (3, 1), (7, 1), (1, 4), (2, 3)])
+def test_all_ranks_together_read_what_one_process_reads(shards, encoder, mode, world_size, accumulated, more):
+    single = flat(read(shards, encoder, mode, **more))
+    steps = read(shards, encoder, mode, world_size, accumulated, **more)
+    size = world_size * accumulated
+    assert names(flat(steps)) == names(single)
     for number, step in enumerate(steps):
-        assert {sample.after for sample in step} == {single[(number + 1) * world_size - 1].after}
+        here = single[number * size : (number + 1) * size]
+        assert len(step) == size
+        assert {sample.after for sample in step} == {here[-1].after}
+        assert all(names(sample.together) == names(here) for sample in step)
+
+
+@pytest.mark.parametrize(("world_size", "accumulated"), [(2, 1), (3, 2)])
+def test_weights_make_the_mean_over_a_step_that_over_its_tokens(shards, encoder, world_size, accumulated):
+    for step in read(shards, encoder, "truncate", world_size, accumulated):
+        real = [sample for sample in step if sample.weight]
+        predicted = sum(sample.predicted for sample in real)
+        for sample in real:
+            assert sample.weight / len(step) == pytest.approx(sample.predicted / predicted)
 
 
 @pytest.mark.parametrize("more", [{}, {"shuffle_buffer": 7, "seed": 3}], ids=["in order", "shuffled"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("before", "then"), [(3, 2), (2, 3), (2, 1), (1, 4), (2, 2)])
 def test_another_number_of_processes_goes_on_with_the_next_sample(shards, encoder, mode, before, then, more):
-    single = flat(read(shards, encoder, mode, **more)[0])
-    first, _ = read(shards, encoder, mode, before, groups=5, **more)
-    second, untaken = read(shards, encoder, mode, then, start=first[-1][0].after, **more)
-    assert names(flat(first) + flat(second)) == names(single)[: len(single) - untaken]
-
-
-def test_one_process_takes_what_was_too_few_for_seven(shards, encoder):
-    steps, untaken = read(shards, encoder, "truncate", 7)
-    rest, none = read(shards, encoder, "truncate", start=steps[-1][0].after)
-    assert (untaken, len(rest), none) == (90 % 7, 90 % 7, 0)
+    single = flat(read(shards, encoder, mode, **more))
+    first = read(shards, encoder, mode, before, groups=5, **more)
+    second = read(shards, encoder, mode, then, start=first[-1][0].after, **more)
+    assert names(flat(first) + flat(second)) == names(single)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
