@@ -14,40 +14,32 @@ from slimpajama_hf import cli, devices
 
 
 def main(argv: list[str]) -> int:
-    devices.refuse_several_processes()
+    devices.prepare_processes()
     settings = cli.parse(argv)
 
     # Heavy imports come after the flags are known to be right; the heaviest, the Trainer, after the corpus has opened.
-    from slimpajama_hf import corpora, model, resume, run_folder, session
+    from slimpajama_hf import corpora, model, processes, resume, run_folder, session
     from slimpajama_hf.hub import account
     from slimpajama_hf.screen import Waiting
     from slimpajama_hf.tokenizer import Encoder, load_tokenizer
 
     training, data = settings.training, settings.data
     session.quiet_libraries()
-    destination = account.destination(settings)
     devices.choose_gpu(settings.run.gpu)
+    team = processes.join(training)
+    destination = team.first_does(lambda: account.destination(settings))
     devices.keep_freed_memory()
 
     # Where the run lives, and where it goes on if it goes on.
     resuming = resume.is_asked(training.resume_from_checkpoint)
-    folder = run_folder.prepare(settings.output_dir, resume=resuming, overwrite=settings.run.overwrite_output_dir)
-    checkpoint = resume.checkpoint_of(training.resume_from_checkpoint, settings.output_dir)
+    folder = team.first_does(
+        lambda: run_folder.prepare(settings.output_dir, resume=resuming, overwrite=settings.run.overwrite_output_dir)
+    )
+    checkpoint = team.first_does(lambda: resume.checkpoint_of(training.resume_from_checkpoint, settings.output_dir))
 
     # The corpus (a resumed run reads the one that it recorded), the tokenizer, the samples.
     with Waiting("opening the corpus") as waiting:
-        if resuming and folder.record.is_file():
-            corpus = corpora.check_unchanged(corpora.recorded(folder.read_record()["corpus"]), waiting)
-        else:
-            corpus = corpora.open_corpus(
-                data.dataset,
-                text_column=data.text_column,
-                split=data.dataset_split,
-                config_name=data.dataset_config_name,
-                revision=data.dataset_revision,
-                skip_broken_shards=data.skip_broken_shards,
-                waiting=waiting,
-            )
+        corpus = team.first_does(lambda: resume.corpus_of(settings, folder, waiting))
         waiting("loading the tokenizer and building the model")
         tokenizer_name = session.tokenizer_name(settings.model.tokenizer, corpus)
         tokenizer = load_tokenizer(tokenizer_name)
@@ -73,13 +65,18 @@ def main(argv: list[str]) -> int:
         held_out = evaluation.during_training(settings, corpus, encoder, folder)
 
     # All is there: from here on the folder changes.
-    point = resume.go_on(folder, checkpoint) if resuming else resume.begin(folder)
-    record = session.record_run(settings, folder, corpus, tokenizer_name, tokenizer, gpt, precision, point)
+    point = team.first_does(lambda: resume.go_on(folder, checkpoint) if resuming else resume.begin(folder))
+    record = team.first_does(
+        lambda: session.record_run(settings, folder, corpus, tokenizer_name, tokenizer, gpt, precision, point)
+    )
     stream = SampleStream(
         corpus,
         encoder,
         data.sample_mode,
         data.max_seq_length,
+        team.world_size,
+        team.rank,
+        accumulated=training.gradient_accumulation_steps,
         shuffle_buffer=data.shuffle_buffer,
         seed=training.seed,
         epochs=data.epochs,
@@ -89,15 +86,16 @@ def main(argv: list[str]) -> int:
     )
     stream.start = point.cursor
 
-    # What is kept of every step, and what watches.
-    surprisals = Surprisals(folder.surprisals, point.predicted)
-    recorder = StepRecorder(Ledger(folder.ledger, point.chain), config.vocab_size, point.rows, surprisals)
+    # What is kept of every step, and what watches; of several processes the first does.
+    ledger = Ledger(folder.ledger, point.chain) if team.is_first else None
+    surprisals = Surprisals(folder.surprisals, point.predicted) if team.is_first else None
+    recorder = StepRecorder(ledger, config.vocab_size, point.rows, surprisals, team.world_size)
     watchers = Watchers(settings, folder, encoder, record)
-    watchers.listen_to(recorder)
     uploads = Uploads(settings, folder, destination, point.step)
 
     with StopSignals() as signals:
-        stream.stop = lambda: signals.received is not None
+        news = processes.news(team, training, signals)
+        stream.stop = lambda: signals.received is not None and team.world_size == 1
         trainer = SlimPajamaTrainer(
             model=gpt,
             args=training,
@@ -105,9 +103,10 @@ def main(argv: list[str]) -> int:
             stream=stream,
             recorder=recorder,
             about={"run_id": record["run_id"]},
-            callbacks=[*watchers.callbacks, uploads, StopOnSignal(signals)],
+            callbacks=[*([*watchers.callbacks, uploads] if team.is_first else []), StopOnSignal(signals)],
             held_out=held_out,
             backward=settings.model.backward,
+            news=news,
         )
         watchers.look_at(trainer)
         uploads.trainer = trainer

@@ -181,10 +181,9 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         saving = args.save_strategy != "no"
-        if self._signals.save_requested:
-            self._signals.save_requested = False
+        if self._signals.take_save():
             control.should_save = saving
-        if self._signals.received is not None:
+        if self._signals.to_stop():
             control.should_training_stop = True
             control.should_save = saving
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from slimpajama_hf.arguments import (
     RunArguments,
     help_text,
 )
-from slimpajama_hf.errors import UsageError, UserError
+from slimpajama_hf.errors import SaidByTheFirst, UsageError, UserError
 
 if TYPE_CHECKING:
     from slimpajama_hf.training_arguments import SlimPajamaTrainingArguments
@@ -287,8 +288,19 @@ def run(main: Any, if_stopped: str = "stopped before the first step; nothing to 
             return 0
         return int(main(argv) or 0)
     except UserError as error:
-        screen.say(f"error: {error}")
+        _say_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         screen.say(if_stopped)
         return 130
+
+
+def _say_error(error: UserError) -> None:
+    """Once, also where several processes were started: each has the same flags, and the first speaks for what it did
+    for all. What one of them alone met, that one says."""
+    rank = os.environ.get("RANK", "0") if devices.is_distributed() else "0"
+    screen.SCREEN.muted = False
+    if rank == "0":
+        screen.say(f"error: {error}")
+    elif not isinstance(error, UsageError | SaidByTheFirst):
+        screen.say(f"error: process {rank}: {error}")

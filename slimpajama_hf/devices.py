@@ -14,17 +14,17 @@ def is_distributed() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def refuse_several_processes() -> None:
-    """Raises UserError where a launcher started several processes, before any of them touches the run's folder.
+def prepare_processes() -> None:
+    """Have accelerate join the processes of a launcher over CPUs where there is no GPU; before anything asks it.
 
-    Reading knows how to share the documents out (`samples.SampleStream`); the ledger, the checkpoints and the signals
-    do not know of each other's processes yet.
+    It takes them for one each otherwise (accelerate state.py, `_prepare_backend`: a CPU only where it was asked for).
     """
-    if is_distributed():
-        raise UserError(
-            f"{os.environ['WORLD_SIZE']} processes were launched: a run has one process so far; "
-            "launch it with --num_processes 1 --num_machines 1 (accelerate) or --nproc-per-node 1 --nnodes 1 (torchrun)"
-        )
+    if not is_distributed():
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
 def choose_gpu(gpu: int | None) -> None:

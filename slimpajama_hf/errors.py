@@ -16,3 +16,7 @@ class UsageError(UserError):
     """A flag or a configuration key that cannot be understood."""
 
     exit_code = 2
+
+
+class SaidByTheFirst(UserError):
+    """An error of the first of several processes, which says it: the others end with it and say nothing."""

@@ -36,7 +36,7 @@ class Row:
     accuracy: float
     """Fraction of next tokens right, teacher-forced."""
     tokens: int
-    """Tokens of the sample (`tokens - 1` of them are predicted)."""
+    """Tokens of the sample; all but the first of each sample are predicted."""
     text_bytes: int
     """UTF-8 bytes of the document that those tokens cover."""
     throughput: float
@@ -60,7 +60,7 @@ class Row:
     tokens_cut_exact: bool
     """Whether the document was tokenized to its end (a long one is not: cost is bounded by what is kept)."""
     code_bits: float
-    """Code length of the sample in bits: `(loss * (tokens - 1) + ln V) / ln 2`, the first token at its uniform cost."""
+    """Code length in bits: `(loss * predicted + samples * ln V) / ln 2`, the first token of each at its uniform cost."""
     step_seconds: float
     """Training time of the step in seconds, charts, samples, evaluation and saving left out."""
     update_skipped: str = ""
@@ -75,6 +75,21 @@ class Row:
     """Shards set aside since the sample before: shard, row from which it is missing, reason."""
     documents: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """In `pack`, all documents of the block in order: shard, row, text_sha1, first_token, tokens (its EOS counted)."""
+    samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Where a step has several samples (of several processes, or accumulated), all of them in the order of the stream:
+    rank, shard, row, text_sha1, domain, part, tokens, text_bytes, tokens_cut, loss, accuracy, documents. Then `loss`
+    and `accuracy` of the row are means over all predicted tokens, `tokens`, `text_bytes`, `tokens_cut` and `code_bits`
+    sums, and the document that the row names is the first's."""
+
+
+def samples_of(row: dict[str, Any]) -> int:
+    """Samples of a step: one, if it does not say otherwise."""
+    return max(len(row.get("samples", ())), 1)
+
+
+def predicted(row: dict[str, Any]) -> int:
+    """Tokens that a step predicted: of each sample all but the first."""
+    return max(row["tokens"] - samples_of(row), 0)
 
 
 def _finite(value: Any) -> Any:
@@ -83,8 +98,11 @@ def _finite(value: Any) -> Any:
 
 def encode(row: dict[str, Any]) -> str:
     """A row as one line of strict JSON, without its newline."""
+    finite = {k: _finite(v) for k, v in row.items()}
+    if row.get("samples"):
+        finite["samples"] = [{k: _finite(v) for k, v in sample.items()} for sample in row["samples"]]
     return json.dumps(
-        {k: _finite(v) for k, v in row.items()}, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+        finite, ensure_ascii=False, separators=(",", ":"), allow_nan=False
     )
 
 
@@ -144,7 +162,7 @@ def cut_back(path: Path, step: int) -> Kept:
 
     Raises ValueError when the ledger ends before `step`: then it does not belong to the checkpoint.
     """
-    chain, kept, expected, predicted = CHAIN_START, 0, 0, 0
+    chain, kept, expected, trained = CHAIN_START, 0, 0, 0
     if path.exists():
         with open(path, "rb") as file:
             for line in file:
@@ -154,14 +172,14 @@ def cut_back(path: Path, step: int) -> Kept:
                 if row["step"] != expected:
                     raise ValueError(f"{path} has step {row['step']} where step {expected} was expected")
                 chain, expected = row["chain"], expected + 1
-                predicted += row["tokens"] - 1
+                trained += predicted(row)
                 kept += len(line)
         with open(path, "r+b") as file:
             file.truncate(kept)
             os.fsync(file.fileno())
     if expected < step:
         raise ValueError(f"{path} holds {expected} steps, the checkpoint was taken after {step}")
-    return Kept(chain, predicted)
+    return Kept(chain, trained)
 
 
 def last_rows(path: Path, count: int) -> list[dict[str, Any]]:
@@ -192,15 +210,19 @@ NUMBERS = {
 }
 
 
+#: What is counted for each row.
+COUNTED = {"domain": np.int16, "samples": np.int32, "predicted": np.int64}
+
+
 class Columns:
     """The ledger as arrays that grow: each attribute of `NUMBERS` is an array of shape (steps,).
 
-    `domain` (steps,) holds indices into `domains`. NaN stands for what was not finite.
+    `predicted` (steps,) counts the tokens that each step predicted, `samples` (steps,) its samples. `domain` (steps,) holds indices into `domains`. NaN stands for what was not finite.
     """
 
     def __init__(self) -> None:
         self._size = 0
-        self._store = {name: np.empty(1024, dtype) for name, dtype in (NUMBERS | {"domain": np.int16}).items()}
+        self._store = {name: np.empty(1024, dtype) for name, dtype in (NUMBERS | COUNTED).items()}
         self.domains: list[str] = []
         self._domain_index: dict[str, int] = {}
 
@@ -226,6 +248,8 @@ class Columns:
             value = row[name]
             self._store[name][self._size] = math.nan if value is None else value
         self._store["domain"][self._size] = self._domain_index[domain]
+        self._store["samples"][self._size] = samples_of(row)
+        self._store["predicted"][self._size] = predicted(row)
         self._size += 1
 
     def first(self, steps: int) -> Columns:

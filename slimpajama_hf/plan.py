@@ -38,13 +38,25 @@ def show(
         "tokenizer": f"{tokenizer_name}, {model.config.vocab_size:,} tokens",
         "model": f"{settings.model.model}, {need.parameters / 1e6:.1f}M parameters",
         "device": f"{trainer.args.device}, {precision}, about {format_bytes(need.total_bytes)} of memory",
-        "steps": f"{training.max_steps:,}, one document each; learning rate {training.learning_rate:g} after "
+        "steps": f"{training.max_steps:,}, {_documents(trainer)}; learning rate {training.learning_rate:g} after "
         f"{training.get_warmup_steps(training.max_steps):,} steps of warm-up",
         "backward": f"autograd's ({why})" if (why := trainer.why_autograd()) else "written out for GPT-2",
         "folder": str(folder.path),
     }
     for name, value in rows.items():
         screen.say(f"{name:>10}  {value}")
+
+
+def _documents(trainer: SlimPajamaTrainer) -> str:
+    """What a step is made of, in words."""
+    processes, accumulated = trainer.args.world_size, trainer.args.gradient_accumulation_steps
+    words = "one document each" if processes == 1 else f"{processes} documents each, one of every process"
+    if accumulated > 1:
+        words = (
+            f"{processes * accumulated} documents each, {accumulated} of every process accumulated "
+            "(small batches learn as much and need no accumulation: arXiv 2507.07101)"
+        )
+    return words
 
 
 def mean_of_last(values: Any, window: int = 50) -> float:
@@ -88,4 +100,7 @@ def resume_command(folder: Path, record: dict[str, Any]) -> str:
     """What goes on with a run, with the threads of its `run.json` (`record`): accelerate gives a CPU one by itself."""
     threads = record.get("torch_threads")
     launch = f"accelerate launch --num_cpu_threads_per_process {threads}" if threads else "accelerate launch"
+    processes = record.get("processes", 1)
+    if processes > 1:
+        launch += f" --multi_gpu --num_processes {processes}"
     return f"{launch} run_clm_slimpajama.py --config {folder / 'run_config.yaml'} --resume_from_checkpoint true"

@@ -8,7 +8,7 @@ import time
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from slimpajama_hf import screen
 from slimpajama_hf.ledger import Ledger, Row
 from slimpajama_hf.samples import Sample
 from slimpajama_hf.surprisals import Surprisals
+
+if TYPE_CHECKING:
+    from slimpajama_hf.processes import Told
 
 #: Steps that the ledger may lag behind a device before it waits for it.
 MOST_BEHIND = 16
@@ -127,7 +130,7 @@ class StepRecorder:
 
     `tokens - 1` tokens of a sample are predicted; the first is coded at its uniform cost, ln(vocabulary) nats. Rows
     that the disk does not take are kept and tried again at every later step. `remembered`: rows before a resume.
-    `surprisals`: where the loss of every token goes, if it is kept.
+    `surprisals`: where the loss of every token goes, if it is kept. Of several processes the first has the ledger.
     """
 
     def __init__(
@@ -136,8 +139,10 @@ class StepRecorder:
         vocab_size: int,
         remembered: Sequence[dict[str, Any]] = (),
         surprisals: Surprisals | None = None,
+        world_size: int = 1,
     ) -> None:
         self._ledger = ledger
+        self._world_size = world_size
         self._surprisals = surprisals
         self._uniform_nats = math.log(vocab_size)
         self._waiting: deque[tuple[int, Sample, _Reading, float, float, str]] = deque()
@@ -182,44 +187,93 @@ class StepRecorder:
         while self._waiting:
             self._write(*self._waiting.popleft())
 
+    def add_shared(self, told: Told) -> None:
+        """One finished step of several samples (`processes.News`)."""
+        self._record(
+            told.step, told.sample, told.losses, told.correct, told.nats, told.grad_norm, told.not_finite,
+            told.learning_rate, told.seconds, "",
+        )  # fmt: skip
+
     def _write(
         self, step: int, sample: Sample, reading: _Reading, learning_rate: float, seconds: float, update_skipped: str
     ) -> None:
         (loss, correct, grad_norm, not_finite), nats = reading.numbers()
-        tokens = len(sample.input_ids)
+        self._record(
+            step, sample, [loss], [correct], [nats], grad_norm, not_finite, learning_rate, seconds, update_skipped
+        )
+
+    def _record(
+        self,
+        step: int,
+        sample: Sample,
+        losses: list[float],
+        correct: list[float],
+        nats: list[np.ndarray],
+        grad_norm: float,
+        not_finite: float,
+        learning_rate: float,
+        seconds: float,
+        update_skipped: str,
+    ) -> None:
+        together = sample.together or [sample]
+        predicted = [each.predicted for each in together]
+        loss = losses[0]
+        if len(together) > 1:
+            loss = sum(each * count for each, count in zip(losses, predicted, strict=True)) / sum(predicted)
         loss = shortest(loss)
+        tokens = sum(predicted) + len(together)
+        first = together[0]
         row = Row(
             step=step,
             loss=loss,
-            accuracy=correct / (tokens - 1),
+            accuracy=sum(correct) / sum(predicted),
             tokens=tokens,
-            text_bytes=sample.text_bytes,
+            text_bytes=sum(each.text_bytes for each in together),
             throughput=round(tokens / seconds, 2),
             learning_rate=learning_rate,
             grad_norm=shortest(grad_norm),
-            mirror=sample.document.mirror,
-            shard=sample.document.shard,
-            row=sample.document.row,
-            text_sha1=sample.document.sha1,
-            domain=sample.document.domain,
-            tokens_cut=sample.tokens_cut,
-            tokens_cut_exact=sample.tokens_cut_exact,
-            code_bits=(loss * (tokens - 1) + self._uniform_nats) / math.log(2),
+            mirror=first.document.mirror,
+            shard=first.document.shard,
+            row=first.document.row,
+            text_sha1=first.document.sha1,
+            domain=first.document.domain,
+            tokens_cut=sum(each.tokens_cut for each in together),
+            tokens_cut_exact=all(each.tokens_cut_exact for each in together),
+            code_bits=(loss * sum(predicted) + len(together) * self._uniform_nats) / math.log(2),
             step_seconds=round(seconds, 6),
             update_skipped=update_skipped or ("not finite" if not_finite else ""),
             spike=self._spikes.score(loss) if math.isfinite(loss) else None,
-            part=sample.part,
+            part=first.part,
             skipped=sample.skipped,
             gaps=sample.gaps,
-            documents=sample.documents,
+            documents=first.documents,
+            samples=self._samples(together, losses, correct) if sample.together else [],
         )
-        # Only rank 0 keeps a ledger.
         if self._ledger is not None:
-            self._unwritten.append((row, nats))
+            self._unwritten.append((row, nats[0] if len(nats) == 1 else np.concatenate(nats)))
             record = self._drain() or dict(vars(row))
             self._watch(record)
             for listener in self.listeners:
                 listener(record)
+
+    def _samples(self, together: list[Sample], losses: list[float], correct: list[float]) -> list[dict[str, Any]]:
+        return [
+            {
+                "rank": place % self._world_size,
+                "shard": each.document.shard,
+                "row": each.document.row,
+                "text_sha1": each.document.sha1,
+                "domain": each.document.domain,
+                "part": each.part,
+                "tokens": len(each.input_ids),
+                "text_bytes": each.text_bytes,
+                "tokens_cut": each.tokens_cut,
+                "loss": shortest(losses[place]),
+                "accuracy": correct[place] / each.predicted,
+                "documents": each.documents,
+            }
+            for place, each in enumerate(together)
+        ]
 
     def _watch(self, row: dict[str, Any]) -> None:
         if row["update_skipped"] == "not finite":

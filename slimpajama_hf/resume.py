@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimpajama_hf import checkpoints, files, ledger, screen, surprisals
-from slimpajama_hf.corpora import Cursor
+from slimpajama_hf import checkpoints, corpora, files, ledger, screen, surprisals
+from slimpajama_hf.corpora import Corpus, Cursor
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.run_folder import RunFolder, delete_run
 
@@ -26,7 +27,7 @@ WHAT_MATTERS = (
     "dataset", "dataset_config_name", "dataset_revision", "dataset_split", "text_column", "sample_mode",
     "max_seq_length", "shuffle_buffer", "leave_out", "model", "config_overrides", "tokenizer", "precision",
     "learning_rate", "warmup_steps", "seed", "backward", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "max_grad_norm", "optim",
+    "max_grad_norm", "optim", "gradient_accumulation_steps",
 )  # fmt: skip
 
 
@@ -113,6 +114,22 @@ def cut_back_lines(path: Path, keep: Any) -> None:
         with open(path, encoding="utf-8") as file:
             kept = [line for line in file if line.endswith("\n") and keep(json.loads(line))]
         files.write_whole(path, "".join(kept))
+
+
+def corpus_of(settings: Settings, folder: RunFolder, waiting: Callable[[str], None]) -> Corpus:
+    """The corpus of a run that starts, or the one that a run which goes on has recorded, if it is still that."""
+    data = settings.data
+    if is_asked(settings.training.resume_from_checkpoint) and folder.record.is_file():
+        return corpora.check_unchanged(corpora.recorded(folder.read_record()["corpus"]), waiting)
+    return corpora.open_corpus(
+        data.dataset,
+        text_column=data.text_column,
+        split=data.dataset_split,
+        config_name=data.dataset_config_name,
+        revision=data.dataset_revision,
+        skip_broken_shards=data.skip_broken_shards,
+        waiting=waiting,
+    )
 
 
 def begin(folder: RunFolder) -> ResumePoint:

@@ -37,10 +37,13 @@ class _Screen:
     """stderr that neither stops nor delays a run: what a full or closed pipe, or a terminal that is gone, would not
     take is dropped; Hub tokens are blanked out."""
 
+    muted = False
+    """Nothing is shown: of several processes one speaks."""
+
     def write(self, text: str) -> int:
         text = redacted(text)
         try:
-            if self._takes_it():
+            if not self.muted and self._takes_it():
                 sys.stderr.write(text)
                 sys.stderr.flush()
         except OSError:

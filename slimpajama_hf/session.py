@@ -16,6 +16,7 @@ from slimpajama_hf import devices, files, plan, run_folder, screen
 from slimpajama_hf.corpora import Corpus
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.patience import StopRequested
+from slimpajama_hf.processes import OthersLost, is_about_others, lost
 from slimpajama_hf.resume import is_asked
 from slimpajama_hf.run_folder import RunFolder
 
@@ -100,6 +101,12 @@ def record_run(
                 f"{now} threads where the run had {threads}: it goes on exactly, but not bit for bit; "
                 f"for that set OMP_NUM_THREADS={threads} (accelerate: --num_cpu_threads_per_process {threads})"
             )
+        processes = record.get("processes", 1)
+        if processes != settings.training.world_size:
+            screen.say(
+                f"{settings.training.world_size} processes where the run had {processes}: it goes on with the next "
+                "document, and takes so many at a step from here on; none is lost and none comes twice"
+            )
     else:
         record = run_folder.new_record(corpus.describe())
     # What was done after the checkpoint is done again: so are the starts that lay there.
@@ -113,6 +120,7 @@ def record_run(
         "model": described,
         # Sums come out in another order with another number of threads: bit for bit needs the same.
         "torch_threads": torch.get_num_threads(),
+        "processes": settings.training.world_size,
     }
     files.write_json(folder.record, record, indent=1)
     files.write_whole(folder.config, settings.to_yaml())
@@ -136,6 +144,9 @@ class Session:
     def run(self) -> int:
         """Train to the end, to a signal or to an error; leave checkpoint, views and summary; return the exit code."""
         trainer, point = self.trainer, self.point
+        if not trainer.team.is_first:
+            return self._follow()
+        self.watchers.listen_to(trainer.recorder)
         if trainer.args.save_strategy != "no":
             # Weights and the two moments of AdamW, float32.
             run_folder.refuse_full_disk(self.folder, 12 * self.folder.read_record()["model"]["parameters"])
@@ -147,6 +158,14 @@ class Session:
             screen.say(f"nothing left to do: the run has its {point.step:,} steps; raise --max_steps to go on")
             trainer.state.global_step = point.step
             return self._finish(None)
+        failure = self._train()
+        trainer.recorder.flush()
+        self.watchers.progress.close()
+        return self._finish(failure)
+
+    def _train(self) -> Exception | None:
+        """Train, and save where it ended; what went wrong, if anything did."""
+        trainer, point = self.trainer, self.point
         failure: Exception | None = None
         try:
             trainer.train(resume_from_checkpoint=str(point.checkpoint) if point.checkpoint else None)
@@ -155,14 +174,24 @@ class Session:
             pass
         except Exception as error:
             failure = error
+        if failure is not None and trainer.team.world_size > 1:
+            # Where the others are is not known: the last checkpoint is the state that all of them have.
+            return OthersLost(lost(failure)) if is_about_others(failure) else failure
         trainer.recorder.flush()
-        self.watchers.progress.close()
-        if trainer.failure is not None:
-            failure = failure or trainer.failure
-        elif failure is None or isinstance(failure, UserError):
+        if trainer.team.most([float(trainer.failure is not None)])[0]:
+            return failure or trainer.failure
+        if failure is None or isinstance(failure, UserError):
             # A stream that broke did so between two steps: what was learned is whole, and is kept.
             trainer.save_now()
-        return self._finish(failure)
+        return failure
+
+    def _follow(self) -> int:
+        """What all processes but the first do: the same training, without a word."""
+        if self.point.step < self.settings.training.max_steps:
+            failure = self._train()
+            if failure is not None:
+                raise failure
+        return self.signals.exit_code
 
     def _finish(self, failure: Exception | None) -> int:
         """Final views and summary; the exit code, or the failure again."""

@@ -21,6 +21,10 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self.save_requested = False
         """Set by SIGUSR1: save a checkpoint after this step and go on."""
+        self.shared = False
+        """Whether other processes have to stop and to save at the same step: then only what was agreed on counts."""
+        self.agreed: signal.Signals | None = None
+        self.save_agreed = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -48,6 +52,18 @@ class StopSignals:
 
     def _note_save(self, number: int, frame: FrameType | None) -> None:
         self.save_requested = True
+
+    def to_stop(self) -> bool:
+        """Whether the run ends after this step."""
+        return (self.agreed if self.shared else self.received) is not None
+
+    def take_save(self) -> bool:
+        """Whether a checkpoint is to be saved after this step; asked once."""
+        if self.shared:
+            asked, self.save_agreed = self.save_agreed, False
+        else:
+            asked, self.save_requested = self.save_requested, False
+        return asked
 
     @property
     def exit_code(self) -> int:

@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from slimpajama_hf import checkpoints
-from slimpajama_hf.errors import UserError
+from slimpajama_hf.errors import SaidByTheFirst, UserError
 from slimpajama_hf.evaluation import HeldOutScores
 from slimpajama_hf.gpt2_step import GPT2Step, unsupported
+from slimpajama_hf.processes import News, OthersLost, Processes, Step, Told, is_about_others
 from slimpajama_hf.recorder import StepRecorder, TrainingClock
 from slimpajama_hf.samples import Sample, SampleStream
 
@@ -65,9 +66,11 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
 class _AfterEachStep(TrainerCallback):
     """Hands the finished step to the recorder before any other callback sees it."""
 
-    def __init__(self, clock: TrainingClock, begin: Callable[[], None], record: Callable[[], bool]) -> None:
+    def __init__(
+        self, clock: TrainingClock, begin: Callable[[], None], record: Callable[[], bool], end: Callable[[], None]
+    ) -> None:
         self._clock = clock
-        self._begin, self._record = begin, record
+        self._begin, self._record, self._end = begin, record, end
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begin()
@@ -78,6 +81,9 @@ class _AfterEachStep(TrainerCallback):
         state.epoch = state.global_step / state.max_steps
         if not self._record():
             control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._end()
 
 
 class SlimPajamaTrainer(Trainer):
@@ -100,9 +106,13 @@ class SlimPajamaTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         held_out: HeldOutScores | None = None,
         backward: str = "auto",
+        news: News | None = None,
         **trainer_arguments: Any,
     ) -> None:
         self.stream = stream
+        self.team = news.team if news is not None else Processes()
+        self.news = news
+        """Where a step has several samples, how their losses come together (`processes.py`)."""
         self.recorder = recorder
         self.clock = TrainingClock()
         self.about = about
@@ -118,6 +128,8 @@ class SlimPajamaTrainer(Trainer):
         self._held_out = held_out
         self._correct = self._loss = self._grad_norm = self._not_finite = torch.tensor(0.0)
         self._nats = torch.zeros(0)
+        self._own: list[torch.Tensor] = []
+        """Of each sample of the step that this process had, where it had several: loss, tokens right, surprisals."""
         self._backward = backward
         self._written_out: GPT2Step | None = None
         self._out_of_memory = 0
@@ -131,7 +143,10 @@ class SlimPajamaTrainer(Trainer):
             train_dataset=_Samples(stream),
             eval_dataset=held_out.samples if held_out is not None else None,
             data_collator=collate,
-            callbacks=[_AfterEachStep(self.clock, self._begin_training, self._record_step), *(callbacks or [])],
+            callbacks=[
+                _AfterEachStep(self.clock, self._begin_training, self._record_step, self.tell_now),
+                *(callbacks or []),
+            ],
             **trainer_arguments,
         )
         # The bar and the lines are ours; the dictionary that this one prints is noise.
@@ -150,7 +165,7 @@ class SlimPajamaTrainer(Trainer):
         return DataLoader(_Samples(self.stream), batch_size=1, collate_fn=collate, generator=torch.Generator())
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
-        """The next samples. The loss is a mean, so nothing is counted; at the end of the stream training stops."""
+        """The next samples. Each knows its weight, so nothing is counted; at the end of the stream training stops."""
         batches = []
         for _ in range(num_batches):
             try:
@@ -180,7 +195,7 @@ class SlimPajamaTrainer(Trainer):
             return "--backward autograd"
         args = self.args
         if args.world_size > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return "several processes"
+            return "several processes, whose gradients meet while autograd still works on the others"
         if args.gradient_accumulation_steps > 1 or args.gradient_checkpointing or args.torch_compile:
             return "gradient accumulation, checkpointing or torch.compile"
         if args.fp16 or self.label_smoother is not None:
@@ -207,9 +222,12 @@ class SlimPajamaTrainer(Trainer):
                 result = self._written_out(self._prepare_inputs(inputs)["input_ids"][0])
                 self._loss, self._correct, self._nats = result.loss, result.correct, result.nats
             else:
-                self._loss = super().training_step(model, inputs, num_items_in_batch)
+                super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
             self._loss = self._without_memory(error)
+        if self.sample.together and self.sample.weight:
+            numbers = torch.stack([self._loss.detach().float(), self._correct.float()])
+            self._own.append(torch.cat([numbers, self._nats[: self.sample.predicted]]))  # (2 + T-1,)
         return self._loss
 
     def _without_memory(self, error: torch.OutOfMemoryError) -> torch.Tensor:
@@ -221,7 +239,7 @@ class SlimPajamaTrainer(Trainer):
             torch.cuda.empty_cache()
         assert self.sample is not None
         document = self.sample.document
-        if self._out_of_memory > 1:
+        if self._out_of_memory > 1 or self.news is not None:
             raise UserError(
                 f"out of memory at step {self.state.global_step} ({document.shard} row {document.row}), again; "
                 "close what else uses the device, or start a run with a smaller --max_seq_length or --model"
@@ -238,14 +256,17 @@ class SlimPajamaTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean cross-entropy of the predicted tokens; keeps that of each, and counts the right ones, on the way."""
+        """Mean cross-entropy of the predicted tokens, times the sample's weight in its step; keeps the mean itself, that
+        of each token and how many were right on the way."""
         outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         logits, targets = outputs.logits[0, :-1].float(), inputs["labels"][0, 1:]  # (T-1, V), (T-1,)
         nats = F.cross_entropy(logits, targets, reduction="none")  # (T-1,)
         loss = nats.mean()
         with torch.no_grad():
-            self._nats = nats.detach()
+            self._loss, self._nats = loss.detach(), nats.detach()
             self._correct = (logits.argmax(dim=-1) == targets).sum()
+        if self.sample is not None and self.sample.weight != 1.0:
+            loss = loss * self.sample.weight
         return (loss, outputs) if return_outputs else loss
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
@@ -284,8 +305,8 @@ class SlimPajamaTrainer(Trainer):
         """
         self._grad_norm = self._grad_norm.detach().to(self._loss.device)
         finite = torch.isfinite(self._grad_norm)
-        if self.args.world_size == 1:
-            # With several processes the loss is each rank's own, and all ranks must decide alike.
+        if self.news is None:
+            # The loss of one sample among several is that process' own; all must decide alike.
             finite = finite & torch.isfinite(self._loss)
         self._not_finite = 1.0 - finite.float()
         optimizer = self._plain_optimizer()
@@ -313,12 +334,35 @@ class SlimPajamaTrainer(Trainer):
         # The scheduler has moved on already: this is the rate that the step used.
         warmup = self.args.get_warmup_steps(self.state.max_steps)
         rate = get_learning_rate(step, self.args.learning_rate, warmup)
+        if self.news is not None:
+            own, self._own = self._own, []
+            finished = Step(step, self.sample, own, self._grad_norm, self._not_finite, rate, self.clock.lap())
+            self._take_in(self.news.add(finished))
+            return not self.news.failed
         numbers = [self._loss.detach().float(), self._correct.float(), self._grad_norm.float(), self._not_finite]
-        predicted = len(self.sample.input_ids) - 1
-        values = torch.cat([torch.stack(numbers), self._nats[:predicted]])  # (4 + T-1,)
+        values = torch.cat([torch.stack(numbers), self._nats[: self.sample.predicted]])  # (4 + T-1,)
         self.recorder.add(step, self.sample, values, rate, self.clock.lap(), self._update_skipped)
+        self._look_at_what_is_not_finite()
+        return self.failure is None
+
+    def tell_now(self) -> None:
+        """All processes at the same step: what they have not told each other yet."""
+        if self.news is not None:
+            self._take_in(self.news.tell())
+
+    def _take_in(self, told: list[Told]) -> None:
+        for step in told:
+            self.recorder.add_shared(step)
+        self._look_at_what_is_not_finite()
+        assert self.news is not None
+        # Told with the next news, so that all stop after the same step.
+        self.news.failing = self.failure is not None
+        if self.news.failed and self.failure is None:
+            self.failure = SaidByTheFirst("the first process stops the run")
+
+    def _look_at_what_is_not_finite(self) -> None:
         bad = self.recorder.not_finite
-        if len(bad) >= MOST_NOT_FINITE_IN_A_ROW:
+        if len(bad) >= MOST_NOT_FINITE_IN_A_ROW and self.failure is None:
             places = ", ".join(f"{row['shard']} row {row['row']} (step {row['step']})" for row in bad)
             good = checkpoints.newest_before_trouble(self.run_path)
             advice = f"go on from {good} " if good else "no checkpoint is older than this; start again "
@@ -326,7 +370,6 @@ class SlimPajamaTrainer(Trainer):
                 f"{len(bad)} steps in a row had a loss or a gradient that is no number and were skipped; the "
                 f"documents were {places}; {advice}with a smaller --learning_rate"
             )
-        return self.failure is None
 
     # ---- evaluation ----
 
@@ -346,11 +389,14 @@ class SlimPajamaTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Stage, write, add the manifest, rename. The ledger is on the disk before the checkpoint that counts on it."""
+        self.tell_now()
         with self.clock.paused():
             try:
                 self._stage_checkpoint(model, trial)
                 self.save_failure = None
-            except (OSError, RuntimeError, SafetensorError) as error:
+            except OthersLost:
+                raise
+            except (OSError, RuntimeError, SafetensorError, SaidByTheFirst) as error:
                 # torch and safetensors have errors of their own for a disk that is full.
                 self.save_failure = f"checkpoint-{self.state.global_step}: {self._why_not_saved(error)}"
                 self.recorder.trouble(
@@ -365,22 +411,33 @@ class SlimPajamaTrainer(Trainer):
         return " ".join(str(error).split())[:200]
 
     def _stage_checkpoint(self, model: Any, trial: Any) -> None:
-        step, run = self.state.global_step, self.run_path
-        writer = self.args.should_save
-        self.recorder.sync()
-        about = self.about | {"chain": self.recorder.chain, "not_finite_in_a_row": len(self.recorder.not_finite)}
-        with checkpoints.staged(run, step, about) if writer else contextlib.nullcontext() as staging:
-            self._staging = staging
+        """The first process makes the folder and renames it; what is each process' own (the random generators, and the
+        shards of a sharded model) each writes into it itself."""
+        step, run, team = self.state.global_step, self.run_path, self.team
+        about = self.about | {"not_finite_in_a_row": len(self.recorder.not_finite)}
+        failure: Exception | None = None
+        with contextlib.ExitStack() as staged:
+
+            def stage() -> Path:
+                self.recorder.sync()
+                return staged.enter_context(checkpoints.staged(run, step, about | {"chain": self.recorder.chain}))
+
+            self._staging = team.first_does(stage)
             try:
                 super()._save_checkpoint(model, trial)
-                if staging is not None:
+                if self.args.should_save:
                     state = {"cursor": dataclasses.asdict(self.cursor)}
-                    path = checkpoints.path_of(staging, step) / checkpoints.DATA_STATE
+                    path = checkpoints.path_of(self._staging, step) / checkpoints.DATA_STATE
                     path.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            except (OSError, RuntimeError, SafetensorError) as error:
+                if is_about_others(error):
+                    raise
+                failure = error
             finally:
                 self._staging = None
-        if writer:
-            checkpoints.keep_newest(run, self.args.save_total_limit)
+            # All have written: now the first renames, and all wait for it.
+            team.agree(failure)
+        team.first_does(lambda: checkpoints.keep_newest(run, self.args.save_total_limit))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Weights, configuration and tokenizer. Loaded elsewhere, the model shall generate with a cache."""
@@ -397,5 +454,7 @@ class SlimPajamaTrainer(Trainer):
     def save_now(self) -> None:
         """Save the state after the last finished step, unless its checkpoint is there already."""
         step = self.state.global_step
-        if step > 0 and self.args.save_strategy != "no" and not checkpoints.path_of(self.run_path, step).exists():
+        if step == 0 or self.args.save_strategy == "no":
+            return
+        if not self.team.first_does(checkpoints.path_of(self.run_path, step).exists):
             self._save_checkpoint(self.model, trial=None)

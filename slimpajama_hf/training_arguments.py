@@ -22,7 +22,7 @@ def _with_our_defaults() -> type:
 
 
 class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
-    """Training arguments of this project. Batch size 1, no accumulation: a step is a document."""
+    """Training arguments of this project. Batch size 1: a step is a document of each process."""
 
     def __post_init__(self) -> None:
         if self.max_steps < 1:
@@ -32,10 +32,10 @@ class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
                 f"--per_device_train_batch_size {self.per_device_train_batch_size}: a step is one document here; "
                 "leave it at 1"
             )
-        if self.gradient_accumulation_steps != 1:
+        if self.gradient_accumulation_steps < 1:
             raise ValueError(
-                f"--gradient_accumulation_steps {self.gradient_accumulation_steps}: a step is one document here, and "
-                "small batches need no accumulation (arXiv 2507.07101); leave it at 1"
+                f"--gradient_accumulation_steps {self.gradient_accumulation_steps}: expected how many documents each "
+                "process puts into a step, 1 or more"
             )
         if self.auto_find_batch_size:
             raise ValueError("--auto_find_batch_size: there is nothing below a batch of 1; leave it out")
