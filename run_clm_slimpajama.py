@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     settings = cli.parse(argv)
 
     # Heavy imports come after the flags are known to be right; the heaviest, the Trainer, after the corpus has opened.
-    from slimpajama_hf import corpora, model, processes, resume, run_folder, session
+    from slimpajama_hf import model, processes, resume, run_folder, session
     from slimpajama_hf.hub import account
     from slimpajama_hf.screen import Waiting
     from slimpajama_hf.tokenizer import Encoder, load_tokenizer

@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--step", type=int, metavar="N", help="passport, text and tokens of this step")
     what.add_argument("--find", metavar="TEXT", help="whether this was read, when, and with what loss")
     inspect.add_argument("--checkpoint", type=int, metavar="M", help="with --step: how checkpoint-M sees the document")
+    inspect.add_argument("--sample", type=int, metavar="K", help="with --step: of several samples this one, from 0 [0]")
     inspect.add_argument("--tokens", type=_positive, metavar="K", help="with --step: tokens in the table [12]")
     inspect.add_argument("--json", action="store_true", help="print JSON")
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slimpajama_hf import checkpoints, palette, reread, search_index, surprisals, terminal
+from slimpajama_hf import checkpoints, ledger, palette, reread, search_index, surprisals, terminal
 from slimpajama_hf.corpora import Document
 from slimpajama_hf.errors import UsageError, UserError
 from slimpajama_hf.reread import Place, TokenAgain
@@ -151,7 +151,7 @@ def find_row(folder: RunFolder, step: int) -> tuple[dict[str, Any], int]:
                         raise ValueError(f"its line holds step {row['step']}")
                     if number == step:
                         return row, predicted
-                    predicted += max(row["tokens"] - 1, 0)
+                    predicted += ledger.predicted(row)
                 except (ValueError, KeyError, TypeError) as error:
                     raise UserError(
                         f"{folder.ledger}: step {number} cannot be read ({error}); "
@@ -210,20 +210,42 @@ def view_of(checkpoint: Path, step: int, ids: list[int], encoder: Encoder) -> Ch
     return CheckpointView(step, nats.cpu().numpy(), guesses, accuracy)
 
 
-def passport(path: str | Path, step: int) -> tuple[Inspection, int]:
+def one_sample(row: dict[str, Any], predicted: int, number: int | None) -> tuple[dict[str, Any], int]:
+    """The row of sample `number` of a step (None: its first) and the tokens predicted before that. Raises UserError."""
+    count = ledger.samples_of(row)
+    if number is not None and not 0 <= number < count:
+        there = f"has samples 0 to {count - 1}" if count > 1 else "has one sample"
+        raise UserError(
+            f"--sample {number}: step {row['step']} {there}; " + ("name one of them" if count > 1 else "leave it out")
+        )
+    for place, each in enumerate(ledger.each_sample(row)):
+        if place == (number or 0):
+            return each, predicted
+        predicted += ledger.predicted(each)
+    raise AssertionError(number)
+
+
+def passport(path: str | Path, step: int, sample: int | None = None) -> tuple[Inspection, int]:
     """What the ledger alone says about a step, and the tokens predicted before it. Raises UserError."""
     folder = RunFolder(Path(path).expanduser())
     record = folder.read_record()
-    row, predicted = find_row(folder, step)
-    return Inspection(str(path), row, record, []), predicted
+    whole, predicted = find_row(folder, step)
+    row, predicted = one_sample(whole, predicted, sample)
+    found = Inspection(str(path), row, record, [])
+    if (count := ledger.samples_of(whole)) > 1:
+        found.notes.append(
+            f"sample {sample or 0} of the {count} of this step (--sample K shows another); gradient and time are those "
+            f"of the step, whose loss is {terminal.number(whole['loss'])}"
+        )
+    return found, predicted
 
 
-def inspect(path: str | Path, step: int, checkpoint: int | None = None) -> Inspection:
+def inspect(path: str | Path, step: int, checkpoint: int | None = None, sample: int | None = None) -> Inspection:
     """Everything about a step; with `checkpoint` (a step) that checkpoint's view of it too.
 
     Raises UserError when the run has no such step or checkpoint, and when the corpus has not got its text any more.
     """
-    found, predicted = passport(path, step)
+    found, predicted = passport(path, step, sample)
     complete(found, predicted, checkpoint)
     return found
 
@@ -472,10 +494,10 @@ def _quoted(text: str, style: str = "") -> Text:
 def main(options: argparse.Namespace) -> int:
     """`inspect RUN --step N` or `--find TEXT`; the exit code."""
     if options.find is not None:
-        if options.checkpoint is not None or options.tokens is not None:
-            raise UsageError("--find: --checkpoint and --tokens belong to --step; leave them out")
+        if any(each is not None for each in (options.checkpoint, options.tokens, options.sample)):
+            raise UsageError("--find: --checkpoint, --tokens and --sample belong to --step; leave them out")
         return search_index.main(options.run, options.find, options.json)
-    found, predicted = passport(options.run, options.step)
+    found, predicted = passport(options.run, options.step, options.sample)
     if options.json:
         complete(found, predicted, options.checkpoint)
         sys.stdout.write(json.dumps(found.to_dict(), indent=1) + "\n")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -60,7 +61,7 @@ class Row:
     tokens_cut_exact: bool
     """Whether the document was tokenized to its end (a long one is not: cost is bounded by what is kept)."""
     code_bits: float
-    """Code length in bits: `(loss * predicted + samples * ln V) / ln 2`, the first token of each at its uniform cost."""
+    """Code length in bits: `(loss * predicted + samples * ln V) / ln 2`, a first token at its uniform cost."""
     step_seconds: float
     """Training time of the step in seconds, charts, samples, evaluation and saving left out."""
     update_skipped: str = ""
@@ -87,6 +88,15 @@ def samples_of(row: dict[str, Any]) -> int:
     return max(len(row.get("samples", ())), 1)
 
 
+def each_sample(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The row as one of each of its samples, in the order of the stream; itself where a step is one sample."""
+    samples = row.get("samples")
+    if not samples:
+        yield row
+    for sample in samples or ():
+        yield {**row, **sample, "samples": []}
+
+
 def predicted(row: dict[str, Any]) -> int:
     """Tokens that a step predicted: of each sample all but the first."""
     return max(row["tokens"] - samples_of(row), 0)
@@ -101,9 +111,7 @@ def encode(row: dict[str, Any]) -> str:
     finite = {k: _finite(v) for k, v in row.items()}
     if row.get("samples"):
         finite["samples"] = [{k: _finite(v) for k, v in sample.items()} for sample in row["samples"]]
-    return json.dumps(
-        finite, ensure_ascii=False, separators=(",", ":"), allow_nan=False
-    )
+    return json.dumps(finite, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def chain_hash(before: str, row: dict[str, Any]) -> str:
@@ -217,7 +225,8 @@ COUNTED = {"domain": np.int16, "samples": np.int32, "predicted": np.int64}
 class Columns:
     """The ledger as arrays that grow: each attribute of `NUMBERS` is an array of shape (steps,).
 
-    `predicted` (steps,) counts the tokens that each step predicted, `samples` (steps,) its samples. `domain` (steps,) holds indices into `domains`. NaN stands for what was not finite.
+    `predicted` (steps,) counts the tokens that each step predicted, `samples` (steps,) its samples. `domain`
+    (steps,) holds indices into `domains`. NaN stands for what was not finite.
     """
 
     def __init__(self) -> None:

@@ -236,18 +236,18 @@ class News:
                 step.step, step.sample, [], [], [], step.grad_norm.item(), step.not_finite.item(), step.learning_rate,
                 step.seconds,
             )  # fmt: skip
-            found = {}
+            found: dict[int, np.ndarray] = {}
             for rank in ranks:
                 at = begin
                 for place in self._places(step, rank):
                     end = at + 2 + step.sample.together[place].predicted
                     found[place] = everybodys[rank][at:end]
                     at = end
-            for _, values in sorted(found.items()):
-                whole.losses.append(float(values[0]))
-                whole.correct.append(float(values[1]))
-                whole.nats.append(values[2:])
+            for place in sorted(found):
+                loss, correct = found[place][:2].tolist()
+                whole.losses.append(loss)
+                whole.correct.append(correct)
+                whole.nats.append(found[place][2:])
             told.append(whole)
             begin += width
         return told
-

@@ -14,7 +14,7 @@ import os
 from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from slimpajama_hf import checkpoints, corpora
+from slimpajama_hf import checkpoints, corpora, ledger
 from slimpajama_hf.corpora import Corpus, Document
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.patience import OutOfPatience, Patience
@@ -66,11 +66,13 @@ class NotTheDocument(UserError):
 
 
 def places(row: dict[str, Any], mode: str, max_length: int) -> list[Place]:
-    """The documents of a ledger row, in their order in the step. `mode`: how the run makes samples.
+    """The documents of a ledger row, in their order in the step, of all its samples. `mode`: how the run makes samples.
 
     Of a last window of 2 tokens the first may be borrowed from the window before: `tokens_again` finds out. Raises
     UserError for a packed row of a version that noted only the first of its documents.
     """
+    if row.get("samples"):
+        return [place for sample in ledger.each_sample(row) for place in places(sample, mode, max_length)]
     if mode == "pack":
         found = [
             Place(each["shard"], each["row"], each["text_sha1"], each["first_token"], each["tokens"])

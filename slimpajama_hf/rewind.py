@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimpajama_hf import checkpoints, files, palette, resume, screen, surprisals, terminal, verify
+from slimpajama_hf import checkpoints, files, ledger, palette, resume, screen, surprisals, terminal, verify
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.run_folder import RunFolder
 from slimpajama_hf.verify import Row, Run
@@ -172,6 +172,11 @@ def _plan(run: Run, to: int | None, drop: int | None, steps: int | None) -> _Pla
             f"--drop {drop}: learned before {begin}, the nearest to --to {to}; name a --to of {drop} or less"
         )
     assert left_out is not None
+    if ledger.samples_of(left_out) > 1:
+        raise UserError(
+            f"--drop {drop}: {ledger.samples_of(left_out)} documents were learned at this step; one can be left out where "
+            "a step is one document"
+        )
     alone = run.record["model"]["sample_mode"] == "pack"
     name = f"{left_out['shard']}#{left_out['row']}" + (f".{left_out['part']}" if alone else "")
     keys = ("mirror", "shard", "row") + (("part",) if alone else ())
@@ -258,7 +263,7 @@ def _lay_out(run: Run, plan: _Plan, again: Path) -> None:
             resume.cut_back_lines(again / name, lambda entry: entry["step"] < plan.start)
     if old.surprisals.is_file():
         shutil.copyfile(old.surprisals, new.surprisals)
-        predicted = sum(max(row["tokens"] - 1, 0) for row in itertools.islice(run.whole_rows(), plan.start))
+        predicted = sum(ledger.predicted(row) for row in itertools.islice(run.whole_rows(), plan.start))
         surprisals.cut_back(new.surprisals, predicted)
     target = checkpoints.path_of(again, plan.start)
     shutil.copytree(checkpoints.path_of(old.path, plan.start), target, copy_function=_link_or_copy)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slimpajama_hf import palette, reread, surprisals, terminal
+from slimpajama_hf import ledger, palette, reread, surprisals, terminal
 from slimpajama_hf.errors import UsageError, UserError
 from slimpajama_hf.patience import Patience
 from slimpajama_hf.reread import NotTheDocument, Place, Rereader
@@ -624,7 +624,7 @@ class _OwnLoss:
 
     def __call__(self, row: dict[str, Any], predicted: int, match: Match, read: Read) -> tuple[float | None, int]:
         """(nats per token, tokens); (None, 0) where it was not kept or the document cannot be had any more."""
-        nats = surprisals.read(self.folder.surprisals, predicted, row["tokens"] - 1)
+        nats = surprisals.read(self.folder.surprisals, predicted, ledger.predicted(row))
         if not np.isfinite(nats).all():
             return None, 0
         if self._encoder is None:
@@ -637,10 +637,13 @@ class _OwnLoss:
         except UserError:
             # The index has the text; the corpus itself is not needed to answer.
             return None, 0
+        # The first token of each sample is not predicted, and has no value.
+        firsts = set(itertools.accumulate((sample["tokens"] for sample in ledger.each_sample(row)), initial=0))
+        valued = (token for index, token in enumerate(tokens) if index not in firsts)
         own = [
-            index - 1
-            for index, token in enumerate(tokens)
-            if index and (places[token.document].shard, places[token.document].row) == (match.shard, match.row)
+            index
+            for index, token in enumerate(valued)
+            if (places[token.document].shard, places[token.document].row) == (match.shard, match.row)
             and token.start < read.end and read.start < token.end
         ]  # fmt: skip
         return (float(nats[own].astype(np.float64).mean()), len(own)) if own else (None, 0)
@@ -664,7 +667,7 @@ def _rows(folder: RunFolder, steps: set[int]) -> Iterator[tuple[dict[str, Any], 
             if number in steps:
                 steps.discard(number)
                 yield row, predicted
-            predicted += max(row["tokens"] - 1, 0)
+            predicted += ledger.predicted(row)
 
 
 # ---- the answer ----

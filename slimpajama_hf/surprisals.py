@@ -1,7 +1,8 @@
 """How much each token surprised the model when it was read: the step's loss before its mean, kept for every step.
 
-`surprisals.f32` holds little-endian float32, nats, `tokens - 1` values a ledger row (the first token of a sample is not
-predicted), one row after the other: where a row begins follows from the ledger. NaN where a step has no loss.
+`surprisals.f32` holds little-endian float32, nats, a value for each token that a ledger row predicted (the first of a
+sample is not), sample after sample and row after row: where a row begins follows from the ledger. NaN where a step has
+no loss.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ def cut_back(path: Path, predicted: int) -> None:
             file.write(np.full(missing, np.nan, DTYPE).tobytes())
 
 
-def offsets(tokens: np.ndarray) -> np.ndarray:
-    """Where each step begins, in values: (steps + 1,) for the ledger's column `tokens` (steps,)."""
-    return np.concatenate([[0], np.cumsum(np.maximum(tokens - 1, 0))])
+def offsets(predicted: np.ndarray) -> np.ndarray:
+    """Where each step begins, in values: (steps + 1,) for the tokens that each step predicted (steps,)."""
+    return np.concatenate([[0], np.cumsum(predicted)])
 
 
 def read(path: Path, first: int, count: int) -> np.ndarray:

@@ -128,6 +128,8 @@ class SlimPajamaTrainer(Trainer):
         self._held_out = held_out
         self._correct = self._loss = self._grad_norm = self._not_finite = torch.tensor(0.0)
         self._nats = torch.zeros(0)
+        self._weight = 1.0
+        """Of the sample that is on, in the loss of its step."""
         self._own: list[torch.Tensor] = []
         """Of each sample of the step that this process had, where it had several: loss, tokens right, surprisals."""
         self._backward = backward
@@ -215,7 +217,8 @@ class SlimPajamaTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward on one sample; returns its loss, nats per token, on the device."""
-        self.sample = inputs.pop("sample")
+        sample: Sample = inputs.pop("sample")
+        self._weight = sample.weight
         self._update_skipped = ""
         try:
             if self._written_out is not None:
@@ -224,21 +227,25 @@ class SlimPajamaTrainer(Trainer):
             else:
                 super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
-            self._loss = self._without_memory(error)
-        if self.sample.together and self.sample.weight:
+            self._loss = self._without_memory(error, sample)
+        if sample.together:
             numbers = torch.stack([self._loss.detach().float(), self._correct.float()])
-            self._own.append(torch.cat([numbers, self._nats[: self.sample.predicted]]))  # (2 + T-1,)
+            values = torch.cat([numbers, self._nats[: sample.predicted]])  # (2 + T-1,)
+            self._own.append(values)
+            if len(self._own) > 1:
+                # Who looks at the step sees its first sample.
+                return self._loss
+        self.sample = sample
         return self._loss
 
-    def _without_memory(self, error: torch.OutOfMemoryError) -> torch.Tensor:
+    def _without_memory(self, error: torch.OutOfMemoryError, sample: Sample) -> torch.Tensor:
         """The first time a step does not fit it is skipped: another program may have been at the card. Then it is the
         model that does not fit, and UserError stops the run before anything of the step is applied."""
         self._out_of_memory += 1
         self.model.zero_grad(set_to_none=True)  # type: ignore[union-attr]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        assert self.sample is not None
-        document = self.sample.document
+        document = sample.document
         if self._out_of_memory > 1 or self.news is not None:
             raise UserError(
                 f"out of memory at step {self.state.global_step} ({document.shard} row {document.row}), again; "
@@ -250,14 +257,14 @@ class SlimPajamaTrainer(Trainer):
             "the next time the run stops"
         )
         self._correct = torch.zeros((), device=self.args.device)
-        self._nats = torch.full((len(self.sample.input_ids) - 1,), float("nan"), device=self.args.device)
+        self._nats = torch.full((sample.predicted,), float("nan"), device=self.args.device)
         return torch.full((), float("nan"), device=self.args.device)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean cross-entropy of the predicted tokens, times the sample's weight in its step; keeps the mean itself, that
-        of each token and how many were right on the way."""
+        """Mean cross-entropy of the predicted tokens, times the sample's weight in its step; keeps the mean, that of each
+        token and how many were right on the way."""
         outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         logits, targets = outputs.logits[0, :-1].float(), inputs["labels"][0, 1:]  # (T-1, V), (T-1,)
         nats = F.cross_entropy(logits, targets, reduction="none")  # (T-1,)
@@ -265,8 +272,8 @@ class SlimPajamaTrainer(Trainer):
         with torch.no_grad():
             self._loss, self._nats = loss.detach(), nats.detach()
             self._correct = (logits.argmax(dim=-1) == targets).sum()
-        if self.sample is not None and self.sample.weight != 1.0:
-            loss = loss * self.sample.weight
+        if self._weight != 1.0:
+            loss = loss * self._weight
         return (loss, outputs) if return_outputs else loss
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
@@ -320,9 +327,10 @@ class SlimPajamaTrainer(Trainer):
         return 6 * inputs["input_ids"].numel() * self._parameters
 
     def accuracy_now(self) -> float:
-        """Next-token accuracy of the step that is on, a fraction; waits for the device."""
+        """Next-token accuracy of the step that is on (of its first sample), a fraction; waits for the device."""
         assert self.sample is not None
-        return self._correct.item() / (len(self.sample.input_ids) - 1)
+        correct = self._own[0][1] if self._own else self._correct
+        return correct.item() / self.sample.predicted
 
     def _record_step(self) -> bool:
         """Hand the finished step to the recorder; False when the run has to stop."""
@@ -335,7 +343,9 @@ class SlimPajamaTrainer(Trainer):
         warmup = self.args.get_warmup_steps(self.state.max_steps)
         rate = get_learning_rate(step, self.args.learning_rate, warmup)
         if self.news is not None:
-            own, self._own = self._own, []
+            places = range(self.team.rank, len(self.sample.together), self.team.world_size)
+            # What only filled a place is another's.
+            own, self._own = self._own[: len(places)], []
             finished = Step(step, self.sample, own, self._grad_norm, self._not_finite, rate, self.clock.lap())
             self._take_in(self.news.add(finished))
             return not self.news.failed

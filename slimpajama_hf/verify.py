@@ -288,6 +288,7 @@ def _cursor_problem(path: Path, row: Row, exact: bool, shuffled: bool) -> str | 
     if size or shuffled:
         # Shard and row are where the block begins: of the last document they say nothing.
         return f"record {used} of a shuffled block of {size}" if size and not 0 <= used < size else None
+    *_, row = ledger.each_sample(row)
     same = shard == row["shard"]
     if exact and not (same and place == row["row"] + 1):
         return f"goes on at {shard} row {place}, its last document was {row['shard']} row {row['row']}"
@@ -380,6 +381,7 @@ def samples_of_the_ledger(run: Run) -> Watch:
     sample = next(samples, None)
     while (row := (yield)) is not None:
         last = row["step"]
+        row = next(ledger.each_sample(row))
         while sample is not None and sample["step"] <= last:
             count += 1
             if sample["step"] < last:
@@ -422,19 +424,21 @@ def latest_chart(run: Run) -> Watch:
 def documents_once(run: Run) -> Watch:
     """No document is trained twice in one pass over the corpus; that it is, is said and is no failure."""
     shards: dict[tuple[str, str], int] = {}
-    places = array("i"), array("q"), array("i")
+    places, rows_of = (array("i"), array("q"), array("i")), array("q")
     while (row := (yield)) is not None:
-        shard = shards.setdefault((row["mirror"], row["shard"]), len(shards))
-        for column, value in zip(places, (shard, row["row"], row.get("part", 0)), strict=True):
-            column.append(value)
+        for each in ledger.each_sample(row):
+            shard = shards.setdefault((each["mirror"], each["shard"]), len(shards))
+            for column, value in zip(places, (shard, each["row"], each.get("part", 0)), strict=True):
+                column.append(value)
+            rows_of.append(row["step"])
     if float(run.config().get("epochs") or 1) > 1:
-        return Finding(True, f"{len(places[0]):,} rows; not looked at: the run makes several passes")
+        return Finding(True, f"{len(places[0]):,} samples; not looked at: the run makes several passes")
     again = _first_repetition(*places)
     if again is None:
         return Finding(True, f"{len(places[0]):,} documents or parts of them, none twice")
     count, first, second = again
     name = list(shards)[places[0][first]][1]
-    document = f"{name} row {places[1][first]} (rows {first} and {second} of the ledger)"
+    document = f"{name} row {places[1][first]} (rows {rows_of[first]} and {rows_of[second]} of the ledger)"
     return Finding(True, f"note: {count:,} trained twice, the first {document}")
 
 
@@ -453,7 +457,7 @@ def _first_repetition(*columns: array) -> tuple[int, int, int] | None:
 
 
 def code_bits(run: Run) -> Watch:
-    """`code_bits` is `(loss * (tokens - 1) + ln V) / ln 2`, to 1e-9."""
+    """`code_bits` is `(loss * predicted + samples * ln V) / ln 2`, to 1e-9."""
     problems, count = Problems(), 0
     vocabulary = run.record.get("model", {}).get("vocab_size")
     uniform = math.log(vocabulary or 1)
@@ -462,7 +466,9 @@ def code_bits(run: Run) -> Watch:
         loss, bits = row["loss"], row["code_bits"]
         if not vocabulary or (loss is None and bits is None):
             continue
-        expected = None if loss is None else (loss * (row["tokens"] - 1) + uniform) / math.log(2)
+        expected = (
+            None if loss is None else (loss * ledger.predicted(row) + ledger.samples_of(row) * uniform) / math.log(2)
+        )
         if expected is None or bits is None or not math.isclose(bits, expected, rel_tol=1e-9):
             problems.add(f"step {row['step']}: code_bits {_shown(bits)}, loss and tokens make {_shown(expected)}")
     if not vocabulary:
@@ -480,7 +486,7 @@ def surprisals_of_the_ledger(run: Run) -> Watch:
         return Finding(True, f"not looked at: a run without {path.name}")
     with open(path, "rb") as file:
         while (row := (yield)) is not None:
-            predicted = row["tokens"] - 1
+            predicted = ledger.predicted(row)
             nats = np.frombuffer(file.read(surprisals.DTYPE.itemsize * predicted), surprisals.DTYPE).astype(np.float64)
             if len(nats) < predicted:
                 problems.add(f"step {row['step']}: {path.name} ends before it")
@@ -720,7 +726,10 @@ def train_again(
     UserError with its exit code when it fails; its stderr is ours, so that it is seen to move.
     """
     files.write_json(settings, replayed_config(config))
-    command = [sys.executable, str(SCRIPT), "--config", str(settings), "--output_dir", str(again),
+    processes = run.record.get("processes", 1)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT),
+               "--config", str(settings), "--output_dir", str(again),
                "--resume_from_checkpoint", "true", "--max_steps", str(end), "--report_to", "none", *flags]  # fmt: skip
     environment = dict(os.environ)
     threads = run.record.get("torch_threads")

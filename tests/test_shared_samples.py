@@ -23,9 +23,9 @@ def read(shards, encoder, mode, world_size=1, accumulated=1, start=None, groups=
         own = list(stream)
         ranks.append([own[first : first + accumulated] for first in range(0, len(own), accumulated)])
     assert len({len(steps) for steps in ranks}) == 1
-    return [
-        [samples[turn] for turn in range(accumulated) for samples in step] for step in zip(*ranks, strict=True)
-    ][:groups]
+    return [[samples[turn] for turn in range(accumulated) for samples in step] for step in zip(*ranks, strict=True)][
+        :groups
+    ]
 
 
 def names(samples) -> list[tuple]:

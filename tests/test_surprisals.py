@@ -13,7 +13,7 @@ from tests.conftest import NANO, read_ledger, run_script
 
 def test_each_step_has_the_surprisal_of_each_token_it_predicted(finished):
     rows = read_ledger(finished)
-    places = surprisals.offsets(ledger.read_columns(finished / "ledger.jsonl").tokens)
+    places = surprisals.offsets(ledger.read_columns(finished / "ledger.jsonl").predicted)
     assert (finished / surprisals.FILE_NAME).stat().st_size == 4 * places[-1]
     for row, first, last in zip(rows, places, places[1:], strict=False):
         nats = surprisals.read(finished / surprisals.FILE_NAME, first, last - first)
@@ -29,7 +29,7 @@ def test_the_values_are_the_models_own(finished, shards, encoder):
     with torch.no_grad():
         logits = load(finished / "checkpoint-20")(input_ids=ids[None]).logits[0, :-1]
     expected = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").numpy()
-    places = surprisals.offsets(ledger.read_columns(finished / "ledger.jsonl").tokens)
+    places = surprisals.offsets(ledger.read_columns(finished / "ledger.jsonl").predicted)
     found = surprisals.read(finished / surprisals.FILE_NAME, places[20], len(expected))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
@@ -69,7 +69,7 @@ def test_an_old_run_without_the_file_goes_on_with_one(shards, tmp_path):
     done = run_script(*flags, "--max_steps", "8", "--resume_from_checkpoint", "true")
     assert done.returncode == 0, done.stderr
     rows = read_ledger(run)
-    places = surprisals.offsets(np.array([row["tokens"] for row in rows]))
+    places = surprisals.offsets(np.array([row["tokens"] - 1 for row in rows]))
     assert np.isnan(surprisals.read(run / surprisals.FILE_NAME, 0, places[4])).all()
     for step in range(4, 8):
         nats = surprisals.read(run / surprisals.FILE_NAME, places[step], places[step + 1] - places[step])

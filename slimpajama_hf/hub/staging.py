@@ -121,7 +121,7 @@ def _cut_records(run: RunFolder, cut: RunFolder, step: int, chain: str) -> ledge
         _copy_lines(getattr(run, name), getattr(cut, name), lambda entry: entry["step"] < step)
     _copy_lines(run.evaluations, cut.evaluations, lambda entry: entry["step"] <= step)
     if run.surprisals.is_file():
-        predicted = int((columns.tokens - 1).sum())
+        predicted = int(columns.predicted.sum())
         shutil.copyfile(run.surprisals, cut.surprisals)
         surprisals.cut_back(cut.surprisals, predicted)
     return columns

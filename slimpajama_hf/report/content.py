@@ -157,7 +157,7 @@ def _carried(rows: Rows, folder: RunFolder) -> tuple[np.ndarray, int]:
 
 def _step_arrays(rows: Rows, carried: np.ndarray, every: int, domain_of: np.ndarray) -> dict[str, np.ndarray]:
     """What every carried step has; types are those of the packing."""
-    predicted = np.maximum(rows.tokens - 1, 1)
+    predicted = np.maximum(rows.predicted, 1)
     counted = np.isfinite(rows.code_bits)
     with np.errstate(invalid="ignore", divide="ignore"):
         running = np.cumsum(np.where(counted, rows.code_bits, 0)) / np.cumsum(np.where(counted, rows.text_bytes, 0))
@@ -226,7 +226,7 @@ def _domains(rows: Rows) -> tuple[list[dict[str, Any]], np.ndarray]:
 
 def _uniform_nats(rows: Rows) -> float | None:
     """ln(vocabulary), what the first token of a sample costs: from the code length of any row."""
-    cost = rows.code_bits * math.log(2) - rows.loss * (rows.tokens - 1)
+    cost = (rows.code_bits * math.log(2) - rows.loss * rows.predicted) / np.maximum(rows.tokens - rows.predicted, 1)
     finite = cost[np.isfinite(cost)]
     return float(np.median(finite)) if len(finite) else None
 
@@ -326,7 +326,7 @@ def _by_length(rows: Rows) -> list[dict[str, Any]]:
 def _surprisals(folder: RunFolder, rows: Rows) -> tuple[np.ndarray | None, str]:
     """The side file as an array that is read where it is looked at, and what is missing of it, in words."""
     path = folder.path / surprisals.FILE_NAME
-    expected = int(np.maximum(rows.tokens - 1, 0).sum())
+    expected = int(rows.predicted.sum())
     found = path.stat().st_size // surprisals.DTYPE.itemsize if path.is_file() else 0
     if not found:
         return (
@@ -349,10 +349,10 @@ def _by_position(rows: Rows, nats: np.ndarray | None) -> dict[str, Any] | None:
     """Mean surprisal by position in the document, for each quarter of the run: bins that grow with the position."""
     if nats is None or not len(rows):
         return None
-    begins = surprisals.offsets(rows.tokens)
+    begins = surprisals.offsets(rows.predicted)
     whole = int(np.searchsorted(begins, len(nats), side="right")) - 1
     whole = min(whole, len(rows))
-    longest = int(rows.tokens[:whole].max(initial=1)) - 1
+    longest = int(rows.first_predicted[:whole].max(initial=0))
     if whole < 1 or longest < 1:
         return None
     edges = [1]
@@ -366,7 +366,7 @@ def _by_position(rows: Rows, nats: np.ndarray | None) -> dict[str, Any] | None:
         sums, counts = np.zeros(longest + 1), np.zeros(longest + 1)
         for part in range(0, len(chosen), 500):
             some = chosen[part : part + 500]
-            length = rows.tokens[some] - 1
+            length = rows.first_predicted[some]
             places = np.arange(longest)
             inside = places[None, :] < length[:, None]  # (rows, positions)
             index = np.minimum(begins[some][:, None] + places[None, :], len(nats) - 1)
@@ -429,12 +429,12 @@ def _pack_passports(
     after: list[np.ndarray] = []
     top: list[np.ndarray] = []
     chance: list[np.ndarray] = []
-    begins = surprisals.offsets(rows.tokens)
+    begins = surprisals.offsets(rows.predicted)
     for passport in passports:
         predicted = len(passport["input_ids"]) - 1
         step = passport["step"]
         piece += [number(text) for text in passport["pieces"]]
-        if "before" not in passport and nats is not None and rows.tokens[step] - 1 == predicted:
+        if "before" not in passport and nats is not None and rows.first_predicted[step] == predicted:
             values = np.asarray(nats[begins[step] : begins[step] + predicted], np.float64)
             if len(values) == predicted:
                 passport["before"] = [float(value) for value in values]

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from slimpajama_hf import ledger
+
 #: Numeric fields and the type they are kept in; a row of an older version that lacks one gives NaN or 0.
 _NUMBERS: dict[str, Any] = {
     "step": np.int64,
@@ -33,8 +35,10 @@ _NAMES = ("domain", "shard", "mirror")
 class Rows:
     """Reads a growing ledger; each attribute of a numeric field is an array (steps,), NaN where it was null.
 
-    `domain`, `shard` and `mirror` are arrays of indices into `names[field]`; `sha1` has shape (steps, 20). What only
-    few rows have stands in dictionaries by step: `skipped_updates`, `spikes`, `passed_over`, `gaps`, `documents`.
+    `predicted` counts the tokens that a step predicted, `first_predicted` those of its first sample (most steps have
+    one); a report shows that one's text. `domain`, `shard` and `mirror` are arrays of indices into `names[field]`;
+    `sha1` has shape (steps, 20). What only few rows have stands in dictionaries by step: `skipped_updates`, `spikes`,
+    `passed_over`, `gaps`, `documents`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,6 +50,7 @@ class Rows:
     def _start_anew(self) -> None:
         self._size, self._offset = 0, 0
         self._store = {name: np.zeros(1024, kind) for name, kind in _NUMBERS.items()}
+        self._store |= {name: np.zeros(1024, np.int64) for name in ("predicted", "first_predicted")}
         self._store |= {name: np.zeros(1024, np.int32) for name in _NAMES}
         self._sha1 = np.zeros((1024, 20), np.uint8)
         self._index: dict[str, dict[str, int]] = {name: {} for name in _NAMES}
@@ -113,6 +118,9 @@ class Rows:
                 index[text] = len(index)
                 self.names[name].append(text)
             self._store[name][at] = index[text]
+        if "tokens" in row:
+            self._store["predicted"][at] = ledger.predicted(row)
+            self._store["first_predicted"][at] = ledger.predicted(next(ledger.each_sample(row)))
         digest = bytes.fromhex(row.get("text_sha1", ""))
         self._sha1[at] = np.frombuffer(digest, np.uint8) if len(digest) == 20 else 0
         step = int(self._store["step"][at])
