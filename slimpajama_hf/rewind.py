@@ -174,8 +174,8 @@ def _plan(run: Run, to: int | None, drop: int | None, steps: int | None) -> _Pla
     assert left_out is not None
     if ledger.samples_of(left_out) > 1:
         raise UserError(
-            f"--drop {drop}: {ledger.samples_of(left_out)} documents were learned at this step; one can be left out where "
-            "a step is one document"
+            f"--drop {drop}: {ledger.samples_of(left_out)} documents were learned at this step; one can be left out of "
+            "steps of one document"
         )
     alone = run.record["model"]["sample_mode"] == "pack"
     name = f"{left_out['shard']}#{left_out['row']}" + (f".{left_out['part']}" if alone else "")

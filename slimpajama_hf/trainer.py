@@ -263,8 +263,8 @@ class SlimPajamaTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean cross-entropy of the predicted tokens, times the sample's weight in its step; keeps the mean, that of each
-        token and how many were right on the way."""
+        """Mean cross-entropy of the predicted tokens, times the sample's weight in its step; keeps the mean, that of
+        each token, and how many were right."""
         outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         logits, targets = outputs.logits[0, :-1].float(), inputs["labels"][0, 1:]  # (T-1, V), (T-1,)
         nats = F.cross_entropy(logits, targets, reduction="none")  # (T-1,)
