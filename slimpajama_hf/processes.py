@@ -91,6 +91,14 @@ class Processes:
         return gathered or []
 
 
+    def leave(self) -> None:
+        """The end of a run that all processes reach: without it gloo's threads end the program by SIGABRT now and then."""
+        if self.world_size > 1:
+            with _others_lost():
+                dist.barrier(group=self.group)
+            dist.destroy_process_group()
+
+
 class OthersLost(UserError):
     """Another process of the run is gone, or no longer answers."""
 

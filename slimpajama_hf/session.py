@@ -143,13 +143,21 @@ class Session:
 
     def run(self) -> int:
         """Train to the end, to a signal or to an error; leave checkpoint, views and summary; return the exit code."""
-        trainer, point = self.trainer, self.point
-        if not trainer.team.is_first:
-            return self._follow()
-        self.watchers.listen_to(trainer.recorder)
+        trainer = self.trainer
         if trainer.args.save_strategy != "no":
-            # Weights and the two moments of AdamW, float32.
-            run_folder.refuse_full_disk(self.folder, 12 * self.folder.read_record()["model"]["parameters"])
+            trainer.team.first_does(self._refuse_full_disk)
+        code = self._lead() if trainer.team.is_first else self._follow()
+        trainer.team.leave()
+        return code
+
+    def _refuse_full_disk(self) -> None:
+        # Weights and the two moments of AdamW, float32.
+        run_folder.refuse_full_disk(self.folder, 12 * self.folder.read_record()["model"]["parameters"])
+
+    def _lead(self) -> int:
+        """What the first process does, or the only one."""
+        trainer, point = self.trainer, self.point
+        self.watchers.listen_to(trainer.recorder)
         plan.show(self.settings, trainer, self.precision, self.tokenizer_name, self.folder)
         self.uploads.announce()
         if point.checkpoint is not None:
