@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -136,6 +137,8 @@ def join(training: Any) -> Processes:
         return Processes()
     # GPT-2 uses all of its weights and has no buffers that training changes: nothing to look for, nothing to send.
     training.ddp_find_unused_parameters = training.ddp_broadcast_buffers = False
+    # torch has a new name for the second; transformers knows the old one.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=training.ddp_timeout))
     team = Processes(dist.get_rank(), dist.get_world_size(), group)
     screen.SCREEN.muted = not team.is_first

@@ -14,7 +14,7 @@ import torch
 
 from slimpajama_hf import devices, files, plan, run_folder, screen
 from slimpajama_hf.corpora import Corpus
-from slimpajama_hf.errors import UserError
+from slimpajama_hf.errors import SaidByTheFirst, UserError
 from slimpajama_hf.patience import StopRequested
 from slimpajama_hf.processes import OthersLost, is_about_others, lost
 from slimpajama_hf.resume import is_asked
@@ -140,13 +140,21 @@ class Session:
     precision: str
     tokenizer_name: str
     uploads: Uploads
+    _together: bool = False
+    """Whether all processes have come to the end of training."""
 
     def run(self) -> int:
         """Train to the end, to a signal or to an error; leave checkpoint, views and summary; return the exit code."""
         trainer = self.trainer
         if trainer.args.save_strategy != "no":
             trainer.team.first_does(self._refuse_full_disk)
-        code = self._lead() if trainer.team.is_first else self._follow()
+        try:
+            code = self._lead() if trainer.team.is_first else self._follow()
+        except UserError:
+            if self._together:
+                # A launcher ends all as soon as one ends badly: the first has to have said why.
+                trainer.team.leave()
+            raise
         trainer.team.leave()
         return code
 
@@ -186,8 +194,10 @@ class Session:
             # Where the others are is not known: the last checkpoint is the state that all of them have.
             return OthersLost(lost(failure)) if is_about_others(failure) else failure
         trainer.recorder.flush()
-        if trainer.team.most([float(trainer.failure is not None)])[0]:
-            return failure or trainer.failure
+        failed = trainer.team.most([float(trainer.failure is not None)])[0]
+        self._together = True
+        if failed:
+            return failure or trainer.failure or SaidByTheFirst("the first process stops the run")
         if failure is None or isinstance(failure, UserError):
             # A stream that broke did so between two steps: what was learned is whole, and is kept.
             trainer.save_now()
