@@ -30,6 +30,11 @@ RESULTS = ROOT / "benchmarks" / "results" / "learning"
 
 DROPOUT = "resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1"
 
+RATES = (
+    "3e-5", "6e-5", "1e-4", "1.5e-4", "2e-4", "3e-4", "4.5e-4", "6e-4", "1.5e-3", "2e-3", "3e-3", "4e-3",
+)  # fmt: skip
+BATCH_8 = ["--gradient_accumulation_steps", "8"]
+
 #: What each recipe changes of the product's defaults, as flags.
 ARMS: dict[str, list[str]] = {
     "default": [],
@@ -38,13 +43,19 @@ ARMS: dict[str, list[str]] = {
     "beta2 0.95": ["--adam_beta2", "0.95"],
     "beta2 0.99": ["--adam_beta2", "0.99"],
     "beta2 0.9999": ["--adam_beta2", "0.9999"],
-    "rate 3e-4": ["--learning_rate", "3e-4"],
-    "stock, rate 3e-4": ["--config_overrides", DROPOUT, "--learning_rate", "3e-4"],
+    **{f"rate {rate}": ["--learning_rate", rate] for rate in RATES},
+    **{f"stock, rate {rate}": ["--config_overrides", DROPOUT, "--learning_rate", rate] for rate in RATES},
+    # Eight documents a step, as many documents in all.
+    **{f"batch 8, rate {rate}": [*BATCH_8, "--learning_rate", rate] for rate in (*RATES, "1e-3")},
+    **{
+        f"batch 8, beta2 0.95, rate {rate}": [*BATCH_8, "--adam_beta2", "0.95", "--learning_rate", rate]
+        for rate in (*RATES, "1e-3")
+    },
 }
 
-#: Half-lives of the averages of the weights, in steps, and how often they are touched.
-HALF_LIVES = (50, 200, 500)
-STEPS_BETWEEN_AVERAGES = 5
+#: Half-lives of the averages of the weights, in documents, and how often they are touched.
+HALF_LIVES = (50, 200, 500, 1000, 2000)
+DOCUMENTS_BETWEEN_AVERAGES = 5
 
 
 def one_run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
@@ -59,12 +70,15 @@ def one_run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     from slimpajama_hf.tokenizer import Encoder, load_tokenizer
 
     held: dict[str, Any] = {}
+    batch = documents_a_step(arm)
+    every = max(1, DOCUMENTS_BETWEEN_AVERAGES // batch)
+    steps, warmup = options.steps // batch, options.warmup_steps // batch
 
     class Average(TrainerCallback):
         """Exponential averages of the weights, from the first touch on."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            if state.global_step % STEPS_BETWEEN_AVERAGES:
+            if state.global_step % every:
                 return
             weights = [parameter.detach() for parameter in model.parameters()]
             averages = held.setdefault("averages", {})
@@ -72,7 +86,7 @@ def one_run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
                 if half_life not in averages:
                     averages[half_life] = [weight.clone() for weight in weights]
                 else:
-                    share = 1 - 0.5 ** (STEPS_BETWEEN_AVERAGES / half_life)
+                    share = 1 - 0.5 ** (every * batch / half_life)
                     torch._foreach_lerp_(averages[half_life], weights, share)
 
     run = session.Session.run
@@ -85,8 +99,8 @@ def one_run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     session.Session.run = with_averages  # type: ignore[method-assign]
     never = "1000000000"
     flags = [
-        "--dataset", options.dataset, "--tokenizer", "builtin", "--model", "tiny", "--precision", "float32",
-        "--max_steps", str(options.steps), "--warmup_steps", str(options.warmup_steps), "--seed", str(seed),
+        "--dataset", options.dataset, "--tokenizer", "builtin", "--model", "tiny", "--precision", options.precision,
+        "--max_steps", str(steps), "--warmup_steps", str(warmup), "--seed", str(seed), "--epochs", "1000",
         "--no-checkpoint", "--viz_interval", never, "--display_samples", never, *ARMS[arm],
     ]  # fmt: skip
     started = time.perf_counter()
@@ -94,8 +108,8 @@ def one_run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
         code = run_clm_slimpajama.main([*flags, "--output_dir", str(Path(folder) / "run")])
     seconds = time.perf_counter() - started
     trainer = held["trainer"]
-    if code or trainer.state.global_step < options.steps:
-        raise SystemExit(f"{arm}: {trainer.state.global_step} of {options.steps} steps were made (exit code {code})")
+    if code or trainer.state.global_step < steps:
+        raise SystemExit(f"{arm}: {trainer.state.global_step} of {steps} steps were made (exit code {code})")
     encoder = Encoder(load_tokenizer("builtin"))
     stream = SampleStream(corpora.open_corpus(options.held_out), encoder, "truncate", 256)
     documents = [sample for sample, _ in zip(stream, range(options.documents), strict=False)]
@@ -116,6 +130,10 @@ def one_run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     return {"seconds": round(seconds, 1), "scores": scores}
 
 
+def documents_a_step(arm: str) -> int:
+    return 8 if "--gradient_accumulation_steps" in ARMS[arm] else 1
+
+
 def results_file(options: argparse.Namespace) -> Path:
     return RESULTS / f"{options.name.lower().replace(' ', '-')}.jsonl"
 
@@ -124,8 +142,9 @@ def done(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Results that are there for this corpus, this number of steps and this warm-up."""
     path = results_file(options)
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    wanted = (options.steps, options.warmup_steps)
-    return [row for row in map(json.loads, lines) if (row["steps"], row["warmup_steps"]) == wanted]
+    wanted = (options.steps, options.warmup_steps, options.precision)
+    rows = map(json.loads, lines)
+    return [row for row in rows if (row["steps"], row["warmup_steps"], row.get("precision", "float32")) == wanted]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -158,8 +177,9 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="what the results call this corpus")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--warmup_steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=2000, help="of one document; a batch of 8 makes an eighth [2000]")
+    parser.add_argument("--warmup_steps", type=int, default=200, help="of one document, likewise [200]")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--documents", type=int, default=300, help="held-out documents scored, half a part [300]")
     parser.add_argument("--table", action="store_true", help="print what is there and stop")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
@@ -177,14 +197,16 @@ def main() -> None:
             made = subprocess.run(
                 [sys.executable, __file__, "--one", "--dataset", options.dataset, "--held_out", options.held_out,
                  "--name", options.name, "--arms", arm, "--seeds", str(seed), "--steps", str(options.steps),
-                 "--warmup_steps", str(options.warmup_steps), "--documents", str(options.documents)],
+                 "--warmup_steps", str(options.warmup_steps), "--precision", options.precision,
+                 "--documents", str(options.documents)],
                 capture_output=True, text=True, cwd=ROOT,
             )  # fmt: skip
             if made.returncode:
                 raise SystemExit(f"{arm}, seed {seed} failed:\n{made.stderr}")
             row = {
                 "arm": arm, "flags": ARMS[arm], "seed": seed, "steps": options.steps,
-                "warmup_steps": options.warmup_steps, "corpus": options.name, "model": "tiny",
+                "warmup_steps": options.warmup_steps, "precision": options.precision,
+                "corpus": options.name, "model": "tiny",
                 "date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": machine(),
             } | json.loads(made.stdout.splitlines()[-1])  # fmt: skip
             RESULTS.mkdir(parents=True, exist_ok=True)

@@ -4,11 +4,11 @@
     python benchmarks/steps.py --model small --steps 25 --rounds 3
     python benchmarks/steps.py --history 10000     # what a step costs when 10,000 rows lie behind it
 
-Every row is measured in a process of its own; one of `--model`, one document of 256 tokens a step, no dropout. The
-bare loop and the stock Trainer train the model as transformers has it (`gelu_new`). Times are means over a round and
-medians over the rounds; machines are noisy, so read the ratios. `floor` is what the arithmetic alone takes at the
-rates that the same machine shows in the same run: products at the rate of a large product, AdamW's 28 bytes a
-parameter at the rate of a large AdamW. The table is printed and kept as JSON under benchmarks/results/.
+Every row is measured in a process of its own; one of `--model`, one document of 256 tokens a step (of each process),
+no dropout. The bare loop and the stock Trainer train the model as transformers has it (`gelu_new`). Times are means
+over a round and medians over the rounds; machines are noisy, so read the ratios. `floor` is what the arithmetic alone
+takes at the rates that the same machine shows in the same run: products at the rate of a large product, AdamW's 28
+bytes a parameter at the rate of a large AdamW. The table is printed and kept as JSON under benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ ROWS = {
     "stock Trainer, plain callbacks": "figure every 50 steps, generate every 5, JSON rewritten every step",
     "ours, outputs off": "run_clm_slimpajama.py with ledger and bar, no charts, no samples",
     "ours, everything on": "run_clm_slimpajama.py at its defaults",
+    "ours, 2 processes": "the same by two processes (DDP), half of the cores or a GPU for each: two documents a step",
 }
+#: Documents of a step.
+DOCUMENTS = {"ours, 2 processes": 2}
 
 
 def samples(count: int) -> Iterator[list[int]]:
@@ -232,9 +235,10 @@ def stock_trainer(options: argparse.Namespace, plain_callbacks: bool) -> list[fl
 def ours(options: argparse.Namespace, outputs: bool) -> list[float]:
     """The real program, with a clock in its recorder."""
     import run_clm_slimpajama
-    from slimpajama_hf import model, recorder
+    from slimpajama_hf import model, processes, recorder
 
     ended: list[float] = []
+    tell = processes.News.add
     add, configure = recorder.StepRecorder.add, model.model_config
 
     def timed(self: Any, step: int, *arguments: Any, **keywords: Any) -> None:
@@ -243,12 +247,19 @@ def ours(options: argparse.Namespace, outputs: bool) -> list[float]:
         add(self, step + options.history, *arguments, **keywords)
         ended.append(time.perf_counter())
 
+    def told(self: Any, step: Any) -> Any:
+        # Rows come in bursts there; steps do not.
+        news = tell(self, step)
+        ended.append(time.perf_counter())
+        return news
+
     def sized(*arguments: Any) -> Any:
         config = configure(*arguments)
         config.vocab_size = vocabulary(options)
         return config
 
     recorder.StepRecorder.add = timed  # type: ignore[method-assign, assignment]
+    processes.News.add = told  # type: ignore[method-assign]
     model.model_config = sized
     flags = [
         "--dataset", "embedded", "--sample_mode", "pack", "--model", options.model, "--tokenizer", "builtin",
@@ -284,6 +295,7 @@ def measure(options: argparse.Namespace, started: float) -> dict[str, float]:
         "stock Trainer, plain callbacks": lambda: stock_trainer(options, plain_callbacks=True),
         "ours, outputs off": lambda: ours(options, outputs=False),
         "ours, everything on": lambda: ours(options, outputs=True),
+        "ours, 2 processes": lambda: ours(options, outputs=True),
     }
     ended = functions[options.row]()
     if options.row == "floor":
@@ -315,6 +327,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def two_devices() -> bool:
+    """Whether two processes have a device each: two GPUs, or a CPU alone."""
+    import torch
+
+    return not torch.cuda.is_available() or torch.cuda.device_count() > 1
+
+
 def commit() -> str:
     """The commit that runs, `+` where files differ from it."""
     words = subprocess.run(
@@ -334,17 +353,26 @@ def main() -> None:
     parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
-        print(json.dumps(measure(options, started)))
+        measured = measure(options, started)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(measured))
         return
     interpreters = dict.fromkeys(ROWS, sys.executable) | {"litgpt": str(ROOT / ".venv" / "litgpt" / "bin" / "python")}
-    found: dict[str, list[dict[str, float]]] = {row: [] for row in ROWS if Path(interpreters[row]).exists()}
+    there = [row for row in ROWS if Path(interpreters[row]).exists()]
+    if options.history or not two_devices():
+        there = [row for row in there if row not in DOCUMENTS]
+    found: dict[str, list[dict[str, float]]] = {row: [] for row in there}
     for number in range(options.rounds):
         for row in found:
             print(f"round {number + 1} of {options.rounds}: {row}", file=sys.stderr)
+            launcher, environment = [], dict(os.environ)
+            if row in DOCUMENTS:
+                launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(DOCUMENTS[row])]
+                environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // DOCUMENTS[row]))
             done = subprocess.run(
-                [interpreters[row], __file__, "--row", row, "--model", options.model, "--precision", options.precision,
-                 "--steps", str(options.steps), "--history", str(options.history)],
-                capture_output=True, text=True, cwd=ROOT,
+                [interpreters[row], *launcher, __file__, "--row", row, "--model", options.model,
+                 "--precision", options.precision, "--steps", str(options.steps), "--history", str(options.history)],
+                capture_output=True, text=True, cwd=ROOT, env=environment,
             )  # fmt: skip
             if done.returncode:
                 raise SystemExit(f"{row} failed:\n{done.stderr}")
@@ -365,14 +393,14 @@ def main() -> None:
     bare = statistics.median(each["ms_per_step"] for each in found["bare loop"])
     for row, rounds in found.items():
         times = [each["ms_per_step"] for each in rounds]
-        middle = statistics.median(times)
+        middle, documents = statistics.median(times), DOCUMENTS.get(row, 1)
         memory, first = "", ""
         if row != "floor":
             memory = f"{max(each['peak_memory_mb'] for each in rounds):,.0f}"
             first = f"{statistics.median(each['seconds_to_first_step'] for each in rounds):.1f}"
         print(
-            f"| {row} | {middle:.1f} | {min(times):.1f} to {max(times):.1f} | {256000 / middle:,.0f} | "
-            f"{bare / middle:.2f} | {memory} | {first} |"
+            f"| {row} | {middle:.1f} | {min(times):.1f} to {max(times):.1f} | {256000 * documents / middle:,.0f} | "
+            f"{bare * documents / middle:.2f} | {memory} | {first} |"
         )
     print(f"\nkept in {path.relative_to(ROOT)}")
 

@@ -14,6 +14,11 @@ def is_distributed() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def is_sharded() -> bool:
+    """Whether a launcher asked for FSDP: each process then holds a part of the model."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
 def prepare_processes() -> None:
     """Have accelerate join the processes of a launcher over CPUs where there is no GPU; before anything asks it.
 

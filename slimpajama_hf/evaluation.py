@@ -177,7 +177,8 @@ class HeldOutScores:
             self._metric = next_token_accuracy()
         scores = score(trainer.accelerator.unwrap_model(trainer.model), self.samples)
         table = {domain: each.to_dict(self._metric) for domain, each in scores.items()}
-        self.file.append({"step": trainer.state.global_step, "corpus": self._documents.mirror, "scores": table})
+        if trainer.is_world_process_zero():
+            self.file.append({"step": trainer.state.global_step, "corpus": self._documents.mirror, "scores": table})
         return metrics_of(table)
 
 

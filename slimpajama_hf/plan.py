@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slimpajama_hf import checkpoints, ledger, screen
+from slimpajama_hf import checkpoints, devices, ledger, screen
 from slimpajama_hf.model import format_bytes, needs
 
 if TYPE_CHECKING:
     from slimpajama_hf.cli import Settings
     from slimpajama_hf.run_folder import RunFolder
     from slimpajama_hf.trainer import SlimPajamaTrainer
+
+
+_SHARDED = "of one model, one in each process (FSDP): no samples, passports and prompts, which one alone cannot compute"
 
 
 def show(
@@ -40,6 +43,7 @@ def show(
         "device": f"{trainer.args.device}, {precision}, about {format_bytes(need.total_bytes)} of memory",
         "steps": f"{training.max_steps:,}, {_documents(trainer)}; learning rate {training.learning_rate:g} after "
         f"{training.get_warmup_steps(training.max_steps):,} steps of warm-up",
+        **({"shards": _SHARDED} if devices.is_sharded() else {}),
         "backward": f"autograd's ({why})" if (why := trainer.why_autograd()) else "written out for GPT-2",
         "folder": str(folder.path),
     }

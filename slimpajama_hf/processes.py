@@ -91,9 +91,8 @@ class Processes:
             dist.gather(values, gathered, dst=0, group=self.group)
         return gathered or []
 
-
     def leave(self) -> None:
-        """The end of a run that all processes reach: without it gloo's threads end the program by SIGABRT now and then."""
+        """The end that all processes reach. Without it gloo's threads end the program by SIGABRT now and then."""
         if self.world_size > 1:
             with _others_lost():
                 dist.barrier(group=self.group)

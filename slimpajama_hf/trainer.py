@@ -387,8 +387,10 @@ class SlimPajamaTrainer(Trainer):
         """Scores on held-out documents (`evaluation.py`), with the clock of training stopped."""
         if self._held_out is None:
             raise ValueError("no held-out documents were given to this trainer")
+        held_out = self._held_out
         with self.clock.paused():
-            metrics = self._held_out(self)
+            # A sharded model computes with all processes or not at all.
+            metrics = held_out(self) if self.is_fsdp_enabled else self.team.first_does(lambda: held_out(self))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

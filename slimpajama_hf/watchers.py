@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from slimpajama_hf import trackers, views
+from slimpajama_hf import devices, trackers, views
 from slimpajama_hf.callbacks import DrawViews, GenerateSamples, ShowProgress
 from slimpajama_hf.passports import FixedPrompts, SamplePassports
 from slimpajama_hf.trackers import Trackers
@@ -41,10 +41,14 @@ class Watchers:
     @property
     def callbacks(self) -> list[TrainerCallback]:
         """In the order in which they look at a step."""
-        return [self.passports, self.prompts, self.samples, self.drawing, self.trackers, self.progress]
+        # A sharded model computes with all processes or not at all: the first alone cannot ask it.
+        asking = [] if devices.is_sharded() else [self.passports, self.prompts, self.samples]
+        return [*asking, self.drawing, self.trackers, self.progress]
 
     def listen_to(self, recorder: StepRecorder) -> None:
-        recorder.listeners += [self.progress.on_row, self.passports.on_row]
+        recorder.listeners.append(self.progress.on_row)
+        if not devices.is_sharded():
+            recorder.listeners.append(self.passports.on_row)
         recorder.listeners.append(self.trackers.on_row)
         self.trackers.flush = recorder.flush
         recorder.trouble = self.trackers.say = self.progress.say

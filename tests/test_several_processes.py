@@ -243,7 +243,7 @@ def test_two_launches_are_two_machines(corpus, two, tmp_path):
         start(
             ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2", "--machine_rank",
              str(number), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port), "--quiet"],
-            flags_of(corpus, run, 30),
+            flags_of(corpus, run, 30, "--eval_steps", "15", "--eval_dataset", f"{corpus}/1.jsonl.zst"),
         )
         for number in range(2)
     ]  # fmt: skip
@@ -251,6 +251,7 @@ def test_two_launches_are_two_machines(corpus, two, tmp_path):
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert without_clock(run) == without_clock(two)
     assert "done: 30 steps" in said[0] and "done:" not in said[1]
+    assert [json.loads(line)["step"] for line in (run / "evaluations.jsonl").read_text().splitlines()] == [15, 30]
 
 
 def test_what_the_first_refuses_is_said_once(two, corpus):
@@ -294,7 +295,9 @@ def test_a_sharded_model_trains_saves_whole_and_goes_on(corpus, two, tmp_path):
         "--config_file",
         str(ROOT / "configs/accelerate/fsdp2.yaml"),
     ]
-    launch(launcher, flags_of(corpus, run, 20))
+    said = launch(launcher, flags_of(corpus, run, 20, "--eval_steps", "10", "--eval_dataset", f"{corpus}/1.jsonl.zst"))
+    assert "no samples" in said and "sample @" not in said and "failed" not in said
+    assert [json.loads(line)["step"] for line in (run / "evaluations.jsonl").read_text().splitlines()] == [10, 20]
     launch(launcher, flags_of(corpus, run, 30, "--resume_from_checkpoint", "true"))
     assert documents(run) == documents(two)
     for left, right in zip(read_ledger(run), read_ledger(two), strict=True):
