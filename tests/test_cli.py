@@ -106,7 +106,7 @@ def test_an_interval_that_nobody_typed_stays_a_default(tmp_path):
         (["--viz_interval", "0"], "--viz_interval 0"),
         (["--sample_mode", "chop"], "--sample_mode"),
         (["--per_device_train_batch_size", "8"], "one document"),
-        (["--gradient_accumulation_steps", "8"], "2507.07101"),
+        (["--gradient_accumulation_steps", "0"], "1 or more"),
         (["--lr_scheduler_type", "cosine"], "warm-up"),
         (["a/b.jsonl"], "quoted"),
         (["--config"], "--config"),

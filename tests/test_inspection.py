@@ -241,7 +241,7 @@ def test_json_has_every_token_then_and_now(finished, capsys):
         (["--step", "3", "--checkpoint", "15"], 1, "--checkpoint 15: RUN has checkpoints 10, 20, 30, 40; name one of them"),
         (["--step", "3", "--find", "x"], 2, "not allowed with argument"),
         ([], 2, "one of the arguments --step --find is required"),
-        (["--find", "x", "--checkpoint", "10"], 2, "--checkpoint and --tokens belong to --step"),
+        (["--find", "x", "--checkpoint", "10"], 2, "--tokens and --sample belong to --step"),
         (["--find", " \n"], 2, "nothing but white space"),
     ],
 )  # fmt: skip
