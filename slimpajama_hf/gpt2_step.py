@@ -8,7 +8,7 @@ Why it is faster (figures of 2 CPU cores in benchmarks/results):
 - the norm for clipping is taken from that buffer, and the optimizer scales while it reads (`grad_scale`);
 - GELU's tanh is written as the sigmoid that it equals, which is one third of the cost, and its backward is
   multiplications;
-- attention of up to 512 tokens in float32 on a CPU is three products a head: cheaper backward than the fused kernel's;
+- attention of up to 512 tokens on a CPU is three products a head: cheaper backward than the fused kernel's;
 - no modules, hooks or graph: on CUDA all of it is captured once and replayed as one graph.
 
 What is trained is the same function: losses and gradients agree with `GPT2LMHeadModel` to float32 rounding
@@ -240,37 +240,47 @@ class GPT2Step:
         """Causal attention of all heads, (T, 3D) -> (T, D), and the function that takes its gradient back."""
         length = qkv.shape[0]
         size = self._width // self._heads
-        if self._device.type != "cpu" or self._low is not None or length > LONGEST_EXPLICIT_ATTENTION:
+        if self._device.type != "cpu" or length > LONGEST_EXPLICIT_ATTENTION:
             return _fused_attention(qkv, scaling, self._heads)
+        # As the fused kernel: products of `low`, softmax and its sums in float32.
+        low = qkv.dtype
         query, key, value = qkv.view(length, 3, self._heads, size).permute(1, 2, 0, 3)  # (H, T, d) each
-        attended = torch.empty(length, self._width)
+        attended = torch.empty(length, self._width, dtype=low)
         by_head = attended.view(length, self._heads, size).transpose(0, 1)  # (H, T, d)
         # Queries in blocks, each with the keys that it may see: most of what causality masks is never multiplied.
         blocks = [(first, min(first + ATTENTION_BLOCK, length)) for first in range(0, length, ATTENTION_BLOCK)]
         kept = []
         for first, last in blocks:
             mask = self._causal(length)[:, first:last, :last]
-            weights = torch.baddbmm(mask, query[:, first:last], key[:, :last].transpose(1, 2), alpha=scaling)
+            if low == torch.float32:
+                weights = torch.baddbmm(mask, query[:, first:last], key[:, :last].transpose(1, 2), alpha=scaling)
+            else:
+                scores = torch.bmm(query[:, first:last], key[:, :last].transpose(1, 2))
+                weights = torch.add(mask, scores, alpha=scaling)
             torch.softmax(weights, -1, out=weights)
-            by_head[:, first:last] = torch.bmm(weights, value[:, :last])
-            kept.append(weights)
+            lowered = weights.to(low)
+            by_head[:, first:last] = torch.bmm(lowered, value[:, :last])
+            kept.append((weights, lowered))
 
         def back(gradient: torch.Tensor) -> torch.Tensor:
             of_attended = gradient.view(length, self._heads, size).transpose(0, 1)  # (H, T, d)
             of_qkv = torch.empty_like(qkv)
             of_query, of_key, of_value = of_qkv.view(length, 3, self._heads, size).permute(1, 2, 0, 3)
             keys = values = None
-            for (first, last), weights in reversed(list(zip(blocks, kept, strict=True))):
+            for (first, last), (weights, lowered) in reversed(list(zip(blocks, kept, strict=True))):
                 part = of_attended[:, first:last]
-                of_weights = torch.bmm(part, value[:, :last].transpose(1, 2))
-                scores = torch._softmax_backward_data(of_weights, weights, -1, torch.float32).mul_(scaling)
+                of_weights = torch.bmm(part, value[:, :last].transpose(1, 2)).float()
+                scores = torch._softmax_backward_data(of_weights, weights, -1, torch.float32).mul_(scaling).to(low)
                 of_query[:, first:last] = torch.bmm(scores, key[:, :last])
                 if keys is None or values is None:
-                    keys = torch.bmm(scores.transpose(1, 2), query[:, first:last])
-                    values = torch.bmm(weights.transpose(1, 2), part)
-                else:
+                    keys = torch.bmm(scores.transpose(1, 2), query[:, first:last]).float()
+                    values = torch.bmm(lowered.transpose(1, 2), part).float()
+                elif low == torch.float32:
                     keys[:, :last].baddbmm_(scores.transpose(1, 2), query[:, first:last])
-                    values[:, :last].baddbmm_(weights.transpose(1, 2), part)
+                    values[:, :last].baddbmm_(lowered.transpose(1, 2), part)
+                else:
+                    keys[:, :last] += torch.bmm(scores.transpose(1, 2), query[:, first:last])
+                    values[:, :last] += torch.bmm(lowered.transpose(1, 2), part)
             of_key.copy_(keys)
             of_value.copy_(values)
             return of_qkv
