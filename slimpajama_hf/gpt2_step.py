@@ -30,6 +30,10 @@ LONGEST_EXPLICIT_ATTENTION = 512
 #: Queries that look at the same keys at once.
 ATTENTION_BLOCK = 128
 
+#: Rows of a gradient that a CPU multiplies at once in low precision: what is copied is then still in its cache, which
+#: halves the time of the head's.
+PRODUCT_ROWS = 4096
+
 #: Constants of the tanh approximation of GELU (Hendrycks & Gimpel 2016): x * sigmoid(x * (C1 + C2 * x^2)).
 _C1 = 2.0 * math.sqrt(2.0 / math.pi)
 _C2 = _C1 * 0.044715
@@ -181,8 +185,12 @@ class GPT2Step:
     def _product(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
         if self._low is None:
             torch.mm(left, right, out=out)
-        else:
+        elif self._device.type != "cpu":
             out.copy_(torch.mm(left, right))
+        else:
+            for first in range(0, len(out), PRODUCT_ROWS):
+                rows = slice(first, first + PRODUCT_ROWS)
+                out[rows].copy_(torch.mm(left[rows], right))
 
     def _norm(self, module: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return torch.native_layer_norm(inputs, (self._width,), module.weight, module.bias, self._epsilon)
