@@ -106,6 +106,7 @@ def main(argv: list[str]) -> int:
             callbacks=[*([*watchers.callbacks, uploads] if team.is_first else []), StopOnSignal(signals)],
             held_out=held_out,
             backward=settings.model.backward,
+            average_half_life=settings.model.average_weights,
             news=news,
         )
         watchers.look_at(trainer)

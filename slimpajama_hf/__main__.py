@@ -142,7 +142,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         f"{result['checkpoint']} on {result['corpus']}, first {result['max_seq_length']} tokens of each document",
         f"{'domain':<24}{'documents':>10}{'loss':>9}{'perplexity':>12}{'accuracy':>10}{'bits/byte':>11}",
     ]
-    for domain, scores in result["scores"].items():
+    averaged = {
+        f"{domain}, averaged": scores for domain, scores in (result["averaged"] or {}).items() if domain == "all"
+    }
+    for domain, scores in (result["scores"] | averaged).items():
         lines.append(
             f"{domain:<24}{scores['samples']:>10,}{scores['loss']:>9.4f}{scores['perplexity']:>12,.1f}"
             f"{scores['accuracy']:>10.1%}{scores['bits_per_byte']:>11.4f}"

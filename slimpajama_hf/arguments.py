@@ -83,7 +83,13 @@ class ModelArguments:
         None, "half-life of AdamW's second moment in tokens, instead of --adam_beta2 (a step counts --max_seq_length)"
     )
 
+    average_weights: float = _knob(
+        200, "half-life, in steps, of an average of the weights that is scored and saved beside them; 0: none"
+    )
+
     def __post_init__(self) -> None:
+        if not 0 <= self.average_weights < float("inf"):
+            raise ValueError(f"--average_weights {self.average_weights}: expected a half-life in steps, or 0 for none")
         half_life = self.beta2_half_life_tokens
         if half_life is not None and not 0 < half_life < float("inf"):
             raise ValueError(f"--beta2_half_life_tokens {half_life}: expected a number of tokens above 0")

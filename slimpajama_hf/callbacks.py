@@ -48,11 +48,14 @@ class ShowProgress(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if metrics:
-            self.say(
+            line = (
                 f"held out @ {state.global_step}: loss {metrics['eval_loss']:.4f}, perplexity "
                 f"{metrics['eval_perplexity']:.1f}, accuracy {metrics['eval_accuracy']:.1%}, "
                 f"{metrics['eval_bits_per_byte']:.4f} bits per byte"
             )
+            if "eval_averaged_loss" in metrics:
+                line += f"; averaged weights: loss {metrics['eval_averaged_loss']:.4f}"
+            self.say(line)
 
     def close(self) -> None:
         if self.bar is not None:

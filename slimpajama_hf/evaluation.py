@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slimpajama_hf import corpora
+from slimpajama_hf import averaging, corpora
 from slimpajama_hf.corpora import Corpus, Cursor
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.files import GrowingFile
@@ -164,7 +164,8 @@ def metrics_of(scores: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 class HeldOutScores:
-    """What `--eval_steps` calls: scores on the same held-out documents each time, appended to `evaluations.jsonl`."""
+    """What `--eval_steps` calls: scores on the same held-out documents each time, of the weights and of their average,
+    appended to `evaluations.jsonl`."""
 
     def __init__(self, documents: Corpus, samples: list[Sample], folder: RunFolder) -> None:
         self.samples = samples
@@ -175,11 +176,23 @@ class HeldOutScores:
     def __call__(self, trainer: Trainer) -> dict[str, float]:
         if self._metric is None:
             self._metric = next_token_accuracy()
-        scores = score(trainer.accelerator.unwrap_model(trainer.model), self.samples)
-        table = {domain: each.to_dict(self._metric) for domain, each in scores.items()}
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        table = self._table(model)
+        averaged = None
+        average = getattr(trainer, "average", None)
+        if average is not None and average.is_there:
+            with average.applied():
+                averaged = self._table(model)
         if trainer.is_world_process_zero():
-            self.file.append({"step": trainer.state.global_step, "corpus": self._documents.mirror, "scores": table})
-        return metrics_of(table)
+            entry = {"step": trainer.state.global_step, "corpus": self._documents.mirror, "scores": table}
+            self.file.append(entry | ({"averaged": averaged} if averaged is not None else {}))
+        metrics = metrics_of(table)
+        if averaged is not None:
+            metrics |= {name.replace("eval_", "eval_averaged_"): value for name, value in metrics_of(averaged).items()}
+        return metrics
+
+    def _table(self, model: Any) -> dict[str, dict[str, Any]]:
+        return {domain: each.to_dict(self._metric) for domain, each in score(model, self.samples).items()}
 
 
 def during_training(settings: Settings, corpus: Corpus, encoder: Encoder, folder: RunFolder) -> HeldOutScores | None:
@@ -208,7 +221,8 @@ def of_checkpoint(
 
     folder = checkpoints.resolve(place)
     with Waiting("opening the corpus") as waiting:
-        run = RunFolder(folder.parent)
+        # A checkpoint's averaged weights lie in a folder of it.
+        run = RunFolder(folder.parent.parent if folder.name == averaging.FOLDER else folder.parent)
         record = run.read_record() if run.record.is_file() else None
         if dataset is not None:
             corpus = corpora.open_corpus(dataset, text_column=text_column, split=split, waiting=waiting)
@@ -230,7 +244,13 @@ def of_checkpoint(
         def on_sample(done: int) -> None:
             waiting(f"scoring: {done} of {documents} documents")
 
-        scores = score(model, itertools.islice(stream, documents), on_sample)
+        samples = list(itertools.islice(stream, documents))
+        scores = score(model, samples, on_sample)
+        averaged = None
+        if (folder / averaging.FOLDER / "config.json").is_file():
+            waiting("scoring the averaged weights")
+            model = AutoModelForCausalLM.from_pretrained(str(folder / averaging.FOLDER)).to(model.device)
+            averaged = score(model, samples, on_sample)
     if not scores["all"].samples:
         raise UserError(f"{corpus.name}: no document in it that can be scored")
     return {
@@ -240,4 +260,5 @@ def of_checkpoint(
         "max_seq_length": length,
         "seconds": round(time.perf_counter() - start, 3),
         "scores": {domain: each.to_dict(metric) for domain, each in scores.items()},
+        "averaged": averaged and {domain: each.to_dict(metric) for domain, each in averaged.items()},
     }

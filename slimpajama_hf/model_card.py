@@ -43,6 +43,8 @@ class About:
     config: dict[str, Any]
     """`run_config.yaml`."""
     license: str | None = None
+    averaged: bool = False
+    """Whether the weights are the average of the run's (they scored better), not the last."""
     has_chart: bool = True
     resumable: bool = True
 
@@ -154,10 +156,11 @@ def _opening(about: About) -> str:
             record["corpus"]["mirror"], f"local files ({escaped(record['corpus']['name'])})"
         )
     )
+    of_several = " of each process" if len(columns) and columns.samples[0] > 1 else ""
     lines = [
         f"# {escaped(about.repo.rpartition('/')[2])}",
         f"A GPT-2 of {model['parameters'] / 1e6:,.1f}M parameters, trained from nothing on {where}, **one document per "
-        f"optimizer step**: {len(columns):,} of {record['max_steps']:,} steps, each with its row in "
+        f"optimizer step{of_several}**: {len(columns):,} of {record['max_steps']:,} steps, each with its row in "
         "[`ledger.jsonl`](ledger.jsonl).",
     ]
     if about.has_chart:
@@ -176,8 +179,11 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _numbers(about: About) -> str:
     columns, model = about.columns, about.record["model"]
+    documents = int(columns.samples.sum())
     rows = [
-        ["steps, one document each", f"{len(columns):,}"],
+        ["steps, one document each", f"{len(columns):,}"]
+        if documents == len(columns)
+        else ["steps, documents", f"{len(columns):,}, {documents:,}"],
         ["tokens read", f"{int(columns.tokens.sum()):,}"],
         [f"loss, nats per token (mean of the last {LAST_STEPS} documents)", _number(mean_of_last(columns.loss), ".4f")],
         [f"next-token accuracy (the same {LAST_STEPS})", _number(mean_of_last(columns.accuracy), ".1%")],
@@ -233,9 +239,15 @@ def _held_out(about: About) -> str:
         for domain, scores in about.evaluation["scores"].items()
     ]  # fmt: skip
     head = ["domain", "documents", "loss", "perplexity", "accuracy", "bits per byte"]
+    averaged = (
+        " The weights here are an average over the run's last steps: it scored better than the last weights, and these "
+        "are its scores."
+        if about.averaged
+        else ""
+    )
     return (
         f"## Held out\n\nAfter step {about.evaluation['step']:,}, on {escaped(about.evaluation['corpus'])}, documents "
-        f"that are never trained.\n\n{_table(head, rows)}"
+        f"that are never trained.{averaged}\n\n{_table(head, rows)}"
     )
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from slimpajama_hf import checkpoints
+from slimpajama_hf.averaging import WeightAverage
 from slimpajama_hf.errors import SaidByTheFirst, UserError
 from slimpajama_hf.evaluation import HeldOutScores
 from slimpajama_hf.gpt2_step import GPT2Step, unsupported
@@ -106,6 +107,7 @@ class SlimPajamaTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         held_out: HeldOutScores | None = None,
         backward: str = "auto",
+        average_half_life: float = 0.0,
         news: News | None = None,
         **trainer_arguments: Any,
     ) -> None:
@@ -135,6 +137,10 @@ class SlimPajamaTrainer(Trainer):
         self._backward = backward
         self._written_out: GPT2Step | None = None
         self._out_of_memory = 0
+        self._average_half_life = average_half_life
+        self.average: WeightAverage | None = None
+        """The average of the weights, if one is kept; of several processes the first keeps it."""
+        self._resumed_from: Path | None = None
         self._update_skipped = ""
         self.failure: UserError | None = None
         """Why training stopped by itself, if it did."""
@@ -204,9 +210,23 @@ class SlimPajamaTrainer(Trainer):
             return "float16 or label smoothing"
         return unsupported(self.accelerator.unwrap_model(self.model))
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; a path goes on with the average of the weights too."""
+        self._resumed_from = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _begin_average(self) -> None:
+        # Of a sharded model no process has the weights.
+        if not self._average_half_life or not self.team.is_first or self.is_fsdp_enabled:
+            return
+        self.average = WeightAverage(self.accelerator.unwrap_model(self.model), self._average_half_life)
+        if self._resumed_from is not None and not self.average.load(self._resumed_from):
+            self.recorder.trouble(f"{self._resumed_from} has no averaged weights: their average begins here")
+
     def _begin_training(self) -> None:
         """Weights are loaded, the optimizer is there: now the step can be made ready."""
         self.stream.say = self.recorder.trouble
+        self._begin_average()
         if self.why_autograd() is None:
             self._written_out = GPT2Step(
                 self.accelerator.unwrap_model(self.model),
@@ -339,6 +359,8 @@ class SlimPajamaTrainer(Trainer):
         self.steps_of_session += 1
         self.skipped_records.update(self.sample.skipped)
         step = self.state.global_step - 1
+        if self.average is not None:
+            self.average.step(step + 1)
         # The scheduler has moved on already: this is the rate that the step used.
         warmup = self.args.get_warmup_steps(self.state.max_steps)
         rate = get_learning_rate(step, self.args.learning_rate, warmup)
@@ -441,6 +463,8 @@ class SlimPajamaTrainer(Trainer):
                     state = {"cursor": dataclasses.asdict(self.cursor)}
                     path = checkpoints.path_of(self._staging, step) / checkpoints.DATA_STATE
                     path.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+                if self.average is not None and self.average.is_there:
+                    self.average.save(checkpoints.path_of(self._staging, step), self.processing_class)
             except (OSError, RuntimeError, SafetensorError) as error:
                 if is_about_others(error):
                     raise

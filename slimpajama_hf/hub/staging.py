@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from slimpajama_hf import checkpoints, files, ledger, model_card, report, surprisals, views
+from slimpajama_hf import averaging, checkpoints, files, ledger, model_card, report, surprisals, views
 from slimpajama_hf.hub import portable_tokenizer
 from slimpajama_hf.run_folder import RunFolder
 
@@ -39,7 +39,15 @@ MODEL_FILES = (
 
 #: What a push before this one may have left: removed where this one does not have it (an old shard of weights or an old
 #: tokenizer would still be loaded). Everything else in the repository stays as it is.
-OURS = (*MODEL_FILES, f"{STATE}/*", "report.html", "evaluations.jsonl", "passports.jsonl", "prompts.jsonl")
+OURS = (
+    *MODEL_FILES,
+    f"{STATE}/*",
+    f"{averaging.FOLDER}/*",
+    "report.html",
+    "evaluations.jsonl",
+    "passports.jsonl",
+    "prompts.jsonl",
+)
 
 _GROWING = ("samples", "passports", "prompts")
 
@@ -84,14 +92,19 @@ def prepare(
         files.write_whole(cut.config, _config_without_paths(run.config))
     trouble = _draw(cut, record)
     samples = views.read_samples(cut.samples)
-    paths = _model_and_state(checkpoint, manifest, scratch / "tokenizer", with_state, samples)
+    evaluation = _last_evaluation(cut.evaluations)
+    averaged = _average_is_better(evaluation, checkpoint)
+    if evaluation is not None and averaged:
+        evaluation |= {"scores": evaluation["averaged"]}
+    paths = _model_and_state(checkpoint, manifest, scratch / "tokenizer", with_state, samples, averaged)
     about = model_card.About(
         repo=repo,
         record=record,
         columns=columns,
         chain=manifest["chain"],
         samples=samples,
-        evaluation=_last_evaluation(cut.evaluations),
+        evaluation=evaluation,
+        averaged=averaged,
         config=yaml.safe_load(cut.config.read_text(encoding="utf-8")) if cut.config.is_file() else {},
         license=license,
         has_chart=cut.latest_chart.is_file(),
@@ -161,17 +174,30 @@ def _inside(folder: Path) -> Iterator[None]:
 
 
 def _model_and_state(
-    checkpoint: Path, manifest: dict[str, Any], made: Path, with_state: bool, samples: list[dict[str, Any]]
+    checkpoint: Path,
+    manifest: dict[str, Any],
+    made: Path,
+    with_state: bool,
+    samples: list[dict[str, Any]],
+    averaged: bool,
 ) -> dict[str, Path]:
     """Path in the repository -> file, for the files of the checkpoint.
 
-    A file that is replaced at the root by its portable form goes up as it was saved too: the manifest is about that.
+    A file that is replaced at the root, by its portable form or by averaged weights, goes up as it was saved too: the
+    manifest is about that.
     """
     paths: dict[str, Path] = {}
     portable = portable_tokenizer.files_for(checkpoint, [f"{each['input']}{each['output'] or ''}" for each in samples])
     for name in [*manifest["files"], checkpoints.MANIFEST]:
+        if name.startswith(f"{averaging.FOLDER}/"):
+            # A model of its own: `from_pretrained(repo, subfolder="averaged")`.
+            paths[name] = checkpoint / name
+            continue
         at_root = any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)
-        if at_root and name not in portable:
+        replaced = averaged and name.endswith((".safetensors", ".safetensors.index.json"))
+        if at_root and replaced:
+            paths[name] = checkpoint / averaging.FOLDER / name
+        if at_root and not replaced and name not in portable:
             paths[name] = checkpoint / name
         elif with_state:
             paths[f"{STATE}/{name}"] = checkpoint / name
@@ -180,6 +206,14 @@ def _model_and_state(
         (made / name).write_bytes(content)
         paths[name] = made / name
     return paths
+
+
+def _average_is_better(evaluation: dict[str, Any] | None, checkpoint: Path) -> bool:
+    """Whether the averaged weights scored better on held-out documents when both were scored last."""
+    if evaluation is None or "averaged" not in evaluation or not (checkpoint / averaging.FOLDER).is_dir():
+        return False
+    raw, averaged = (evaluation[name]["all"]["loss"] for name in ("scores", "averaged"))
+    return raw is not None and averaged is not None and averaged < raw
 
 
 def _last_evaluation(path: Path) -> dict[str, Any] | None:
