@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     session.quiet_libraries()
     devices.choose_gpu(settings.run.gpu)
     team = processes.join(training)
-    destination = team.first_does(lambda: account.destination(settings))
+    destination = team.first_keeps(lambda: account.destination(settings))
     devices.keep_freed_memory()
 
     # Where the run lives, and where it goes on if it goes on.

@@ -75,8 +75,14 @@ class WeightAverage:
     def save(self, checkpoint: Path, tokenizer: Any) -> None:
         """Into the folder `averaged` of a checkpoint: model, configuration, tokenizer, and how old it is."""
         folder = checkpoint / FOLDER
-        with self.applied():
-            self._model.save_pretrained(str(folder))
+        config = self._model.config
+        # Loaded elsewhere, it shall generate with a cache.
+        cache, config.use_cache = config.use_cache, True
+        try:
+            with self.applied():
+                self._model.save_pretrained(str(folder))
+        finally:
+            config.use_cache = cache
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
         (folder / _STATE).write_text(json.dumps({"touches": self._touches}) + "\n", encoding="utf-8")

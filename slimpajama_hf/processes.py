@@ -44,7 +44,10 @@ class Processes:
         return self.rank == 0
 
     def first_does(self, act: Callable[[], T]) -> T:
-        """`act()`, done by the first process alone; all have its result (pickled) or its UserError or OSError."""
+        """`act()`, done by the first process alone; all have its result (pickled) or its UserError or OSError.
+
+        What is secret stays with the first: `first_keeps`.
+        """
         if self.world_size == 1:
             return act()
         told: list[Any] = [None]
@@ -60,6 +63,12 @@ class Processes:
         if outcome == "done":
             return value
         raise failure if failure is not None else SaidByTheFirst(value)
+
+    def first_keeps(self, act: Callable[[], T]) -> T | None:
+        """`act()`, done by the first process alone, which has its result; the others have None, or its error too."""
+        kept: list[T] = []
+        self.first_does(lambda: kept.append(act()))
+        return kept[0] if kept else None
 
     def agree(self, failure: Exception | None) -> None:
         """Wait until all are here. Raises the failure of this process, else an OSError with that of another."""

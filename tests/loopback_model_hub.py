@@ -68,18 +68,21 @@ class Push:
 
 
 class Repo:
-    """One model repository: `commits` [(id, title)], and the files of each."""
+    """One model repository: `commits` [(id, title)] of main, the files of every commit, and the newest of each branch."""
 
     def __init__(self, private: bool) -> None:
         self.private = private
+        self.heads: dict[str, str] = {}
         self.commits: list[tuple[str, str]] = []
         self.trees: dict[str, dict[str, bytes]] = {}
         self.lfs: set[bytes] = set()
         self.commit("initial commit", {})
 
-    def commit(self, title: str, files: dict[str, bytes]) -> str:
-        oid = hashlib.sha1(f"{len(self.commits)}{title}{sorted(files)}{time.time_ns()}".encode()).hexdigest()
-        self.commits.append((oid, title))
+    def commit(self, title: str, files: dict[str, bytes], branch: str = "main") -> str:
+        oid = hashlib.sha1(f"{len(self.trees)}{title}{sorted(files)}{time.time_ns()}".encode()).hexdigest()
+        if branch == "main":
+            self.commits.append((oid, title))
+        self.heads[branch] = oid
         self.trees[oid] = files
         return oid
 
@@ -92,7 +95,8 @@ class Repo:
         return [title for _, title in self.commits[1:]]
 
     def at(self, revision: str) -> str | None:
-        return self.commits[-1][0] if revision in ("main", "HEAD") else (revision if revision in self.trees else None)
+        revision = "main" if revision == "HEAD" else revision
+        return self.heads.get(revision) or (revision if revision in self.trees else None)
 
 
 class LoopbackModelHub(LoopbackHub):
@@ -207,7 +211,7 @@ class _ModelHandler(_Handler):
         elif match := re.fullmatch(r"/(.+?)\.git/info/lfs/objects/batch", path):
             self._lfs_batch(json.loads(self._body()))
         elif match := re.fullmatch(
-            r"/api/models/([^/]+(?:/[^/]+)?)(?:/(revision|preupload|commit|tree)/([^/]+)/?(.*))?", path
+            r"/api/models/([^/]+(?:/[^/]+)?)(?:/(revision|preupload|commit|tree|branch)/([^/]+)/?(.*))?", path
         ):
             return self._model(match, account)
         elif match := re.fullmatch(r"/((?!datasets/|api/)[^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)", path):
@@ -241,6 +245,10 @@ class _ModelHandler(_Handler):
         repo = self._repo(name, account)
         if repo is None:
             return True
+        if what == "branch":
+            there = repo.heads.setdefault(revision, repo.heads["main"]) != repo.heads["main"]
+            self._send(409 if there else 200)
+            return True
         commit = repo.at(revision or "main")
         if commit is None:
             self._missing("RevisionNotFound")
@@ -252,7 +260,7 @@ class _ModelHandler(_Handler):
         elif what == "preupload":
             self._json({"files": [self._mode(repo, files, each) for each in json.loads(body)["files"]]})
         elif what == "commit":
-            self._commit(name, repo, body, account)
+            self._commit(name, repo, revision, body, account)
         else:
             self._tree_of(files, repo, rest)
         return True
@@ -274,12 +282,12 @@ class _ModelHandler(_Handler):
             objects.append(entry)
         self._json({"transfer": "basic", "objects": objects})
 
-    def _commit(self, name: str, repo: Repo, body: bytes, account: Account | None) -> None:
+    def _commit(self, name: str, repo: Repo, branch: str, body: bytes, account: Account | None) -> None:
         if account is None or account.role == "read":
             self._send(403, b'{"error":"no"}')
             return
         with self.server.writing:
-            files, title = dict(repo.files), ""
+            files, title = dict(repo.trees[repo.heads[branch]]), ""
             for line in body.splitlines():
                 entry = json.loads(line)
                 value = entry["value"]
@@ -291,7 +299,7 @@ class _ModelHandler(_Handler):
                     files[value["path"]] = self.server.blobs[value["oid"]]
                 elif entry["key"] == "deletedFile":
                     files.pop(value["path"], None)
-            oid = repo.commit(title, files)
+            oid = repo.commit(title, files, branch)
         self._json({"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{name}/commit/{oid}"})
 
     def _tree_of(self, files: dict[str, bytes], repo: Repo, under: str) -> None:

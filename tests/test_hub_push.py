@@ -124,6 +124,24 @@ def test_it_loads_as_any_model_does(pushed, tmp_path):
     assert text.startswith("The river")
 
 
+def test_a_branch_holds_the_run_and_main_stays_as_it_is(hub, shards, tmp_path):
+    run = tmp_path / "run"
+    done = run_script(*flags(shards, run, 10, 5), "--hub_revision", "trial", **hub.environment())
+    assert done.returncode == 0, done.stderr
+    repo = hub.models["me/run"]
+    branch = repo.trees[repo.heads["trial"]]
+    assert branch["model.safetensors"] == (run / "checkpoint-10/model.safetensors").read_bytes()
+    assert repo.titles == [] and "model.safetensors" not in repo.files
+    elsewhere = tmp_path / "elsewhere"
+    done = run_script(
+        "--resume_from_checkpoint", "me/run@trial", "--output_dir", str(elsewhere), "--max_steps", "12", "--no-checkpoint",
+        "--dataset", f"{shards}/*.jsonl.zst", "--push_to_hub", "false", "--allow_changes", "dataset",
+        **hub.environment(), HF_HOME=str(tmp_path / "hf"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(read_ledger(elsewhere)) == 12
+
+
 # ---- what a user can get wrong ----
 
 

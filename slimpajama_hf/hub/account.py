@@ -56,7 +56,7 @@ class Destination:
 
 
 def destination(settings: Settings) -> Destination | None:
-    """Where this run is pushed to; None without `--push_to_hub`, and on other ranks than the first.
+    """Where this run is pushed to; None without `--push_to_hub`.
 
     Raises UserError for a token that is missing, refused or may not write. A Hub that does not answer is said and no
     reason to stop.
@@ -66,8 +66,6 @@ def destination(settings: Settings) -> Destination | None:
         return None
     if settings.run.no_checkpoint or str(getattr(training.save_strategy, "value", training.save_strategy)) == "no":
         raise UsageError("--push_to_hub: checkpoints are what is pushed, and none is saved; leave --no-checkpoint out")
-    if training.process_index != 0:
-        return None
     return resolve(
         training.hub_model_id or Path(settings.output_dir).resolve().name,
         training.hub_token,
