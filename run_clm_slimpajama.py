@@ -52,13 +52,11 @@ def main(argv: list[str]) -> int:
         training.bf16 = precision == "bfloat16"
         waiting("loading the Trainer")
         from slimpajama_hf import evaluation
+        from slimpajama_hf import recorder as recorders
         from slimpajama_hf.callbacks import StopOnSignal
         from slimpajama_hf.hub.background import Uploads
-        from slimpajama_hf.ledger import Ledger
-        from slimpajama_hf.recorder import StepRecorder
         from slimpajama_hf.samples import SampleStream
         from slimpajama_hf.signals import StopSignals
-        from slimpajama_hf.surprisals import Surprisals
         from slimpajama_hf.trainer import SlimPajamaTrainer
         from slimpajama_hf.watchers import Watchers
 
@@ -87,9 +85,7 @@ def main(argv: list[str]) -> int:
     stream.start = point.cursor
 
     # What is kept of every step, and what watches; of several processes the first does.
-    ledger = Ledger(folder.ledger, point.chain) if team.is_first else None
-    surprisals = Surprisals(folder.surprisals, point.predicted) if team.is_first else None
-    recorder = StepRecorder(ledger, config.vocab_size, point.rows, surprisals, team.world_size)
+    recorder = recorders.of_run(folder, point, training, config.vocab_size, team)
     watchers = Watchers(settings, folder, encoder, record)
     uploads = Uploads(settings, folder, destination, point.step)
 

@@ -567,7 +567,16 @@ def headline(columns: Columns, max_steps: int) -> list[tuple[str, str, str]]:
         (number(bits, ".3f"), "prequential bits per byte", "scored before learned: held-out"),
         (number(throughput, ",.0f"), "tokens per second", over),
         (short_number(int(columns.tokens.sum())), "tokens seen", "one document per step"),
+        *_noise(columns),
     ]
+
+
+def _noise(columns: Columns) -> list[tuple[str, str, str]]:
+    """The noise scale, once it is known."""
+    known = columns.noise_scale[np.isfinite(columns.noise_scale)]
+    if not len(known):
+        return []
+    return [(short_number(float(f"{known[-1]:.2g}")), "noise scale, documents", "batch where signal is noise")]
 
 
 def draw_headline(figure: Figure, columns: Columns, caption: Caption) -> None:

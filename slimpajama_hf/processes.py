@@ -170,8 +170,8 @@ class Step:
     sample: Sample
     values: list[torch.Tensor]
     """Of each own sample, filled places left out: loss, tokens right, then the surprisal of each predicted token."""
-    grad_norm: torch.Tensor
-    not_finite: torch.Tensor
+    of_step: torch.Tensor
+    """Gradient norm, 1.0 where the update was skipped, norm of the first moment; (3,)."""
     learning_rate: float
     seconds: float
 
@@ -185,8 +185,7 @@ class Told:
     losses: list[float]
     correct: list[float]
     nats: list[np.ndarray]
-    grad_norm: float
-    not_finite: float
+    of_step: tuple[float, float, float]
     learning_rate: float
     seconds: float
 
@@ -252,8 +251,7 @@ class News:
         begin = 0
         for step, width in zip(steps, widths, strict=True):
             whole = Told(
-                step.step, step.sample, [], [], [], step.grad_norm.item(), step.not_finite.item(), step.learning_rate,
-                step.seconds,
+                step.step, step.sample, [], [], [], tuple(step.of_step.tolist()), step.learning_rate, step.seconds
             )  # fmt: skip
             found: dict[int, np.ndarray] = {}
             for rank in ranks:

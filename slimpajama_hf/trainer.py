@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from slimpajama_hf import checkpoints
+from slimpajama_hf import checkpoints, noise
 from slimpajama_hf.averaging import WeightAverage
 from slimpajama_hf.errors import SaidByTheFirst, UserError
 from slimpajama_hf.evaluation import HeldOutScores
@@ -44,6 +44,11 @@ PRIVATE_HOOKS = {
 def get_learning_rate(step: int, learning_rate: float, warmup_steps: int) -> float:
     """The rate that optimizer step `step` (from 0) trains at: `lr * min(1, (step + 1) / warmup)`, never 0."""
     return learning_rate * min(1.0, (step + 1) / max(warmup_steps, 1))
+
+
+def _whole(norm: torch.Tensor) -> torch.Tensor:
+    """Of a sharded model a norm is a DTensor."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 class _Samples(IterableDataset):
@@ -318,9 +323,7 @@ class SlimPajamaTrainer(Trainer):
             grad_norm = self._written_out.squared_norms().sum().sqrt()
         norm = super()._get_grad_norm(model, grad_norm)
         self._grad_norm = norm if isinstance(norm, torch.Tensor) else torch.tensor(float(norm))
-        # Of a sharded model the norm is a DTensor.
-        if hasattr(self._grad_norm, "full_tensor"):
-            self._grad_norm = self._grad_norm.full_tensor()
+        self._grad_norm = _whole(self._grad_norm)
         self._skip_update_unless_finite()
         return norm
 
@@ -368,14 +371,28 @@ class SlimPajamaTrainer(Trainer):
             places = range(self.team.rank, len(self.sample.together), self.team.world_size)
             # What only filled a place is another's.
             own, self._own = self._own[: len(places)], []
-            finished = Step(step, self.sample, own, self._grad_norm, self._not_finite, rate, self.clock.lap())
+            of_step = torch.stack([self._grad_norm.float(), self._not_finite, self._momentum_norm(step)])
+            finished = Step(step, self.sample, own, of_step, rate, self.clock.lap())
             self._take_in(self.news.add(finished))
             return not self.news.failed
-        numbers = [self._loss.detach().float(), self._correct.float(), self._grad_norm.float(), self._not_finite]
-        values = torch.cat([torch.stack(numbers), self._nats[: self.sample.predicted]])  # (4 + T-1,)
+        numbers = [self._loss.detach().float(), self._correct.float(), self._grad_norm.float(), self._not_finite,
+                   self._momentum_norm(step)]  # fmt: skip
+        values = torch.cat([torch.stack(numbers), self._nats[: self.sample.predicted]])  # (5 + T-1,)
         self.recorder.add(step, self.sample, values, rate, self.clock.lap(), self._update_skipped)
         self._look_at_what_is_not_finite()
         return self.failure is None
+
+    def _momentum_norm(self, step: int) -> torch.Tensor:
+        """Norm of AdamW's first moment without its bias, on the device; NaN where it is not measured."""
+        unknown = torch.full((), float("nan"), device=self._loss.device)
+        if step % noise.STEPS_BETWEEN != noise.STEPS_BETWEEN - 1:
+            return unknown
+        state = self._plain_optimizer().state
+        moments = [each["exp_avg"] for each in state.values() if "exp_avg" in each]
+        if not moments:
+            return unknown
+        norm = torch.stack([_whole(each) for each in torch._foreach_norm(moments)]).norm()
+        return norm.float() / (1 - self.args.adam_beta1 ** (step + 1))
 
     def tell_now(self) -> None:
         """All processes at the same step: what they have not told each other yet."""

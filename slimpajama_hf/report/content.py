@@ -262,6 +262,11 @@ def _mean(values: np.ndarray) -> float | None:
     return float(finite.mean()) if len(finite) else None
 
 
+def _last(values: np.ndarray) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(known[-1]) if len(known) else None
+
+
 def _bits_per_byte(rows: Rows, chosen: Any) -> float | None:
     bits, size = rows.code_bits[chosen], rows.text_bytes[chosen]
     counted = np.isfinite(bits)
@@ -283,6 +288,8 @@ def _headline(rows: Rows) -> dict[str, Any]:
         "throughput": float(rows.tokens.sum()) / seconds if seconds else None,
         "documents": int((rows.part == 0).sum()),
         "not_finite": int((~np.isfinite(rows.loss)).sum()),
+        "noise_scale": _last(rows.noise_scale),
+        "samples_a_step": int(rows.tokens[-1] - rows.predicted[-1]) if len(rows) else 1,
     }
 
 
