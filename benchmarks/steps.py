@@ -350,6 +350,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="steps a round [300]")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, interleaved [3]")
     parser.add_argument("--history", type=int, default=0, help="rows that lie behind the first step [0]")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="these rows only [all]")
     parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
@@ -358,7 +359,7 @@ def main() -> None:
             print(json.dumps(measured))
         return
     interpreters = dict.fromkeys(ROWS, sys.executable) | {"litgpt": str(ROOT / ".venv" / "litgpt" / "bin" / "python")}
-    there = [row for row in ROWS if Path(interpreters[row]).exists()]
+    there = [row for row in options.rows if Path(interpreters[row]).exists()]
     if options.history or not two_devices():
         there = [row for row in there if row not in DOCUMENTS]
     found: dict[str, list[dict[str, float]]] = {row: [] for row in there}
@@ -390,7 +391,7 @@ def main() -> None:
     print(f"\n{options.model}, {options.precision}, 256 tokens a step, {options.steps} steps, {result['machine']}\n")
     print("| | ms a step | spread | tokens/s | speed, bare = 1 | peak MB | s to first step |")
     print("|---|---|---|---|---|---|---|")
-    bare = statistics.median(each["ms_per_step"] for each in found["bare loop"])
+    bare = statistics.median(each["ms_per_step"] for each in found.get("bare loop", next(iter(found.values()))))
     for row, rounds in found.items():
         times = [each["ms_per_step"] for each in rounds]
         middle, documents = statistics.median(times), DOCUMENTS.get(row, 1)

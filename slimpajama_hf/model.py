@@ -139,8 +139,8 @@ class Needs:
         return self.state_bytes + self.activation_bytes
 
 
-def needs(model: PreTrainedModel, max_length: int, precision: str) -> Needs:
-    """Memory of a step of one sample of `max_length` tokens."""
+def needs(model: PreTrainedModel, max_length: int, precision: str, averaged: bool = False) -> Needs:
+    """Memory of a step of one sample of `max_length` tokens; `averaged`: with an average of the weights beside them."""
     config: GPT2Config | Any = model.config
     parameters = model.num_parameters()
     width = 2 if precision == "bfloat16" else 4
@@ -152,7 +152,7 @@ def needs(model: PreTrainedModel, max_length: int, precision: str) -> Needs:
     logits = config.vocab_size * (width + 4 + 4)
     # bfloat16 autocast keeps a cast copy of the weights between forward and backward.
     casts = 2 * parameters if precision == "bfloat16" else 0
-    return Needs(parameters, 16 * parameters, max_length * (per_token + logits) + casts)
+    return Needs(parameters, (20 if averaged else 16) * parameters, max_length * (per_token + logits) + casts)
 
 
 def format_bytes(size: int) -> str:

@@ -27,7 +27,7 @@ def show(
     training, data = settings.training, settings.data
     corpus = trainer.stream.corpus
     model = trainer.accelerator.unwrap_model(trainer.model)
-    need = needs(model, data.max_seq_length, precision)
+    need = needs(model, data.max_seq_length, precision, settings.model.average_weights > 0)
     start = trainer.stream.start
     where = f", from {start.shard} row {start.row}" if start.shard is not None else ""
     modes = {

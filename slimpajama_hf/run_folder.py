@@ -11,12 +11,15 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimpajama_hf import __version__, checkpoints, files, ledger, surprisals
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.lock import FolderLock
 from slimpajama_hf.screen import redacted
+
+if TYPE_CHECKING:
+    from slimpajama_hf.cli import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +109,11 @@ def prepare(path: str, *, resume: bool, overwrite: bool) -> RunFolder:
     except OSError as error:
         raise UserError(f"--output_dir {path}: cannot be written ({error.strerror}); choose another folder") from None
     return folder
+
+
+def checkpoint_bytes(parameters: int, settings: Settings) -> int:
+    """Bytes of a checkpoint: weights, the two moments of AdamW, and the average of the weights, float32."""
+    return (16 if settings.model.average_weights else 12) * parameters
 
 
 def refuse_full_disk(folder: RunFolder, checkpoint_bytes: int) -> None:

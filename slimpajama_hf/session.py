@@ -159,8 +159,8 @@ class Session:
         return code
 
     def _refuse_full_disk(self) -> None:
-        # Weights and the two moments of AdamW, float32.
-        run_folder.refuse_full_disk(self.folder, 12 * self.folder.read_record()["model"]["parameters"])
+        parameters = self.folder.read_record()["model"]["parameters"]
+        run_folder.refuse_full_disk(self.folder, run_folder.checkpoint_bytes(parameters, self.settings))
 
     def _lead(self) -> int:
         """What the first process does, or the only one."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from slimpajama_hf import cli, ledger, screen
 from slimpajama_hf.errors import UserError
-from slimpajama_hf.run_folder import RunFolder
+from slimpajama_hf.run_folder import RunFolder, checkpoint_bytes
 from slimpajama_hf.verify import SCRIPT
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def report(settings: Settings, trial: Trial) -> list[str]:
     training = settings.training
     steps = training.max_steps
     seconds = trial.start_seconds + steps * trial.seconds_per_step
-    checkpoint = 12 * trial.parameters
+    checkpoint = checkpoint_bytes(trial.parameters, settings)
     saves = 0 if settings.run.no_checkpoint else math.ceil(steps / training.save_steps)
     kept = min(saves, training.save_total_limit or saves)
     memory = f"{format_bytes(trial.peak_bytes)} of the machine"
