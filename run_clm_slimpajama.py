@@ -104,6 +104,7 @@ def main(argv: list[str]) -> int:
             backward=settings.model.backward,
             average_half_life=settings.model.average_weights,
             news=news,
+            lr_find=settings.run.lr_find,
         )
         watchers.look_at(trainer)
         uploads.trainer = trainer

@@ -274,6 +274,23 @@ def complete(settings: Settings) -> None:
         model = settings.model.model
         model = Path(model).parent.name or "config" if model.endswith(".json") else model
         training.output_dir = str(Path("runs") / f"{corpus}-{model}")
+    if settings.run.lr_find:
+        _make_range_test(settings)
+
+
+def _make_range_test(settings: Settings) -> None:
+    """`--lr_find`: a short run in a folder beside the run's, of which the curve stays."""
+    from slimpajama_hf import range_test
+
+    training: Any = settings.training
+    if training.resume_from_checkpoint or training.push_to_hub:
+        raise UsageError("--lr_find: a test of its own; leave --resume_from_checkpoint and --push_to_hub out")
+    training.output_dir = f"{training.output_dir}-lr_find"
+    training.max_steps = training.max_steps if "max_steps" in settings.typed else range_test.STEPS
+    training.save_strategy = type(training.save_strategy)("no")
+    settings.run.no_checkpoint = settings.run.overwrite_output_dir = True
+    settings.run.viz_interval = settings.run.display_samples = 10**9
+    settings.model.average_weights = 0.0
 
 
 def run(main: Any, if_stopped: str = "stopped before the first step; nothing to save") -> int:

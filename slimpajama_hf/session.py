@@ -234,6 +234,13 @@ class Session:
         code = self.signals.exit_code
         for line in plan.summary(self.folder, trainer, outcome, watchers.seconds):
             screen.say(line)
+        if self.settings.run.lr_find:
+            from slimpajama_hf import range_test
+
+            for line in range_test.conclude(self.folder, self.settings.training.max_steps):
+                screen.say(line)
+            # Rates that are far too much end in no number at all: that is what the test is for.
+            return code
         for line in self.uploads.finish(done=outcome in ("done", "the corpus ended")):
             screen.say(line)
         if outcome != "done" and trainer.args.save_strategy != "no" and steps:

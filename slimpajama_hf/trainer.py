@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from slimpajama_hf import checkpoints, noise
+from slimpajama_hf import checkpoints, noise, range_test
 from slimpajama_hf.averaging import WeightAverage
 from slimpajama_hf.errors import SaidByTheFirst, UserError
 from slimpajama_hf.evaluation import HeldOutScores
@@ -114,6 +114,7 @@ class SlimPajamaTrainer(Trainer):
         backward: str = "auto",
         average_half_life: float = 0.0,
         news: News | None = None,
+        lr_find: bool = False,
         **trainer_arguments: Any,
     ) -> None:
         self.stream = stream
@@ -142,6 +143,7 @@ class SlimPajamaTrainer(Trainer):
         self._backward = backward
         self._written_out: GPT2Step | None = None
         self._out_of_memory = 0
+        self._lr_find = lr_find
         self._average_half_life = average_half_life
         self.average: WeightAverage | None = None
         """The average of the weights, if one is kept; of several processes the first keeps it."""
@@ -194,13 +196,21 @@ class SlimPajamaTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """Linear warm-up to the rate, then constant; the first step trains at lr/warmup where transformers' has 0."""
         if self.lr_scheduler is None:
-            warmup = self.args.get_warmup_steps(num_training_steps)
+            own, warmup = self.args.learning_rate, self.args.get_warmup_steps(num_training_steps)
             self.lr_scheduler = LambdaLR(
                 optimizer or self.optimizer,  # type: ignore[arg-type]
-                lambda step: get_learning_rate(step, 1.0, warmup),
+                (lambda step: range_test.rate(step, num_training_steps) / own)
+                if self._lr_find
+                else lambda step: get_learning_rate(step, 1.0, warmup),
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def learning_rate_of(self, step: int, steps: int) -> float:
+        """The rate that step `step` of a run of `steps` trains at."""
+        if self._lr_find:
+            return range_test.rate(step, steps)
+        return get_learning_rate(step, self.args.learning_rate, self.args.get_warmup_steps(steps))
 
     def why_autograd(self) -> str | None:
         """Why the step is left to autograd, in words; None where it is written out (`gpt2_step.py`)."""
@@ -365,8 +375,7 @@ class SlimPajamaTrainer(Trainer):
         if self.average is not None:
             self.average.step(step + 1)
         # The scheduler has moved on already: this is the rate that the step used.
-        warmup = self.args.get_warmup_steps(self.state.max_steps)
-        rate = get_learning_rate(step, self.args.learning_rate, warmup)
+        rate = self.learning_rate_of(step, self.state.max_steps)
         if self.news is not None:
             places = range(self.team.rank, len(self.sample.together), self.team.world_size)
             # What only filled a place is another's.
