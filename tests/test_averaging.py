@@ -85,16 +85,16 @@ def test_training_does_not_know_of_it(shards, every_step, tmp_path):
 
 def test_it_goes_on_exactly(shards, every_step, tmp_path):
     run = tmp_path / "run"
-    run_of(*flags_of(shards, run, 13))
-    run_of(*flags_of(shards, run, 30, "--resume_from_checkpoint", "true"))
+    run_of(*flags_of(shards, run, 13, "--save_steps", "13"))
+    run_of(*flags_of(shards, run, 30, "--save_steps", "30", "--resume_from_checkpoint", "true"))
     left, right = (weights(each / "checkpoint-30/averaged") for each in (run, every_step))
     assert all(torch.equal(weight, right[name]) for name, weight in left.items())
 
 
 def test_a_run_without_an_average_begins_one_and_says_so(shards, tmp_path):
     run = tmp_path / "run"
-    run_of(*flags_of(shards, run, 6, "--average_weights", "0"))
-    said = run_of(*flags_of(shards, run, 12, "--resume_from_checkpoint", "true")).stderr
+    run_of(*flags_of(shards, run, 6, "--save_steps", "6", "--average_weights", "0"))
+    said = run_of(*flags_of(shards, run, 12, "--save_steps", "6", "--resume_from_checkpoint", "true")).stderr
     assert "has no averaged weights: their average begins here" in said
     assert (run / "checkpoint-12/averaged/model.safetensors").is_file()
 

@@ -49,7 +49,13 @@ def rows_without_times(run: Path) -> list[dict[str, Any]]:
 
 def assert_the_same_run(left: Path, right: Path, steps: int) -> None:
     assert rows_without_times(left) == rows_without_times(right)
-    for name in ("model.safetensors", "trainer_state.json", "data_state.json", "rng_state.pth"):
+    for name in (
+        "model.safetensors",
+        "averaged/model.safetensors",
+        "trainer_state.json",
+        "data_state.json",
+        "rng_state.pth",
+    ):
         parts = [(run / f"checkpoint-{steps}" / name).read_bytes() for run in (left, right)]
         assert parts[0] == parts[1], name
     for name in ("optimizer.pt", "scheduler.pt"):

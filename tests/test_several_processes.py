@@ -102,7 +102,11 @@ def assert_verified(run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("launcher", "processes", "mode"),
-    [("torchrun", 2, "window"), ("accelerate", 3, "truncate"), ("torchrun", 3, "pack")],
+    [
+        ("torchrun", 2, "window"),
+        ("accelerate", 3, "truncate"),
+        pytest.param("torchrun", 3, "pack", marks=pytest.mark.slow),
+    ],
 )
 def test_every_document_is_learned_once_by_one_of_them(corpus, encoder, tmp_path, launcher, processes, mode):
     run = tmp_path / "run"
@@ -212,7 +216,7 @@ def test_a_signal_to_the_launcher_stops_all_after_the_same_step_and_it_goes_on_e
     assert all(torch.equal(weight, right[name]) for name, weight in left.items())
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_is_killed_ends_the_job_and_it_goes_on_with_fewer(corpus, encoder, tmp_path, rank):
     run = tmp_path / "run"
     process = start(torchrun(3), flags_of(corpus, run, 500, "--save_steps", "4"))
