@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 FOLDER = "averaged"
 _STATE = "averaging.json"
 #: An average is touched every so many steps, or more often where its half-life is short.
-MOST_STEPS_BETWEEN = 5
+MOST_STEPS_BETWEEN = 10
 
 
 class WeightAverage:
