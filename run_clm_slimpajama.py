@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
     stream.start = point.cursor
 
     # What is kept of every step, and what watches; of several processes the first does.
-    recorder = recorders.of_run(folder, point, training, config.vocab_size, team)
+    recorder = recorders.of_run(folder, point, config.vocab_size, team)
     watchers = Watchers(settings, folder, encoder, record)
     uploads = Uploads(settings, folder, destination, point.step)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from slimpajama_hf.trainer import SlimPajamaTrainer
 
 #: Shares of the training time of a session; 5 % in all.
-CHARTS, SAMPLES, PASSPORTS, PROMPTS = 0.02, 0.015, 0.005, 0.01
+CHARTS, SAMPLES, PASSPORTS, PROMPTS = 0.02, 0.01, 0.005, 0.005
 
 
 def session_seconds(trainer: SlimPajamaTrainer) -> float:

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from slimpajama_hf import files, palette
+from slimpajama_hf import files, noise, palette
 from slimpajama_hf.ledger import Columns
 
 WINDOW = 50  # steps of a running mean
@@ -573,10 +573,10 @@ def headline(columns: Columns, max_steps: int) -> list[tuple[str, str, str]]:
 
 def _noise(columns: Columns) -> list[tuple[str, str, str]]:
     """The noise scale, once it is known."""
-    known = columns.noise_scale[np.isfinite(columns.noise_scale)]
-    if not len(known):
+    found = noise.estimate(columns.grad_square, columns.grad_agreement)
+    if found is None:
         return []
-    return [(short_number(float(f"{known[-1]:.2g}")), "noise scale, documents", "batch where signal is noise")]
+    return [(short_number(float(f"{found.value:.2g}")), "noise scale, documents", "where signal equals noise")]
 
 
 def draw_headline(figure: Figure, columns: Columns, caption: Caption) -> None:

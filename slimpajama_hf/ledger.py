@@ -68,10 +68,10 @@ class Row:
     """Why the weights were left as they were: `not finite` or `out of memory`; empty for an ordinary step."""
     spike: float | None = None
     """Robust z-score of the loss among the 200 steps before it, where it stands out; else null."""
-    momentum_norm: float | None = None
-    """L2 norm of AdamW's average gradient (first moment without its bias) after a step, every 10 steps; else null."""
-    noise_scale: float | None = None
-    """Gradient noise scale over the last 1,000 steps, in samples, where `momentum_norm` is (`noise.py`); else null."""
+    grad_square: float | None = None
+    """Where noise was measured (`noise.py`), mean squared norm of clipped gradients of some documents; else null."""
+    grad_agreement: float | None = None
+    """Likewise the mean product of two of them: the part of `grad_square` that is signal."""
     part: int = 0
     """Which sample of its document this is, from 0 (always 0 for `truncate`)."""
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -219,8 +219,11 @@ NUMBERS = {
     "tokens": np.int64,
     "text_bytes": np.int64,
     "code_bits": np.float64,
-    "noise_scale": np.float64,
+    "grad_square": np.float64,
+    "grad_agreement": np.float64,
 }
+#: Those that rows of older versions lack.
+_NEWER = ("grad_square", "grad_agreement")
 
 
 #: What is counted for each row.
@@ -259,7 +262,7 @@ class Columns:
             self._domain_index[domain] = len(self.domains)
             self.domains.append(domain)
         for name in NUMBERS:
-            value = row.get(name) if name == "noise_scale" else row[name]
+            value = row.get(name) if name in _NEWER else row[name]
             self._store[name][self._size] = math.nan if value is None else value
         self._store["domain"][self._size] = self._domain_index[domain]
         self._store["samples"][self._size] = samples_of(row)

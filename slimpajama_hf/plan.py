@@ -85,9 +85,9 @@ def summary(folder: RunFolder, trainer: SlimPajamaTrainer, outcome: str, seeing_
         f" final accuracy  {mean_of_last(columns.accuracy):.1%} of next tokens",
         f"    prequential  {columns.prequential_bits_per_byte():.4f} bits per byte (documents scored before learned)",
     ]
-    known = columns.noise_scale[np.isfinite(columns.noise_scale)]
-    if len(known):
-        lines.append(f"    noise scale  {noise.in_words(float(known[-1]), int(columns.samples[-1]))}")
+    found = noise.estimate(columns.grad_square, columns.grad_agreement)
+    if found is not None:
+        lines.append(f"    noise scale  {noise.in_words(found)}")
     skipped = trainer.skipped_records
     if skipped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())

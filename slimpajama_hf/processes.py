@@ -171,7 +171,7 @@ class Step:
     values: list[torch.Tensor]
     """Of each own sample, filled places left out: loss, tokens right, then the surprisal of each predicted token."""
     of_step: torch.Tensor
-    """Gradient norm, 1.0 where the update was skipped, norm of the first moment; (3,)."""
+    """Gradient norm, 1.0 where the update was skipped, and twice NaN: noise is measured of single documents; (4,)."""
     learning_rate: float
     seconds: float
 
@@ -185,7 +185,7 @@ class Told:
     losses: list[float]
     correct: list[float]
     nats: list[np.ndarray]
-    of_step: tuple[float, float, float]
+    of_step: list[float]
     learning_rate: float
     seconds: float
 
@@ -251,7 +251,7 @@ class News:
         begin = 0
         for step, width in zip(steps, widths, strict=True):
             whole = Told(
-                step.step, step.sample, [], [], [], tuple(step.of_step.tolist()), step.learning_rate, step.seconds
+                step.step, step.sample, [], [], [], step.of_step.tolist(), step.learning_rate, step.seconds
             )  # fmt: skip
             found: dict[int, np.ndarray] = {}
             for rank in ranks:

@@ -15,7 +15,6 @@ import torch
 
 from slimpajama_hf import screen
 from slimpajama_hf.ledger import Ledger, Row
-from slimpajama_hf.noise import NoiseScale
 from slimpajama_hf.samples import Sample
 from slimpajama_hf.surprisals import Surprisals
 
@@ -63,7 +62,7 @@ class TrainingClock:
 
 
 class _Reading:
-    """Numbers on their way from the device; `values` has shape (5 + predicted tokens,)."""
+    """Numbers on their way from the device; `values` has shape (6 + predicted tokens,)."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -79,11 +78,11 @@ class _Reading:
         return self._event is None or self._event.query()
 
     def numbers(self) -> tuple[list[float], np.ndarray]:
-        """The five numbers of the step, and the surprisal of each predicted token."""
+        """The six numbers of the step, and the surprisal of each predicted token."""
         if self._event is not None:
             self._event.synchronize()
         values = self._values.numpy()
-        return values[:5].tolist(), values[5:]
+        return values[:6].tolist(), values[6:]
 
 
 def shortest(value: float) -> float:
@@ -143,10 +142,8 @@ class StepRecorder:
         remembered: Sequence[dict[str, Any]] = (),
         surprisals: Surprisals | None = None,
         world_size: int = 1,
-        noise: NoiseScale | None = None,
     ) -> None:
         self._ledger = ledger
-        self._noise = noise
         self._world_size = world_size
         self._surprisals = surprisals
         self._uniform_nats = math.log(vocab_size)
@@ -180,9 +177,10 @@ class StepRecorder:
         seconds: float,
         update_skipped: str = "",
     ) -> None:
-        """One finished step; `values` (5 + tokens - 1,), float32, is on the device and is not waited for: loss in nats
-        per token, tokens right, gradient norm, 1.0 where the update was skipped because one of them is no number, norm
-        of the first moment (NaN where it was not measured); then the surprisal of each predicted token, nats."""
+        """One finished step; `values` (6 + tokens - 1,), float32, is on the device and is not waited for: loss in nats
+        per token, tokens right, gradient norm, 1.0 where the update was skipped because one of them is no number, mean
+        square and mean product of some gradients (NaN where noise was not measured); then the surprisal of each
+        predicted token, nats."""
         self._waiting.append((step, sample, _Reading(values), learning_rate, seconds, update_skipped))
         while self._waiting and (self._waiting[0][2].here() or len(self._waiting) > MOST_BEHIND):
             self._write(*self._waiting.popleft())
@@ -202,9 +200,9 @@ class StepRecorder:
     def _write(
         self, step: int, sample: Sample, reading: _Reading, learning_rate: float, seconds: float, update_skipped: str
     ) -> None:
-        (loss, correct, grad_norm, not_finite, momentum), nats = reading.numbers()
+        (loss, correct, *of_step), nats = reading.numbers()
         self._record(
-            step, sample, [loss], [correct], [nats], (grad_norm, not_finite, momentum), learning_rate, seconds,
+            step, sample, [loss], [correct], [nats], of_step, learning_rate, seconds,
             update_skipped,
         )  # fmt: skip
 
@@ -215,12 +213,12 @@ class StepRecorder:
         losses: list[float],
         correct: list[float],
         nats: list[np.ndarray],
-        of_step: tuple[float, float, float],
+        of_step: Sequence[float],
         learning_rate: float,
         seconds: float,
         update_skipped: str,
     ) -> None:
-        grad_norm, not_finite, momentum = of_step
+        grad_norm, not_finite, square, agreement = of_step
         together = sample.together or [sample]
         predicted = [each.predicted for each in together]
         loss = losses[0]
@@ -229,8 +227,6 @@ class StepRecorder:
         loss = shortest(loss)
         tokens = sum(predicted) + len(together)
         first = together[0]
-        measured = shortest(momentum) if math.isfinite(momentum) else None
-        noise_scale = self._noise.add(grad_norm, measured, len(together)) if self._noise is not None else None
         row = Row(
             step=step,
             loss=loss,
@@ -251,8 +247,8 @@ class StepRecorder:
             step_seconds=round(seconds, 6),
             update_skipped=update_skipped or ("not finite" if not_finite else ""),
             spike=self._spikes.score(loss) if math.isfinite(loss) else None,
-            momentum_norm=measured,
-            noise_scale=noise_scale,
+            grad_square=shortest(square) if math.isfinite(square) else None,
+            grad_agreement=shortest(agreement) if math.isfinite(square) else None,
             part=first.part,
             skipped=sample.skipped,
             gaps=sample.gaps,
@@ -337,10 +333,9 @@ class StepRecorder:
                 self._surprisals.close()
 
 
-def of_run(folder: RunFolder, point: ResumePoint, training: Any, vocab_size: int, team: Processes) -> StepRecorder:
+def of_run(folder: RunFolder, point: ResumePoint, vocab_size: int, team: Processes) -> StepRecorder:
     """The recorder of a run that begins or goes on at `point`; of several processes the first has the files."""
-    noise = NoiseScale(training.adam_beta1, training.max_grad_norm, point.rows)
     if not team.is_first:
-        return StepRecorder(None, vocab_size, point.rows, None, team.world_size, noise)
+        return StepRecorder(None, vocab_size, point.rows, None, team.world_size)
     surprisals = Surprisals(folder.surprisals, point.predicted)
-    return StepRecorder(Ledger(folder.ledger, point.chain), vocab_size, point.rows, surprisals, team.world_size, noise)
+    return StepRecorder(Ledger(folder.ledger, point.chain), vocab_size, point.rows, surprisals, team.world_size)

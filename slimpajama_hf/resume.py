@@ -19,8 +19,8 @@ from slimpajama_hf.run_folder import RunFolder, delete_run
 if TYPE_CHECKING:
     from slimpajama_hf.cli import Settings
 
-#: Rows that the policies on spikes and skipped updates, and the noise scale, look back on.
-ROWS_REMEMBERED = 1000
+#: Rows that the policies on spikes and skipped updates look back on.
+ROWS_REMEMBERED = 200
 
 #: Arguments that make a run the run that it is: a resume that changes one is refused unless `--allow_changes` names it.
 WHAT_MATTERS = (

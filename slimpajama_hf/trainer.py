@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,13 @@ class SlimPajamaTrainer(Trainer):
         """Of each sample of the step that this process had, where it had several: loss, tokens right, surprisals."""
         self._backward = backward
         self._written_out: GPT2Step | None = None
+        self._ahead: deque[dict[str, Any]] = deque()
+        """Batches that were asked for before their step, to measure the noise of a gradient."""
+        self._unmeasured = (torch.tensor(float("nan")),) * 2
+        self._noise: tuple[torch.Tensor, torch.Tensor] = self._unmeasured
+        """Mean square and mean product of gradients at this step's weights; NaN where they were not measured."""
+        self.noise_seconds = 0.0
+        """Time that measuring noise has taken."""
         self._out_of_memory = 0
         self._lr_find = lr_find
         self._average_half_life = average_half_life
@@ -182,14 +190,27 @@ class SlimPajamaTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """The next samples. Each knows its weight, so nothing is counted; at the end of the stream training stops."""
         batches = []
+        self._look_ahead(epoch_iterator)
         for _ in range(num_batches):
             try:
-                batches.append(next(epoch_iterator))
+                batches.append(self._ahead.popleft() if self._ahead else next(epoch_iterator))
             except StopIteration:
                 self.stream_ended = True
                 self.control.should_training_stop = True
                 break
         return batches, None
+
+    def _measures_noise(self) -> bool:
+        """Whether the next step's gradient is compared with others': where it is written out, and one document's."""
+        step = self.state.global_step
+        return self._written_out is not None and step % noise.STEPS_BETWEEN == noise.STEPS_BETWEEN - 1
+
+    def _look_ahead(self, batches: Iterator) -> None:
+        """Have the documents at hand that a measurement needs beside the step's own; each still gets its step."""
+        if self._measures_noise():
+            with self.clock.paused():
+                while len(self._ahead) < noise.DOCUMENTS and (batch := next(batches, None)) is not None:
+                    self._ahead.append(batch)
 
     # ---- the step ----
 
@@ -241,6 +262,7 @@ class SlimPajamaTrainer(Trainer):
     def _begin_training(self) -> None:
         """Weights are loaded, the optimizer is there: now the step can be made ready."""
         self.stream.say = self.recorder.trouble
+        self._unmeasured = self._noise = (torch.full((), float("nan"), device=self.args.device),) * 2
         self._begin_average()
         if self.why_autograd() is None:
             self._written_out = GPT2Step(
@@ -257,7 +279,9 @@ class SlimPajamaTrainer(Trainer):
         self._update_skipped = ""
         try:
             if self._written_out is not None:
+                others = self._other_gradients() if self._measures_noise() else None
                 result = self._written_out(self._prepare_inputs(inputs)["input_ids"][0])
+                self._noise = self._unmeasured if others is None else self._compared(*others)
                 self._loss, self._correct, self._nats = result.loss, result.correct, result.nats
             else:
                 super().training_step(model, inputs, num_items_in_batch)
@@ -272,6 +296,40 @@ class SlimPajamaTrainer(Trainer):
                 return self._loss
         self.sample = sample
         return self._loss
+
+    def _other_gradients(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Sum of the clipped gradients of the next documents at these weights, sum of their squares, how many."""
+        assert self._written_out is not None
+        began = time.perf_counter()
+        with self.clock.paused():
+            total, squares = torch.zeros_like(self._written_out.gradients), torch.zeros((), device=self.args.device)
+            others = list(self._ahead)[: noise.DOCUMENTS - 1]
+            for batch in others:
+                self._written_out(batch["input_ids"].to(self.args.device)[0])
+                squares += self._add_clipped(total)
+        self.noise_seconds += time.perf_counter() - began
+        return total, squares, len(others)
+
+    def _add_clipped(self, total: torch.Tensor) -> torch.Tensor:
+        """Add the gradient that lies in the buffer to `total` as the optimizer would see it; its squared norm."""
+        assert self._written_out is not None
+        square = self._written_out.squared_norms().sum()
+        limit = self.args.max_grad_norm or float("inf")
+        share = (limit / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        total.addcmul_(self._written_out.gradients, share)
+        return square * share * share
+
+    def _compared(self, total: torch.Tensor, squares: torch.Tensor, others: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean square, and mean product of any two, of the step's gradient and the others'."""
+        if not others:
+            return self._unmeasured
+        began = time.perf_counter()
+        with self.clock.paused():
+            squares = squares + self._add_clipped(total)
+            count = others + 1
+            products = (torch.dot(total, total) - squares) / (count * others)
+        self.noise_seconds += time.perf_counter() - began
+        return squares / count, products
 
     def _without_memory(self, error: torch.OutOfMemoryError, sample: Sample) -> torch.Tensor:
         """The first time a step does not fit it is skipped: another program may have been at the card. Then it is the
@@ -380,28 +438,16 @@ class SlimPajamaTrainer(Trainer):
             places = range(self.team.rank, len(self.sample.together), self.team.world_size)
             # What only filled a place is another's.
             own, self._own = self._own[: len(places)], []
-            of_step = torch.stack([self._grad_norm.float(), self._not_finite, self._momentum_norm(step)])
+            of_step = torch.stack([self._grad_norm.float(), self._not_finite, *self._noise])
             finished = Step(step, self.sample, own, of_step, rate, self.clock.lap())
             self._take_in(self.news.add(finished))
             return not self.news.failed
         numbers = [self._loss.detach().float(), self._correct.float(), self._grad_norm.float(), self._not_finite,
-                   self._momentum_norm(step)]  # fmt: skip
-        values = torch.cat([torch.stack(numbers), self._nats[: self.sample.predicted]])  # (5 + T-1,)
+                   *self._noise]  # fmt: skip
+        values = torch.cat([torch.stack(numbers), self._nats[: self.sample.predicted]])  # (6 + T-1,)
         self.recorder.add(step, self.sample, values, rate, self.clock.lap(), self._update_skipped)
         self._look_at_what_is_not_finite()
         return self.failure is None
-
-    def _momentum_norm(self, step: int) -> torch.Tensor:
-        """Norm of AdamW's first moment without its bias, on the device; NaN where it is not measured."""
-        unknown = torch.full((), float("nan"), device=self._loss.device)
-        if step % noise.STEPS_BETWEEN != noise.STEPS_BETWEEN - 1:
-            return unknown
-        state = self._plain_optimizer().state
-        moments = [each["exp_avg"] for each in state.values() if "exp_avg" in each]
-        if not moments:
-            return unknown
-        norm = torch.stack([_whole(each) for each in torch._foreach_norm(moments)]).norm()
-        return norm.float() / (1 - self.args.adam_beta1 ** (step + 1))
 
     def tell_now(self) -> None:
         """All processes at the same step: what they have not told each other yet."""

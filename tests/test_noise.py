@@ -1,56 +1,113 @@
-"""The gradient noise scale: right where it is known, from the optimizer's own average, and said in honest words."""
+"""The gradient noise scale: right where it is known, of the gradients themselves, and said in honest words."""
 
 from __future__ import annotations
 
-import json
+import math
 
 import numpy as np
 import pytest
 import torch
 
-from slimpajama_hf import noise
-from slimpajama_hf.noise import NoiseScale
-from tests.conftest import read_ledger
+from slimpajama_hf import checkpoints, noise
+from slimpajama_hf.gpt2_step import GPT2Step
+from tests.conftest import NANO, read_ledger, run_script
 
 
-@pytest.mark.parametrize("truth", [3.0, 30.0, 300.0])
-def test_it_finds_a_noise_scale_that_is_known(truth):
-    """Gradients of a fixed mean in 4,000 dimensions, and AdamW's first moment of them."""
-    draw = np.random.default_rng(7)
-    size, beta1 = 4000, 0.9
+def measurements(truth: float, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """What steps with documents of a known noise scale would measure, between steps without."""
+    draw = np.random.default_rng(seed)
+    size = 3000
     mean = draw.normal(size=size)
     mean /= np.linalg.norm(mean)
-    spread = (truth / size) ** 0.5
-    moment, found = np.zeros(size), None
-    scale = NoiseScale(beta1, max_norm=0)
-    for step in range(4000):
-        gradient = mean + spread * draw.normal(size=size)
-        moment = beta1 * moment + (1 - beta1) * gradient
-        looked = step % noise.STEPS_BETWEEN == noise.STEPS_BETWEEN - 1
-        norm = float(np.linalg.norm(moment)) / (1 - beta1 ** (step + 1)) if looked else None
-        found = scale.add(float(np.linalg.norm(gradient)), norm, 1) or found
-    assert found == pytest.approx(truth, rel=0.15)
+    squares, agreements = np.full(count * 5, np.nan), np.full(count * 5, np.nan)
+    for number in range(count):
+        gradients = mean + (truth / size) ** 0.5 * draw.normal(size=(noise.DOCUMENTS, size))
+        square = float((gradients**2).sum())
+        products = float((gradients.sum(axis=0) ** 2).sum()) - square
+        squares[5 * number + 4] = square / noise.DOCUMENTS
+        agreements[5 * number + 4] = products / (noise.DOCUMENTS * (noise.DOCUMENTS - 1))
+    return squares, agreements
 
 
-def test_gradients_without_a_mean_have_none():
-    scale, found = NoiseScale(0.9, 1.0), []
-    for step in range(1000):
-        found.append(scale.add(5.0, 0.05 if step % 10 == 9 else None, 1))
-    assert set(found) == {None}
+@pytest.mark.parametrize("truth", [1.0, 10.0, 60.0])
+def test_it_finds_a_noise_scale_that_is_known(truth):
+    inside = 0
+    for seed in range(20):
+        found = noise.estimate(*measurements(truth, noise.WINDOW, seed))
+        assert found is not None and found.value == pytest.approx(truth, rel=0.5)
+        inside += found.low <= truth <= (found.high or math.inf)
+    assert inside >= 16, "two standard errors hold the truth 19 times out of 20"
 
 
-def test_the_ledger_has_the_norm_of_what_the_optimizer_holds(finished):
-    rows = read_ledger(finished)
-    assert [row["step"] for row in rows if row["momentum_norm"] is not None] == [9, 19, 29, 39]
-    for step in (9, 39):
-        state = torch.load(finished / f"checkpoint-{step + 1}/optimizer.pt", weights_only=True)["state"]
-        moments = torch.cat([each["exp_avg"].flatten() for each in state.values()])
-        norm = moments.norm().item() / (1 - 0.9 ** (step + 1))
-        assert rows[step]["momentum_norm"] == pytest.approx(norm, rel=1e-5)
+def test_where_no_signal_stands_out_there_is_none():
+    squares, _ = measurements(10.0, noise.WINDOW, 0)
+    scatter = np.where(np.isfinite(squares), np.random.default_rng(1).normal(0, 0.1, len(squares)), np.nan)
+    assert noise.estimate(squares, scatter) is None
+    assert noise.estimate(*measurements(1.0, noise.FEWEST - 1, 0)) is None
+
+
+@pytest.fixture(scope="module")
+def run(shards, tmp_path_factory):
+    """1,510 quick steps: measured at 499, 999 and 1,499, with checkpoints just before two of them."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    done = run_script(
+        *NANO, "--dataset", f"{shards}/*.jsonl.zst", "--epochs", "100", "--max_steps", "1510", "--save_steps", "499",
+        "--precision", "float32", "--display_samples", "100000", "--viz_interval", "100000", "--max_seq_length", "32",
+        "--average_weights", "0", "--warmup_steps", "100", "--output_dir", str(folder),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_ledger_has_what_the_gradients_of_the_next_documents_are(run, shards, encoder):
+    """By hand, from the checkpoint of the step: its weights, and the eight documents from its cursor on."""
+    import json
+
+    from transformers import AutoModelForCausalLM
+
+    from slimpajama_hf import corpora
+    from slimpajama_hf.corpora import Cursor
+    from slimpajama_hf.samples import SampleStream
+
+    rows = read_ledger(run)
+    assert [row["step"] for row in rows if row["grad_square"] is not None] == [499, 999, 1499]
+    folder = checkpoints.path_of(run, 499)
+    stream = SampleStream(corpora.open_corpus(f"{shards}/*.jsonl.zst"), encoder, "truncate", 32, epochs=100)
+    stream.start = Cursor(**json.loads((folder / checkpoints.DATA_STATE).read_text())["cursor"])
+    step = GPT2Step(AutoModelForCausalLM.from_pretrained(folder), "float32", 32)
+    gradients = []
+    for sample, _ in zip(stream, range(noise.DOCUMENTS), strict=False):
+        step(torch.tensor(sample.input_ids))
+        gradient = step.gradients.double()
+        gradients.append(gradient / max(gradient.norm().item(), 1.0))
+    products = torch.stack(gradients) @ torch.stack(gradients).T
+    square = products.diagonal().mean().item()
+    agreement = (products.sum() - products.trace()).item() / (noise.DOCUMENTS * (noise.DOCUMENTS - 1))
+    assert rows[499]["grad_square"] == pytest.approx(square, rel=1e-4)
+    assert rows[499]["grad_agreement"] == pytest.approx(agreement, rel=1e-3, abs=1e-6)
+
+
+def test_training_does_not_know_of_it(run, shards, tmp_path):
+    """The same steps from a checkpoint on, with autograd's backward, measure nothing and read the same documents."""
+    rows = read_ledger(run)
+    assert [row["row"] for row in rows[495:520]] == [
+        number % 30 for number in range(rows[495]["row"], rows[495]["row"] + 25)
+    ]
+    again = tmp_path / "run"
+    done = run_script(
+        *NANO, "--dataset", f"{shards}/*.jsonl.zst", "--epochs", "100", "--max_steps", "505", "--no-checkpoint",
+        "--precision", "float32", "--display_samples", "100000", "--viz_interval", "100000", "--max_seq_length", "32",
+        "--average_weights", "0", "--warmup_steps", "100", "--output_dir", str(again), "--backward", "autograd",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for left, right in zip(read_ledger(again), rows, strict=False):
+        assert right["grad_square"] is None or left["grad_square"] is None
+        assert left["text_sha1"] == right["text_sha1"]
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-3)
 
 
 def test_what_it_means_is_said():
-    words = noise.in_words(300, 1)
-    assert "noise-bound" in words and "8 times as many would need about 2% more documents" in words
-    assert "signal-bound" in noise.in_words(2, 8)
-    assert json.dumps(words)
+    words = noise.in_words(noise.NoiseScale(60.0, 41.0, None))
+    assert "60 documents (41 to any number; noise-bound)" in words
+    assert "steps of 8 would need about 11% more documents" in words
+    assert "signal-bound" in noise.in_words(noise.NoiseScale(0.2, 0.1, 0.3))

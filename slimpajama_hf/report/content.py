@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from slimpajama_hf import __version__, checkpoints, palette, plan, surprisals, views
+from slimpajama_hf import __version__, checkpoints, noise, palette, plan, surprisals, views
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.report import documents
 from slimpajama_hf.report.rows import Rows
@@ -262,11 +262,6 @@ def _mean(values: np.ndarray) -> float | None:
     return float(finite.mean()) if len(finite) else None
 
 
-def _last(values: np.ndarray) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(known[-1]) if len(known) else None
-
-
 def _bits_per_byte(rows: Rows, chosen: Any) -> float | None:
     bits, size = rows.code_bits[chosen], rows.text_bytes[chosen]
     counted = np.isfinite(bits)
@@ -277,6 +272,7 @@ def _bits_per_byte(rows: Rows, chosen: Any) -> float | None:
 def _headline(rows: Rows) -> dict[str, Any]:
     seconds = float(np.nansum(rows.step_seconds))
     last = slice(max(len(rows) - _LAST, 0), None)
+    found = noise.estimate(rows.grad_square, rows.grad_agreement)
     return {
         "loss": _mean(rows.loss[last]),
         "accuracy": _mean(rows.accuracy[last]),
@@ -288,8 +284,7 @@ def _headline(rows: Rows) -> dict[str, Any]:
         "throughput": float(rows.tokens.sum()) / seconds if seconds else None,
         "documents": int((rows.part == 0).sum()),
         "not_finite": int((~np.isfinite(rows.loss)).sum()),
-        "noise_scale": _last(rows.noise_scale),
-        "samples_a_step": int(rows.tokens[-1] - rows.predicted[-1]) if len(rows) else 1,
+        "noise_scale": noise.in_words(found) if found is not None else None,
     }
 
 

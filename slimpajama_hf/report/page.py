@@ -8,7 +8,7 @@ import html
 from pathlib import Path
 from typing import Any
 
-from slimpajama_hf import files, noise
+from slimpajama_hf import files
 from slimpajama_hf.report import content, documents
 from slimpajama_hf.report.packing import pack
 from slimpajama_hf.report.rows import Rows
@@ -90,8 +90,7 @@ def _figures(meta: dict[str, Any]) -> str:
         ("training time", _duration(head["seconds"]), f"{shown(head['throughput'], ',.0f')} tokens per second"),
     ]
     if head["noise_scale"] is not None:
-        words = noise.in_words(head["noise_scale"], head["samples_a_step"])
-        number, _, meaning = words.partition(" documents ")
+        number, _, meaning = head["noise_scale"].partition(" documents ")
         figures.append(("noise scale", number, f"documents {meaning}"))
     return "".join(
         f'<div><dt>{html.escape(name)}</dt><dd><b id="figure-{name.replace(" ", "-")}">{html.escape(value)}</b>'

@@ -27,7 +27,8 @@ _NUMBERS: dict[str, Any] = {
     "code_bits": np.float64,
     "step_seconds": np.float64,
     "part": np.int64,
-    "noise_scale": np.float64,
+    "grad_square": np.float64,
+    "grad_agreement": np.float64,
 }
 #: Texts that repeat, kept as numbers of their first appearance.
 _NAMES = ("domain", "shard", "mirror")
