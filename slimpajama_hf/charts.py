@@ -564,7 +564,7 @@ def headline(columns: Columns, max_steps: int) -> list[tuple[str, str, str]]:
         (f"{done:,}", "optimizer steps", share),
         (number(loss, ".3f"), "loss, nats per token", over),
         (number(accuracy, ".1f", " %"), "next-token accuracy", over),
-        (number(bits, ".3f"), "prequential bits per byte", "scored before learned: held-out"),
+        (number(bits, ".3f"), "prequential bits per byte", "scored before learned"),
         (number(throughput, ",.0f"), "tokens per second", over),
         (short_number(int(columns.tokens.sum())), "tokens seen", "one document per step"),
         *_noise(columns),

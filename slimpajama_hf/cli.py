@@ -286,7 +286,7 @@ def _make_range_test(settings: Settings) -> None:
     if training.resume_from_checkpoint or training.push_to_hub:
         raise UsageError("--lr_find: a test of its own; leave --resume_from_checkpoint and --push_to_hub out")
     training.output_dir = f"{training.output_dir}-lr_find"
-    training.max_steps = training.max_steps if "max_steps" in settings.typed else range_test.STEPS
+    training.max_steps = range_test.STEPS
     training.save_strategy = type(training.save_strategy)("no")
     settings.run.no_checkpoint = settings.run.overwrite_output_dir = True
     settings.run.viz_interval = settings.run.display_samples = 10**9

@@ -16,11 +16,12 @@ import numpy as np
 from slimpajama_hf import ledger
 
 LOWEST, HIGHEST = 1e-6, 0.3
-#: Steps of the test, if --max_steps does not say otherwise.
+#: Steps of the test.
 STEPS = 400
 CHART = "lr_find.png"
-#: A training run stays at its rate: so far below the one where the falling ends (Smith's rule for a constant rate).
-SAFETY = 10.0
+#: A run stays at its rate, so it has to be below the one where the falling ends. By how much, from one model: the 5.3M
+#: GPT-2 fell up to 5e-4 in a test, and learned most from 2,000 documents at 3e-4 (of 5e-5, 3e-4, 1e-3, 2.5e-3).
+SAFETY = 2.0
 
 
 def rate(step: int, steps: int) -> float:
@@ -58,7 +59,9 @@ def read(rates: np.ndarray, losses: np.ndarray) -> Found:
     place = int(np.nanargmin(smoothed))
     begin = float(np.nanmean(smoothed[: max(len(smoothed) // 10, 1)]))
     # Noise alone makes some place the lowest: it has to be well below where it began.
-    scatter = float(np.nanstd(losses - smoothed)) / max(len(losses) / 20, 1.0) ** 0.5
+    # Up to there: behind it losses jump about.
+    apart = np.abs(losses - smoothed)[: place + 1]
+    scatter = 1.4826 * float(np.nanmedian(apart)) / max(len(losses) / 20, 1.0) ** 0.5
     if begin - smoothed[place] < 4 * scatter:
         return Found(rates, smoothed, None, None)
     lowest = float(rates[place])
@@ -104,10 +107,10 @@ def conclude(folder: Any, steps: int) -> list[str]:
     path = folder.path / CHART
     draw(found, columns.loss, path)
     if found.suggested is None or found.lowest is None:
-        more = f"the loss did not fall clearly in {len(columns):,} steps: try --max_steps {4 * steps}"
+        more = f"the loss did not fall clearly in {len(columns):,} steps"
         return [f"        lr_find  {more}", f"          curve  {path}"]
     return [
-        f"        lr_find  the loss falls up to a rate of {found.lowest:.1g}; a tenth of that is a rate to stay at: "
+        f"        lr_find  the loss falls up to a rate of {found.lowest:.1g}; half of that is a rate to stay at: "
         f"--learning_rate {found.suggested:g}",
         f"          curve  {path}",
     ]
