@@ -89,14 +89,14 @@ def _figures(meta: dict[str, Any]) -> str:
         ("tokens", _short(head["tokens"]), f"{_short(head['text_bytes'])}B of text"),
         ("training time", _duration(head["seconds"]), f"{shown(head['throughput'], ',.0f')} tokens per second"),
     ]
-    if head["noise_scale"] is not None:
-        number, _, meaning = head["noise_scale"].partition(" documents ")
-        figures.append(("noise scale", number, f"documents {meaning}"))
-    return "".join(
+    noise = head["noise_scale"]
+    wide = f'<div class="wide"><dt>noise scale</dt><dd><span>{html.escape(noise)}</span></dd></div>' if noise else ""
+    cells = "".join(
         f'<div><dt>{html.escape(name)}</dt><dd><b id="figure-{name.replace(" ", "-")}">{html.escape(value)}</b>'
         f"<span>{html.escape(note)}</span></dd></div>"
         for name, value, note in figures
     )
+    return cells + wide
 
 
 def _short(value: float) -> str:
