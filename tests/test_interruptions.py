@@ -142,6 +142,7 @@ def undisturbed(server, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_hub_that_fails_in_every_way_during_training(hub, undisturbed, tmp_path, fault_table):
     faults = [
         Fault("train-0", how="reset", times=2), Fault("train-1", 503, times=3), Fault("train-1", how="short", times=2),

@@ -37,6 +37,9 @@ def test_the_folder_holds_what_the_readme_says(finished):
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json",
         "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "data_state.json", "manifest.json",
     }  # fmt: skip
+    # The average of the weights: a model of its own.
+    model = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")
+    checkpoint |= {f"averaged/{name}" for name in (*model, "averaging.json")}
     expected = {f"checkpoint-{step}/{name}" for step in (10, 20, 30, 40) for name in checkpoint}
     expected |= {"ledger.jsonl", "surprisals.f32", "samples.jsonl", "passports.jsonl", "prompts.jsonl"}
     expected |= {"run.json", "run_config.yaml", "report.html", "_index/search.sqlite"}
@@ -193,7 +196,9 @@ def flags_for(shards: Path, run: Path, steps: int, *more: str) -> list[str]:
     return [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--max_steps", str(steps), "--output_dir", str(run), *more]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_run_with_everything_saved_and_it_goes_on(tmp_path, encoder, number, code):
     """Stopped in the middle, resumed: ledger, samples and weights are those of a run that was never stopped."""
     write_records(tmp_path / "data" / "a.jsonl.zst", make_records(400))

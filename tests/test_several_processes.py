@@ -198,21 +198,21 @@ def ranks_of(run: Path) -> list[int]:
 def test_a_signal_to_the_launcher_stops_all_after_the_same_step_and_it_goes_on_exactly(corpus, tmp_path):
     run, unbroken = tmp_path / "run", tmp_path / "unbroken"
     more = ["--epochs", "10", "--shuffle_buffer", "20", "--save_steps", "100000"]
-    launch(torchrun(2), flags_of(corpus, unbroken, 250, *more))
-    process = start(torchrun(2), flags_of(corpus, run, 250, *more))
+    launch(torchrun(2), flags_of(corpus, unbroken, 150, *more))
+    process = start(torchrun(2), flags_of(corpus, run, 150, *more))
     wait_for_rows(run, 5, process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert "stopped by Ctrl-C" in said, said
     (step,) = checkpoints.steps(run)
-    assert 5 <= step < 250 and len(read_ledger(run)) == step
+    assert 5 <= step < 150 and len(read_ledger(run)) == step
     assert {f"rng_state_{rank}.pth" for rank in (0, 1)} <= {
         path.name for path in (run / f"checkpoint-{step}").iterdir()
     }
-    said = launch(torchrun(2), flags_of(corpus, run, 250, *more, "--resume_from_checkpoint", "true"))
+    said = launch(torchrun(2), flags_of(corpus, run, 150, *more, "--resume_from_checkpoint", "true"))
     assert f"at step {step}" in said
     assert without_clock(run) == without_clock(unbroken)
-    left, right = (load_file(each / "checkpoint-250/model.safetensors") for each in (run, unbroken))
+    left, right = (load_file(each / "checkpoint-150/model.safetensors") for each in (run, unbroken))
     assert all(torch.equal(weight, right[name]) for name, weight in left.items())
 
 
