@@ -63,7 +63,8 @@ def test_loss_guesses_surprisals_and_every_gradient_are_those_of_autograd(tokeni
             error = (parameter.grad - expected).norm() / expected.norm().clamp(min=1e-12)
             assert error < 2e-5, (name, length, error)
         exact = math.sqrt(sum(g.double().square().sum().item() for g in gradients))
-        assert step.squared_norms().sum().sqrt().item() == pytest.approx(exact, rel=1e-5)
+        # One thread adds up a million squares in a row, in float32.
+        assert step.squared_norms().sum().sqrt().item() == pytest.approx(exact, rel=5e-5)
 
 
 def test_attention_beyond_the_explicit_length(tokenizer):
@@ -103,9 +104,11 @@ def test_the_first_of_equal_logits_is_the_guess(tokenizer):
     assert step(torch.full((10,), 7)).correct.item() == 0
 
 
-def test_bfloat16_is_autocast_to_its_rounding(tokenizer):
+@pytest.mark.parametrize("length", [64, 23, 2])
+def test_bfloat16_is_autocast_to_its_rounding(tokenizer, length):
+    """Shorter samples are computed at a multiple of 32 tokens."""
     model = build(tokenizer)
-    ids = ids_of(64, len(tokenizer))
+    ids = ids_of(length, len(tokenizer))
     _, exact = reference(model, ids)
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
@@ -114,6 +117,9 @@ def test_bfloat16_is_autocast_to_its_rounding(tokenizer):
     autocast = [p.grad.clone() for p in model.parameters()]
     result = GPT2Step(model, "bfloat16", 64)(ids)
     assert result.loss.item() == pytest.approx(loss.item(), rel=5e-3)
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+    nats = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+    torch.testing.assert_close(result.nats[: length - 1], nats, rtol=2e-2, atol=5e-2)
     whole = torch.cat([g.flatten() for g in exact])
 
     def error(gradients) -> float:
