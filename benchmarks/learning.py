@@ -1,24 +1,34 @@
 """What is learned from so many documents: held-out loss of recipes, over seeds, on one fixed order of the documents.
 
     python benchmarks/learning.py --dataset 'TRAIN/*.jsonl.zst' --held_out 'HELD_OUT/*.jsonl.zst' --name 'a sample'
-    python benchmarks/learning.py ... --arms default stock --seeds 42 43 44 --steps 2000
+    python benchmarks/learning.py ... --arms default stock --seeds 42 43 44 --steps 2000 --jobs 2
+    python benchmarks/learning.py ... --cut 720                    # a small sample: one pass over pieces of its documents
     python benchmarks/learning.py --name 'a sample' --table        # what is there already, without running anything
 
 Each run is the product itself, with seeing off; an arm is a few of its flags. Averages of the weights ride along on the
 same run. A result is one JSON line in benchmarks/results/learning/; what is there is not run again, so that a grid that
 was stopped goes on. The held-out documents are dealt out alternately in two parts: choose by `select`, quote `report`.
 Losses are nats per predicted token; standard errors are over seeds (none with one seed).
+
+A run of this project sees no document twice. Where a sample has fewer documents than a run has steps, `--cut N` cuts them
+into pieces of N characters (at most `MOST_PIECES` of one document), each a document of its own, in one seeded order.
+Held-out documents give their first `HELD_OUT_PIECES`.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
+import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +40,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "learning"
 
 DROPOUT = "resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1"
 
-RATES = (
-    "3e-5", "6e-5", "1e-4", "1.5e-4", "2e-4", "3e-4", "4.5e-4", "6e-4", "1.5e-3", "2e-3", "3e-3", "4e-3",
-)  # fmt: skip
+#: With the default, 1e-3, the twelve rates of a sweep.
+RATES = ("5e-5", "1e-4", "1.5e-4", "2e-4", "3e-4", "4e-4", "5e-4", "7e-4", "1.5e-3", "2e-3", "3e-3")
+RATES_OF_8 = ("2.5e-4", "5e-4", "7e-4", "1e-3", "1.5e-3", "2e-3", "3e-3", "4e-3")
 BATCH_8 = ["--gradient_accumulation_steps", "8"]
 
 #: What each recipe changes of the product's defaults, as flags.
@@ -44,56 +54,87 @@ ARMS: dict[str, list[str]] = {
     "beta2 0.99": ["--adam_beta2", "0.99"],
     "beta2 0.9999": ["--adam_beta2", "0.9999"],
     **{f"rate {rate}": ["--learning_rate", rate] for rate in RATES},
-    **{f"stock, rate {rate}": ["--config_overrides", DROPOUT, "--learning_rate", rate] for rate in RATES},
     # Eight documents a step, as many documents in all.
-    **{f"batch 8, rate {rate}": [*BATCH_8, "--learning_rate", rate] for rate in (*RATES, "1e-3")},
+    **{f"batch 8, rate {rate}": [*BATCH_8, "--learning_rate", rate] for rate in RATES_OF_8},
     **{
         f"batch 8, beta2 0.95, rate {rate}": [*BATCH_8, "--adam_beta2", "0.95", "--learning_rate", rate]
-        for rate in (*RATES, "1e-3")
+        for rate in RATES_OF_8
     },
 }
 
-#: Half-lives of the averages of the weights, in documents, and how often they are touched.
+#: Half-lives of the averages of the weights that ride along, in documents.
 HALF_LIVES = (50, 200, 500, 1000, 2000)
-DOCUMENTS_BETWEEN_AVERAGES = 5
+
+#: `--cut`: pieces of one document at most, to learn and to score; shorter ones than so many characters are left out.
+MOST_PIECES, HELD_OUT_PIECES, SHORTEST_PIECE = 40, 3, 200
+
+
+def pieces(record: dict[str, Any], characters: int, most: int) -> Iterator[dict[str, Any]]:
+    """A record of the corpus as up to `most` records of `characters` characters each."""
+    text = record["text"]
+    for first in range(0, min(len(text), most * characters), characters):
+        piece = text[first : first + characters]
+        if len(piece) >= SHORTEST_PIECE:
+            yield record | {"text": piece}
+
+
+def lay_out(options: argparse.Namespace, folder: Path) -> str:
+    """Write the parts of the held-out documents, and with `--cut` what is learned, as JSON lines into `folder`; returns
+    what `--dataset` is."""
+    held_out: dict[str, list[dict[str, Any]]] = {"select": [], "report": []}
+    for number, record in enumerate(records(options.held_out)):
+        part = held_out["report" if number % 2 else "select"]
+        part.extend(pieces(record, options.cut, HELD_OUT_PIECES) if options.cut else [record])
+    for part, found in held_out.items():
+        write(folder / f"{part}.jsonl", found[: options.documents])
+    if not options.cut:
+        return options.dataset
+    found = [piece for record in records(options.dataset) for piece in pieces(record, options.cut, MOST_PIECES)]
+    random.Random(0).shuffle(found)
+    write(folder / "train.jsonl", found)
+    return str(folder / "train.jsonl")
+
+
+def records(pattern: str) -> Iterator[dict[str, Any]]:
+    from slimpajama_hf import corpora
+
+    for document in corpora.open_corpus(pattern).records(corpora.Cursor()):
+        if isinstance(document, corpora.Document):
+            yield {"text": document.text, "meta": {"redpajama_set_name": document.domain}}
+
+
+def write(path: Path, found: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in found), encoding="utf-8")
 
 
 def one_run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     """Train one arm with one seed in this process; scores of the last weights and of their averages."""
-    import torch
     from transformers import TrainerCallback
 
     import run_clm_slimpajama
     from slimpajama_hf import corpora, session
+    from slimpajama_hf.averaging import WeightAverage
     from slimpajama_hf.evaluation import score
     from slimpajama_hf.samples import SampleStream
     from slimpajama_hf.tokenizer import Encoder, load_tokenizer
 
     held: dict[str, Any] = {}
     batch = documents_a_step(arm)
-    every = max(1, DOCUMENTS_BETWEEN_AVERAGES // batch)
     steps, warmup = options.steps // batch, options.warmup_steps // batch
 
-    class Average(TrainerCallback):
-        """Exponential averages of the weights, from the first touch on."""
+    class Averages(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            held["averages"] = {half_life: WeightAverage(model, half_life / batch) for half_life in HALF_LIVES}
 
-        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            if state.global_step % every:
-                return
-            weights = [parameter.detach() for parameter in model.parameters()]
-            averages = held.setdefault("averages", {})
-            for half_life in HALF_LIVES:
-                if half_life not in averages:
-                    averages[half_life] = [weight.clone() for weight in weights]
-                else:
-                    share = 1 - 0.5 ** (every * batch / half_life)
-                    torch._foreach_lerp_(averages[half_life], weights, share)
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for average in held["averages"].values():
+                average.step(state.global_step)
 
     run = session.Session.run
 
     def with_averages(self: Any) -> int:
         held["trainer"] = self.trainer
-        self.trainer.add_callback(Average())
+        self.trainer.add_callback(Averages())
         return run(self)
 
     session.Session.run = with_averages  # type: ignore[method-assign]
@@ -101,7 +142,7 @@ def one_run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     flags = [
         "--dataset", options.dataset, "--tokenizer", "builtin", "--model", "tiny", "--precision", options.precision,
         "--max_steps", str(steps), "--warmup_steps", str(warmup), "--seed", str(seed), "--epochs", "1000",
-        "--no-checkpoint", "--viz_interval", never, "--display_samples", never, *ARMS[arm],
+        "--average_weights", "0", "--no-checkpoint", "--viz_interval", never, "--display_samples", never, *ARMS[arm],
     ]  # fmt: skip
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -111,22 +152,22 @@ def one_run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     if code or trainer.state.global_step < steps:
         raise SystemExit(f"{arm}: {trainer.state.global_step} of {steps} steps were made (exit code {code})")
     encoder = Encoder(load_tokenizer("builtin"))
-    stream = SampleStream(corpora.open_corpus(options.held_out), encoder, "truncate", 256)
-    documents = [sample for sample, _ in zip(stream, range(options.documents), strict=False)]
-    scores = {}
     network = trainer.accelerator.unwrap_model(trainer.model)
-    with torch.no_grad():
-        for name, weights in {"last": None, **held["averages"]}.items():
-            if weights is not None:
-                for parameter, weight in zip(network.parameters(), weights, strict=True):
-                    parameter.copy_(weight)
-            parts = {"select": documents[::2], "report": documents[1::2]}
-            found = {part: score(network, each)["all"] for part, each in parts.items()}
-            label = name if name == "last" else f"average {name}"
-            scores[label] = {
-                part: {"loss": each.loss, "bits_per_byte": each.bits_per_byte, "documents": each.samples}
-                for part, each in found.items()
-            }
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+
+    def score_parts(weights: str) -> None:
+        scores[weights] = {}
+        for part in ("select", "report"):
+            corpus = corpora.open_corpus(str(Path(options.parts) / f"{part}.jsonl"))
+            found = score(network, SampleStream(corpus, encoder, "truncate", 256))["all"]
+            scores[weights][part] = {
+                "loss": found.loss, "bits_per_byte": found.bits_per_byte, "documents": found.samples,
+            }  # fmt: skip
+
+    score_parts("last")
+    for half_life, average in held["averages"].items():
+        with average.applied():
+            score_parts(f"average {half_life}")
     return {"seconds": round(seconds, 1), "scores": scores}
 
 
@@ -139,12 +180,16 @@ def results_file(options: argparse.Namespace) -> Path:
 
 
 def done(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Results that are there for this corpus, this number of steps and this warm-up."""
+    """Results that are there for this corpus, cut like this, this number of steps and this warm-up."""
     path = results_file(options)
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    wanted = (options.steps, options.warmup_steps, options.precision)
+    wanted = (options.steps, options.warmup_steps, options.precision, options.cut)
     rows = map(json.loads, lines)
-    return [row for row in rows if (row["steps"], row["warmup_steps"], row.get("precision", "float32")) == wanted]
+    return [
+        row
+        for row in rows
+        if (row["steps"], row["warmup_steps"], row.get("precision", "float32"), row.get("cut", 0)) == wanted
+    ]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -154,7 +199,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for arm in ARMS:
-        of_arm = [row for row in rows if row["arm"] == arm]
+        of_arm = [row for row in rows if row["arm"] == arm and row["flags"] == ARMS[arm]]
         for weights in of_arm[0]["scores"] if of_arm else ():
             cells = [
                 mean_and_error([row["scores"][weights][part][what] for row in of_arm])
@@ -180,39 +225,60 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="of one document; a batch of 8 makes an eighth [2000]")
     parser.add_argument("--warmup_steps", type=int, default=200, help="of one document, likewise [200]")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--documents", type=int, default=300, help="held-out documents scored, half a part [300]")
+    parser.add_argument("--documents", type=int, default=1000, help="held-out documents of a part, at most [1000]")
+    parser.add_argument("--cut", type=int, default=0, help="characters of a piece [0: documents as they are]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with its share of the cores [1]")
     parser.add_argument("--table", action="store_true", help="print what is there and stop")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--parts", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.table and not (options.dataset and options.held_out):
         parser.error("--dataset and --held_out are needed to run anything (or --table, to print what is there)")
     if options.one:
         print(json.dumps(one_run(options, options.arms[0], options.seeds[0])))
         return
-    for seed in () if options.table else options.seeds:
-        for arm in options.arms:
-            if any((row["arm"], row["seed"], row["flags"]) == (arm, seed, ARMS[arm]) for row in done(options)):
-                continue
-            print(f"{arm}, seed {seed}", file=sys.stderr)
-            made = subprocess.run(
-                [sys.executable, __file__, "--one", "--dataset", options.dataset, "--held_out", options.held_out,
-                 "--name", options.name, "--arms", arm, "--seeds", str(seed), "--steps", str(options.steps),
-                 "--warmup_steps", str(options.warmup_steps), "--precision", options.precision,
-                 "--documents", str(options.documents)],
-                capture_output=True, text=True, cwd=ROOT,
-            )  # fmt: skip
-            if made.returncode:
-                raise SystemExit(f"{arm}, seed {seed} failed:\n{made.stderr}")
-            row = {
-                "arm": arm, "flags": ARMS[arm], "seed": seed, "steps": options.steps,
-                "warmup_steps": options.warmup_steps, "precision": options.precision,
-                "corpus": options.name, "model": "tiny",
-                "date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": machine(),
-            } | json.loads(made.stdout.splitlines()[-1])  # fmt: skip
+    if not options.table:
+        with tempfile.TemporaryDirectory() as folder:
+            make(options, lay_out(options, Path(folder)), folder)
+    print(table(done(options)))
+
+
+def make(options: argparse.Namespace, dataset: str, parts: str) -> None:
+    """Run what is not there yet, `--jobs` at a time."""
+    there = [(row["arm"], row["seed"], row["flags"]) for row in done(options)]
+    missing = [(arm, seed) for seed in options.seeds for arm in options.arms if (arm, seed, ARMS[arm]) not in there]
+    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+    keep = threading.Lock()
+
+    def run(arm: str, seed: int) -> None:
+        print(f"{arm}, seed {seed}", file=sys.stderr)
+        made = subprocess.run(
+            [sys.executable, __file__, "--one", "--dataset", dataset, "--held_out", options.held_out, "--parts", parts,
+             "--name", options.name, "--arms", arm, "--seeds", str(seed), "--steps", str(options.steps),
+             "--warmup_steps", str(options.warmup_steps), "--precision", options.precision],
+            capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": threads},
+        )  # fmt: skip
+        if made.returncode:
+            raise SystemExit(f"{arm}, seed {seed} failed:\n{made.stderr}")
+        row = {
+            "arm": arm, "flags": ARMS[arm], "seed": seed, "steps": options.steps,
+            "warmup_steps": options.warmup_steps, "precision": options.precision, "cut": options.cut,
+            "corpus": options.name, "model": "tiny",
+            "date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": machine(),
+        } | json.loads(made.stdout.splitlines()[-1])  # fmt: skip
+        with keep:
             RESULTS.mkdir(parents=True, exist_ok=True)
             with open(results_file(options), "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-    print(table(done(options)))
+
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        waiting = [pool.submit(run, arm, seed) for arm, seed in missing]
+        try:
+            for each in concurrent.futures.as_completed(waiting):
+                each.result()
+        finally:
+            for each in waiting:
+                each.cancel()
 
 
 if __name__ == "__main__":
