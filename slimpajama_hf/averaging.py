@@ -35,7 +35,8 @@ class WeightAverage:
         self.steps_between = max(1, min(MOST_STEPS_BETWEEN, int(half_life_steps / 10)))
         self._share = 1 - 0.5 ** (self.steps_between / half_life_steps)
         self._touches = 0
-        self._average: list[torch.Tensor] = []
+        # Its memory is there before the first step, not in the middle of a run; what it holds counts from a touch on.
+        self._average = [weight.clone() for weight in self._weights]
 
     @property
     def _weights(self) -> list[torch.Tensor]:
@@ -51,10 +52,7 @@ class WeightAverage:
         if finished % self.steps_between:
             return
         self._touches += 1
-        if not self._average:
-            self._average = [weight.clone() for weight in self._weights]
-        else:
-            torch._foreach_lerp_(self._average, self._weights, max(self._share, 1 / self._touches))
+        torch._foreach_lerp_(self._average, self._weights, max(self._share, 1 / self._touches))
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

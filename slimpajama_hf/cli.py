@@ -224,6 +224,7 @@ def _parse(argv: Sequence[str]) -> Settings:
     typed = _typed_names([*from_files, *flags])
 
     devices.wait_politely()
+    devices.take_huge_pages()
     with screen.Waiting("loading torch and transformers"):
         from slimpajama_hf.training_arguments import SlimPajamaTrainingArguments, make_parser
 
