@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from transformers import GPT2LMHeadModel
 
 from slimpajama_hf import model as models
 from slimpajama_hf.gpt2_step import GPT2Step, unsupported
@@ -187,3 +188,19 @@ def test_a_run_with_it_goes_as_a_run_without(shards, tmp_path):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
     assert max(row["grad_norm"] for row in ledgers[0]) > 0.5, "clipping was at work"
     assert ledgers[0][-1]["loss"] < ledgers[0][0]["loss"] - 0.3
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("overrides", OVERRIDES)
+def test_no_device_but_the_cpu_is_read_or_mixed_with_it(tokenizer, overrides, precision):
+    """Tensors of the meta device refuse to be read, and to be computed with those of another device."""
+    config = models.model_config("tiny", f"n_layer=2,n_embd=48,n_head=3,{overrides}", tokenizer, 64)
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+        ids = torch.zeros(9, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="meta"):
+        ids[0].item()
+    step = GPT2Step(model, precision, 64)
+    result = step(ids)
+    assert {each.device.type for each in (result.loss, result.correct, result.nats, step.squared_norms())} == {"meta"}
+    assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
