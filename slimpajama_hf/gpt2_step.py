@@ -153,11 +153,13 @@ class GPT2Step:
             return tokens
         return max(tokens, min(-(-tokens // LENGTH_STEP) * LENGTH_STEP, self._max_length))
 
-    def squared_norms(self) -> torch.Tensor:
-        """Squared L2 norm of the gradient of each parameter, (parameters,), on the device."""
+    def squared_norms(self, row: torch.Tensor | None = None) -> torch.Tensor:
+        """Squared L2 norm of the gradient of each parameter, (parameters,), on the device; or of its part of a `row` of
+        the shape of `gradients`."""
+        pieces = self._views if row is None else list(row.split([view.numel() for view in self._views]))
         if self._device.type == "cpu":
-            return torch.stack([torch.dot(view.view(-1), view.view(-1)) for view in self._views])
-        return torch.stack(torch._foreach_norm(self._views)).square()
+            return torch.stack([torch.dot(piece.view(-1), piece.view(-1)) for piece in pieces])
+        return torch.stack(torch._foreach_norm(pieces)).square()
 
     # ---- a graph of CUDA ----
 

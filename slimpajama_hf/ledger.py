@@ -72,6 +72,8 @@ class Row:
     """Where noise was measured (`noise.py`), mean squared norm of clipped gradients of some documents; else null."""
     grad_agreement: float | None = None
     """Likewise the mean product of two of them: the part of `grad_square` that is signal."""
+    grad_layers: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    """Likewise both numbers of each layer's part of the gradient, which add up to them; else empty."""
     part: int = 0
     """Which sample of its document this is, from 0 (always 0 for `truncate`)."""
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)

@@ -148,6 +148,8 @@ class SlimPajamaTrainer(Trainer):
         self._unmeasured = (torch.tensor(float("nan")),) * 2
         self._noise: tuple[torch.Tensor, torch.Tensor] = self._unmeasured
         """Mean square and mean product of gradients at this step's weights; NaN where they were not measured."""
+        self._noise_by_parameter: torch.Tensor | None = None
+        """The same of each parameter's part of them, (2, parameters), where they were measured."""
         self.noise_seconds = 0.0
         """Time that measuring noise has taken."""
         self._out_of_memory = 0
@@ -265,8 +267,10 @@ class SlimPajamaTrainer(Trainer):
         self._unmeasured = self._noise = (torch.full((), float("nan"), device=self.args.device),) * 2
         self._begin_average()
         if self.why_autograd() is None:
+            model = self.accelerator.unwrap_model(self.model)
+            self.recorder.layers = [noise.layer_of(name) for name, _ in model.named_parameters()]
             self._written_out = GPT2Step(
-                self.accelerator.unwrap_model(self.model),
+                model,
                 "bfloat16" if self.args.bf16 else "float32",
                 self.stream.max_length,
                 self.recorder.trouble,
@@ -277,11 +281,13 @@ class SlimPajamaTrainer(Trainer):
         sample: Sample = inputs.pop("sample")
         self._weight = sample.weight
         self._update_skipped = ""
+        self._noise, self._noise_by_parameter = self._unmeasured, None
         try:
             if self._written_out is not None:
                 others = self._other_gradients() if self._measures_noise() else None
                 result = self._written_out(self._prepare_inputs(inputs)["input_ids"][0])
-                self._noise = self._unmeasured if others is None else self._compared(*others)
+                if others is not None:
+                    self._compare(*others)
                 self._loss, self._correct, self._nats = result.loss, result.correct, result.nats
             else:
                 super().training_step(model, inputs, num_items_in_batch)
@@ -298,11 +304,13 @@ class SlimPajamaTrainer(Trainer):
         return self._loss
 
     def _other_gradients(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Sum of the clipped gradients of the next documents at these weights, sum of their squares, how many."""
+        """Sum of the clipped gradients of the next documents at these weights, sum of the squares of each parameter's
+        part of them, (parameters,), how many."""
         assert self._written_out is not None
         began = time.perf_counter()
         with self.clock.paused():
-            total, squares = torch.zeros_like(self._written_out.gradients), torch.zeros((), device=self.args.device)
+            total = torch.zeros_like(self._written_out.gradients)
+            squares = torch.zeros(len(self.recorder.layers), device=self.args.device)
             others = list(self._ahead)[: noise.DOCUMENTS - 1]
             for batch in others:
                 self._written_out(batch["input_ids"].to(self.args.device)[0])
@@ -311,25 +319,29 @@ class SlimPajamaTrainer(Trainer):
         return total, squares, len(others)
 
     def _add_clipped(self, total: torch.Tensor) -> torch.Tensor:
-        """Add the gradient that lies in the buffer to `total` as the optimizer would see it; its squared norm."""
+        """Add the gradient that lies in the buffer to `total` as the optimizer would see it; the squared norm of each
+        parameter's part of it, (parameters,)."""
         assert self._written_out is not None
-        square = self._written_out.squared_norms().sum()
+        squares = self._written_out.squared_norms()
         limit = self.args.max_grad_norm or float("inf")
-        share = (limit / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        share = (limit / (squares.sum().sqrt() + 1e-6)).clamp(max=1.0)
         total.addcmul_(self._written_out.gradients, share)
-        return square * share * share
+        return squares * share * share
 
-    def _compared(self, total: torch.Tensor, squares: torch.Tensor, others: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean square, and mean product of any two, of the step's gradient and the others'."""
+    def _compare(self, total: torch.Tensor, squares: torch.Tensor, others: int) -> None:
+        """Mean square, and mean product of any two, of the step's gradient and the others': of the whole and of each
+        parameter's part."""
+        assert self._written_out is not None
         if not others:
-            return self._unmeasured
+            return
         began = time.perf_counter()
         with self.clock.paused():
             squares = squares + self._add_clipped(total)
             count = others + 1
-            products = (torch.dot(total, total) - squares) / (count * others)
+            products = (self._written_out.squared_norms(total) - squares) / (count * others)
+            self._noise = squares.sum() / count, products.sum()
+            self._noise_by_parameter = torch.stack([squares / count, products])
         self.noise_seconds += time.perf_counter() - began
-        return squares / count, products
 
     def _without_memory(self, error: torch.OutOfMemoryError, sample: Sample) -> torch.Tensor:
         """The first time a step does not fit it is skipped: another program may have been at the card. Then it is the
@@ -444,8 +456,10 @@ class SlimPajamaTrainer(Trainer):
             return not self.news.failed
         numbers = [self._loss.detach().float(), self._correct.float(), self._grad_norm.float(), self._not_finite,
                    *self._noise]  # fmt: skip
-        values = torch.cat([torch.stack(numbers), self._nats[: self.sample.predicted]])  # (6 + T-1,)
-        self.recorder.add(step, self.sample, values, rate, self.clock.lap(), self._update_skipped)
+        values = [torch.stack(numbers), self._nats[: self.sample.predicted]]
+        if self._noise_by_parameter is not None:
+            values.append(self._noise_by_parameter.view(-1))
+        self.recorder.add(step, self.sample, torch.cat(values), rate, self.clock.lap(), self._update_skipped)
         self._look_at_what_is_not_finite()
         return self.failure is None
 
