@@ -78,11 +78,11 @@ class _Reading:
         return self._event is None or self._event.query()
 
     def numbers(self) -> tuple[list[float], np.ndarray]:
-        """The six numbers of the step, and what follows them."""
+        """The eight numbers of the step, and what follows them."""
         if self._event is not None:
             self._event.synchronize()
         values = self._values.numpy()
-        return values[:6].tolist(), values[6:]
+        return values[:8].tolist(), values[8:]
 
 
 def shortest(value: float) -> float:
@@ -181,7 +181,8 @@ class StepRecorder:
     ) -> None:
         """One finished step; `values`, float32, is on the device and is not waited for: loss in nats per token, tokens
         right, gradient norm, 1.0 where the update was skipped because one of them is no number, mean square and mean
-        product of some gradients (NaN where noise was not measured); the surprisal of each predicted token, nats,
+        product of some gradients (NaN where noise was not measured), loss of its document after the update and of the
+        next one before it (NaN where that was not looked at); the surprisal of each predicted token, nats,
         (tokens - 1,); where noise was measured, mean squares and mean products by parameter, (2 x parameters,)."""
         self._waiting.append((step, sample, _Reading(values), learning_rate, seconds, update_skipped))
         while self._waiting and (self._waiting[0][2].here() or len(self._waiting) > MOST_BEHIND):
@@ -222,7 +223,7 @@ class StepRecorder:
         update_skipped: str,
         grad_layers: dict[str, list[float]] | None = None,
     ) -> None:
-        grad_norm, not_finite, square, agreement = of_step
+        grad_norm, not_finite, square, agreement, loss_after, next_loss = of_step
         together = sample.together or [sample]
         predicted = [each.predicted for each in together]
         loss = losses[0]
@@ -254,6 +255,8 @@ class StepRecorder:
             grad_square=shortest(square) if math.isfinite(square) else None,
             grad_agreement=shortest(agreement) if math.isfinite(square) else None,
             grad_layers=(grad_layers or {}) if math.isfinite(square) else {},
+            loss_after=shortest(loss_after) if math.isfinite(loss_after) else None,
+            next_loss=shortest(next_loss) if math.isfinite(next_loss) else None,
             part=first.part,
             skipped=sample.skipped,
             gaps=sample.gaps,

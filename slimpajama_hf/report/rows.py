@@ -29,6 +29,8 @@ _NUMBERS: dict[str, Any] = {
     "part": np.int64,
     "grad_square": np.float64,
     "grad_agreement": np.float64,
+    "loss_after": np.float64,
+    "next_loss": np.float64,
 }
 #: Texts that repeat, kept as numbers of their first appearance.
 _NAMES = ("domain", "shard", "mirror")
