@@ -304,9 +304,8 @@ def _noise(rows: Rows) -> dict[str, Any]:
 
 def _teaching(rows: Rows, domain_of: np.ndarray, domains: list[dict[str, Any]]) -> dict[str, Any]:
     """What updates taught: of all, and of each domain in the order of `domains` (`teaching.Taught`)."""
-    whole, each = teaching.by_domain(
-        rows.loss, rows.loss_after, rows.next_loss, rows.learning_rate, domain_of, [domain["full"] for domain in domains]
-    )  # fmt: skip
+    names = [domain["full"] for domain in domains]
+    whole, each = teaching.by_domain(rows.loss, rows.loss_after, rows.next_loss, rows.learning_rate, domain_of, names)
     return {
         "between": teaching.STEPS_BETWEEN,
         "needed": teaching.FEWEST,
