@@ -370,7 +370,7 @@ class SlimPajamaTrainer(Trainer):
     def _look_back(self, sample: Sample) -> None:
         """The loss of the step's document once more, after its update; nothing counts where the update was skipped."""
         assert self._written_out is not None
-        with self._measuring():
+        with self._measuring(), contextlib.suppress(torch.OutOfMemoryError):
             input_ids = torch.tensor(sample.input_ids, device=self.args.device)
             losses = self._written_out.loss_alone(input_ids), self._taught[1]
             # Chosen on the device: it is not waited for.
