@@ -128,32 +128,28 @@ def differ(falls: Sequence[Fall]) -> bool | None:
 # ---- in words ----
 
 
-def _moved(fall: Fall) -> str:
-    assert fall.mean is not None
-    size = f"{abs(fall.mean):.4f} ± {fall.error:.4f}"
-    if not fall.stands_out:
-        return f"no different beyond noise ({'+' if fall.mean < 0 else '-'}{size})"
-    return f"{'lower' if fall.mean > 0 else 'higher'} by {size}"
+def _change(fall: Fall) -> str:
+    if fall.count < FEWEST or fall.mean is None or fall.error is None:
+        return "too few measurements to say"
+    return f"{-fall.mean:+.4f} ± {fall.error:.4f}{'' if fall.stands_out else ' (within noise)'}"
 
 
 def in_words(whole: Taught, domains: Sequence[Taught]) -> str | None:
     """What updates teach, in a sentence, ± one standard error; None while too little is measured."""
     if whole.own.count < FEWEST:
         return None
-    parts = [
-        f"{what} {_moved(fall)}"
-        for what, fall in (("its own document's loss", whole.own), ("the next one's, if of its domain,", whole.same),
-                           ("the next one's, if of another,", whole.other))
-        if fall.count >= FEWEST
-    ]  # fmt: skip
-    return f"an update makes {', '.join(parts)} nats per token ({whole.own.count:,} measured); {verdict(domains)}"
+    return (
+        f"an update changes the loss of its own document by {_change(whole.own)} nats per token, that of the next, not "
+        f"learned yet, by {_change(whole.same)} if it is of the same domain, {_change(whole.other)} if of another "
+        f"({whole.own.count:,} measured); {verdict(domains)}"
+    )
 
 
 def verdict(domains: Sequence[Taught]) -> str:
-    """Whether it matters for the documents after it which domain a document is of, in a sentence."""
+    """Whether what a document teaches others depends on its domain, in a sentence."""
     found = [differ([getattr(each, name) for each in domains]) for name in ("same", "other")]
     if all(each is None for each in found):
         return "too few to tell domains apart"
     if not any(found):
-        return "domains do not differ beyond their noise in what they teach others"
+        return "domains do not differ in what they teach others, beyond noise"
     return "domains differ in what they teach others"

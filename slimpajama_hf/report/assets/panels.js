@@ -186,7 +186,7 @@ function showTeaching() {
   }
   const falls = [all, ...domains].flatMap(({ same, other }) => [same, other]).filter((fall) => fall.count >= needed);
   const most = Math.max(...falls.map((fall) => Math.abs(fall.mean) + 2 * fall.error), 1e-6), at = (x) => 0.5 + x / (2.1 * most);
-  const number = (fall) => (fall.count ? [`${fall.mean < 0 ? "−" : ""}${fixed(1000 * Math.abs(fall.mean), 1)}`, element("small", {}, ` ± ${fall.error === null ? "?" : fixed(1000 * fall.error, 1)}`)] : "–");
+  const number = (fall) => (fall.count ? [`${fall.mean <= -5e-5 ? "−" : ""}${fixed(1000 * Math.abs(fall.mean), 1)}`, element("small", {}, ` ± ${fall.error === null ? "?" : fixed(1000 * fall.error, 1)}`)] : "–");
   const cell = (fall) => element(fall.stands_out ? "td.stands-out" : fall.count < needed ? "td.few" : "td", { title: fall.count ? `${plural(fall.count, "update")}${fall.count < needed ? ": too few to say anything" : fall.stands_out ? "" : ": within noise"}` : "no such pair was measured" }, number(fall));
   const row = (taught, name, colour) => element(name === "all" ? "tr.whole" : "tr", {},
     element("td", {}, colour ? element("i.dot", { style: { "--colour": colour } }) : null, name),
@@ -196,14 +196,14 @@ function showTeaching() {
       const fall = taught[kind];
       return element("div.lane", {}, fall.count >= needed ? span(kind, at(fall.mean - 2 * fall.error), at(fall.mean), at(fall.mean + 2 * fall.error), colour || ink.ink) : null);
     }))));
-  const said = (fall, words) => fall.count < needed ? `${words} was measured too few times` : fall.stands_out ? `${words} is ${fall.mean > 0 ? "lower" : "higher"} by ${fixed(1000 * Math.abs(fall.mean), 1)}` : `what happens to ${words} is within noise`;
+  const said = (fall) => (fall.count < needed ? "measured too few times to say" : fall.stands_out ? `${fall.mean > 0 ? "lower" : "higher"} by ${fixed(1000 * Math.abs(fall.mean), 1)}` : "the same within noise");
   box.replaceChildren(...head,
-    element("p.lead", {}, `After an update ${said(all.own, "the loss of its own document")}, in 10⁻³ nats per token; ${said(all.same, "that of the next, not learned yet, of the same domain")}; ${said(all.other, "that of one of another domain")}. ${verdict[0].toUpperCase()}${verdict.slice(1)}.`),
+    element("p.lead", {}, `After an update the loss of its own document is ${said(all.own)}; that of the next, not learned yet, is ${said(all.same)} if it is of the same domain, ${said(all.other)} if of another. ${verdict[0].toUpperCase()}${verdict.slice(1)}.`),
     element("div.scroll.taught-scroll", {}, element("table.figures-table.taught-table", {},
       element("thead", {}, element("tr", {}, ["learned", "updates", "itself", "next, same", "next, other", ""].map((name) => element("th", { scope: "col" }, name)))),
       element("tbody", {}, row(all, "all", null), domains.map((taught, k) => [taught, k]).filter(([taught]) => taught.own.count).map(([taught, k]) => row(taught, run.meta.domains[k].name, css(onPaper(run.meta.domains[k].colour))))))),
     element("p.hint.keys", {}, element("span", {}, element("i.mark.same"), "next document of the same domain"), element("span", {}, element("i.mark.other"), "of another domain"),
-      element("span", {}, "right of the middle: its loss fell; line: two standard errors, ±: one; bold: beyond two")),
+      element("span", {}, "right of the middle: its loss fell; line: two standard errors, ±: one; bold: beyond two; grey: too few")),
     element("p.lead", {}, `Every ${count(between)}th step at the rate that the run has now. The next document of the stream is scored before it is learned: a stream in the order of its domains tries each on itself.`));
 }
 
