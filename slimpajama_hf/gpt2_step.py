@@ -146,6 +146,16 @@ class GPT2Step:
             parameter.grad = view
         return result
 
+    def loss_alone(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The loss of a step on `input_ids`, to the bit, (), by its forward alone; a captured step is replayed whole,
+        and its gradients are overwritten."""
+        if not self._graph_failed:
+            return self(input_ids).loss
+        with torch.no_grad():
+            tokens, length = input_ids.numel(), self._padded(input_ids.numel())
+            padded = F.pad(input_ids, (0, length - tokens)) if length > tokens else input_ids
+            return self._run(padded, self._shares(tokens, length), backward=False).loss
+
     def _padded(self, tokens: int) -> int:
         """The length that a sample of so many tokens is computed at. What pads it has no share in the loss, and causal
         attention lets no token see it."""
@@ -153,11 +163,13 @@ class GPT2Step:
             return tokens
         return max(tokens, min(-(-tokens // LENGTH_STEP) * LENGTH_STEP, self._max_length))
 
-    def squared_norms(self) -> torch.Tensor:
-        """Squared L2 norm of the gradient of each parameter, (parameters,), on the device."""
+    def squared_norms(self, row: torch.Tensor | None = None) -> torch.Tensor:
+        """Squared L2 norm of the gradient of each parameter, (parameters,), on the device; or of its part of a `row` of
+        the shape of `gradients`."""
+        pieces = self._views if row is None else list(row.split([view.numel() for view in self._views]))
         if self._device.type == "cpu":
-            return torch.stack([torch.dot(view.view(-1), view.view(-1)) for view in self._views])
-        return torch.stack(torch._foreach_norm(self._views)).square()
+            return torch.stack([torch.dot(piece.view(-1), piece.view(-1)) for piece in pieces])
+        return torch.stack(torch._foreach_norm(pieces)).square()
 
     # ---- a graph of CUDA ----
 
@@ -218,7 +230,7 @@ class GPT2Step:
         self._views[self._place(module.bias)].copy_(of_bias)
         return of_inputs
 
-    def _run(self, input_ids: torch.Tensor, shares: torch.Tensor) -> Result:
+    def _run(self, input_ids: torch.Tensor, shares: torch.Tensor, backward: bool = True) -> Result:
         """Forward and backward of (T,) ids with the weight of each position in the loss, `shares` (T,)."""
         length = input_ids.numel()
         if self._low is not None:
@@ -242,7 +254,9 @@ class GPT2Step:
                 (block, entered, normed, mean, rstd, attended, attention_back, middle, normed_2, mean_2, rstd_2,
                  active, activation_back)
             )  # fmt: skip
-        result, dx = self._head_and_loss(x, input_ids, shares)
+        result, dx = self._head_and_loss(x, input_ids, shares, backward)
+        if not backward:
+            return result
         while kept:
             (block, entered, normed, mean, rstd, attended, attention_back, middle, normed_2, mean_2, rstd_2,
              active, activation_back) = kept.pop()  # fmt: skip
@@ -315,9 +329,9 @@ class GPT2Step:
         return self._mask[:length, :length].unsqueeze(0)
 
     def _head_and_loss(
-        self, x: torch.Tensor, input_ids: torch.Tensor, shares: torch.Tensor
+        self, x: torch.Tensor, input_ids: torch.Tensor, shares: torch.Tensor, backward: bool
     ) -> tuple[Result, torch.Tensor]:
-        """Logits, loss and the gradient of `x` (T, D), with the head's gradient in its place."""
+        """Logits, loss and the gradient of `x` (T, D), the head's in its place; without `backward` the loss alone."""
         hidden, mean, rstd = self._norm(self._final, x)
         hidden = self._lowered(hidden)
         head = self._copies[self._head]
@@ -330,6 +344,8 @@ class GPT2Step:
         total = logits.sum(1, keepdim=True)
         nats = (total.log() + highest - of_target).squeeze(1)  # (T,)
         loss = torch.dot(nats, shares)
+        if not backward:
+            return Result(loss, correct, nats), x
         # Softmax minus one at the target, in the mean of the loss.
         logits.mul_(shares.unsqueeze(1) / total)
         logits.scatter_add_(1, targets, -shares.unsqueeze(1))

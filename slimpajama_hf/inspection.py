@@ -345,6 +345,10 @@ def _passport_lines(found: Inspection) -> list[tuple[str, str]]:
         lines[1] = ("documents", f"{len(found.places)} joined by EOS (tokens): {joined}")
     if row.get("spike") is not None:
         lines.append(("spike", f"{row['spike']:g} robust standard deviations above the 200 steps before it"))
+    if row.get("loss_after") is not None:
+        # The row after this one has that document's loss after this update.
+        following = f"; that of the next document was {row['next_loss']:.4f} before it" if row.get("next_loss") else ""
+        lines.append(("taught", f"loss {row['loss_after']:.4f} after its own update{following}"))
     if row.get("update_skipped"):
         lines.append(("not learned", f"the update was skipped: {row['update_skipped']}"))
     if row.get("skipped"):

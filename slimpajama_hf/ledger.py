@@ -72,6 +72,12 @@ class Row:
     """Where noise was measured (`noise.py`), mean squared norm of clipped gradients of some documents; else null."""
     grad_agreement: float | None = None
     """Likewise the mean product of two of them: the part of `grad_square` that is signal."""
+    grad_layers: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    """Likewise both numbers of each layer's part of the gradient, which add up to them; else empty."""
+    loss_after: float | None = None
+    """Where it was looked at what a step teaches (`teaching.py`), its document's loss after the update; else null."""
+    next_loss: float | None = None
+    """Likewise the loss of the next step's document before the update; the next row has it after the update."""
     part: int = 0
     """Which sample of its document this is, from 0 (always 0 for `truncate`)."""
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -221,9 +227,11 @@ NUMBERS = {
     "code_bits": np.float64,
     "grad_square": np.float64,
     "grad_agreement": np.float64,
+    "loss_after": np.float64,
+    "next_loss": np.float64,
 }
 #: Those that rows of older versions lack.
-_NEWER = ("grad_square", "grad_agreement")
+_NEWER = ("grad_square", "grad_agreement", "loss_after", "next_loss")
 
 
 #: What is counted for each row.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slimpajama_hf import checkpoints, devices, ledger, noise, screen
+from slimpajama_hf import checkpoints, devices, ledger, noise, screen, teaching
 from slimpajama_hf.model import format_bytes, needs
 
 if TYPE_CHECKING:
@@ -88,6 +88,9 @@ def summary(folder: RunFolder, trainer: SlimPajamaTrainer, outcome: str, seeing_
     found = noise.estimate(columns.grad_square, columns.grad_agreement)
     if found is not None:
         lines.append(f"    noise scale  {noise.in_words(found)}")
+    taught = teaching.in_words(*teaching.of_columns(columns))
+    if taught is not None:
+        lines.append(f"       teaching  {taught}")
     skipped = trainer.skipped_records
     if skipped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())

@@ -171,7 +171,7 @@ class Step:
     values: list[torch.Tensor]
     """Of each own sample, filled places left out: loss, tokens right, then the surprisal of each predicted token."""
     of_step: torch.Tensor
-    """Gradient norm, 1.0 where the update was skipped, and twice NaN: noise is measured of single documents; (4,)."""
+    """Gradient norm, 1.0 where the update was skipped, and NaN for what is measured of single documents alone; (6,)."""
     learning_rate: float
     seconds: float
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from slimpajama_hf import screen
+from slimpajama_hf import noise, screen
 from slimpajama_hf.ledger import Ledger, Row
 from slimpajama_hf.samples import Sample
 from slimpajama_hf.surprisals import Surprisals
@@ -62,7 +62,7 @@ class TrainingClock:
 
 
 class _Reading:
-    """Numbers on their way from the device; `values` has shape (6 + predicted tokens,)."""
+    """Numbers on their way from the device: what `StepRecorder.add` takes."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -78,11 +78,11 @@ class _Reading:
         return self._event is None or self._event.query()
 
     def numbers(self) -> tuple[list[float], np.ndarray]:
-        """The six numbers of the step, and the surprisal of each predicted token."""
+        """The eight numbers of the step, and what follows them."""
         if self._event is not None:
             self._event.synchronize()
         values = self._values.numpy()
-        return values[:6].tolist(), values[6:]
+        return values[:8].tolist(), values[8:]
 
 
 def shortest(value: float) -> float:
@@ -154,6 +154,8 @@ class StepRecorder:
         """The latest rows, unbroken, whose loss or gradient was no number."""
         for row in remembered:
             self._watch(row)
+        self.layers: list[str] = []
+        """Name of the layer that each parameter of the model belongs to, where noise is measured (`noise.layer_of`)."""
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self.trouble: Callable[[str], None] = screen.say
         """Told what is not being saved."""
@@ -177,10 +179,11 @@ class StepRecorder:
         seconds: float,
         update_skipped: str = "",
     ) -> None:
-        """One finished step; `values` (6 + tokens - 1,), float32, is on the device and is not waited for: loss in nats
-        per token, tokens right, gradient norm, 1.0 where the update was skipped because one of them is no number, mean
-        square and mean product of some gradients (NaN where noise was not measured); then the surprisal of each
-        predicted token, nats."""
+        """One finished step; `values`, float32, is on the device and is not waited for: loss in nats per token, tokens
+        right, gradient norm, 1.0 where the update was skipped because one of them is no number, mean square and mean
+        product of some gradients (NaN where noise was not measured), loss of its document after the update and of the
+        next one before it (NaN where that was not looked at); the surprisal of each predicted token, nats,
+        (tokens - 1,); where noise was measured, mean squares and mean products by parameter, (2 x parameters,)."""
         self._waiting.append((step, sample, _Reading(values), learning_rate, seconds, update_skipped))
         while self._waiting and (self._waiting[0][2].here() or len(self._waiting) > MOST_BEHIND):
             self._write(*self._waiting.popleft())
@@ -200,10 +203,11 @@ class StepRecorder:
     def _write(
         self, step: int, sample: Sample, reading: _Reading, learning_rate: float, seconds: float, update_skipped: str
     ) -> None:
-        (loss, correct, *of_step), nats = reading.numbers()
+        (loss, correct, *of_step), rest = reading.numbers()
+        nats, of_parameters = rest[: sample.predicted], rest[sample.predicted :].reshape(2, -1)
         self._record(
             step, sample, [loss], [correct], [nats], of_step, learning_rate, seconds,
-            update_skipped,
+            update_skipped, noise.of_layers(self.layers, *of_parameters),
         )  # fmt: skip
 
     def _record(
@@ -217,8 +221,9 @@ class StepRecorder:
         learning_rate: float,
         seconds: float,
         update_skipped: str,
+        grad_layers: dict[str, list[float]] | None = None,
     ) -> None:
-        grad_norm, not_finite, square, agreement = of_step
+        grad_norm, not_finite, square, agreement, loss_after, next_loss = of_step
         together = sample.together or [sample]
         predicted = [each.predicted for each in together]
         loss = losses[0]
@@ -249,6 +254,9 @@ class StepRecorder:
             spike=self._spikes.score(loss) if math.isfinite(loss) else None,
             grad_square=shortest(square) if math.isfinite(square) else None,
             grad_agreement=shortest(agreement) if math.isfinite(square) else None,
+            grad_layers=(grad_layers or {}) if math.isfinite(square) else {},
+            loss_after=shortest(loss_after) if math.isfinite(loss_after) else None,
+            next_loss=shortest(next_loss) if math.isfinite(next_loss) else None,
             part=first.part,
             skipped=sample.skipped,
             gaps=sample.gaps,

@@ -232,7 +232,7 @@ class Session:
         outcome = self._outcome(failure)
         # Taken now: Ctrl-C while the last push is waited for is no Ctrl-C of the run.
         code = self.signals.exit_code
-        for line in plan.summary(self.folder, trainer, outcome, watchers.seconds + trainer.noise_seconds):
+        for line in plan.summary(self.folder, trainer, outcome, watchers.seconds + trainer.measuring_seconds):
             screen.say(line)
         if self.settings.run.lr_find:
             from slimpajama_hf import range_test

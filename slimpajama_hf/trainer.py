@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from slimpajama_hf import checkpoints, noise, range_test
+from slimpajama_hf import checkpoints, noise, range_test, teaching
 from slimpajama_hf.averaging import WeightAverage
 from slimpajama_hf.errors import SaidByTheFirst, UserError
 from slimpajama_hf.evaluation import HeldOutScores
@@ -144,12 +144,16 @@ class SlimPajamaTrainer(Trainer):
         self._backward = backward
         self._written_out: GPT2Step | None = None
         self._ahead: deque[dict[str, Any]] = deque()
-        """Batches that were asked for before their step, to measure the noise of a gradient."""
+        """Batches that were asked for before their step, to be measured at the weights of an earlier one."""
         self._unmeasured = (torch.tensor(float("nan")),) * 2
         self._noise: tuple[torch.Tensor, torch.Tensor] = self._unmeasured
         """Mean square and mean product of gradients at this step's weights; NaN where they were not measured."""
-        self.noise_seconds = 0.0
-        """Time that measuring noise has taken."""
+        self._noise_by_parameter: torch.Tensor | None = None
+        """The same of each parameter's part of them, (2, parameters), where they were measured."""
+        self._taught: tuple[torch.Tensor, torch.Tensor] = self._unmeasured
+        """Loss of the step's document after its update, and of the next one before it; NaN where nobody looked."""
+        self.measuring_seconds = 0.0
+        """Time that measuring noise, and what steps teach, has taken."""
         self._out_of_memory = 0
         self._lr_find = lr_find
         self._average_half_life = average_half_life
@@ -205,11 +209,18 @@ class SlimPajamaTrainer(Trainer):
         step = self.state.global_step
         return self._written_out is not None and step % noise.STEPS_BETWEEN == noise.STEPS_BETWEEN - 1
 
+    def _measures_teaching(self, step: int) -> bool:
+        """Whether it is looked at what a step teaches: where it is written out, and one document's."""
+        return self._written_out is not None and self.stream.mode != "pack" and teaching.is_due(step)
+
     def _look_ahead(self, batches: Iterator) -> None:
         """Have the documents at hand that a measurement needs beside the step's own; each still gets its step."""
+        needed = 2 if self._measures_teaching(self.state.global_step) else 0
         if self._measures_noise():
+            needed = noise.DOCUMENTS
+        if needed:
             with self.clock.paused():
-                while len(self._ahead) < noise.DOCUMENTS and (batch := next(batches, None)) is not None:
+                while len(self._ahead) < needed and (batch := next(batches, None)) is not None:
                     self._ahead.append(batch)
 
     # ---- the step ----
@@ -265,8 +276,10 @@ class SlimPajamaTrainer(Trainer):
         self._unmeasured = self._noise = (torch.full((), float("nan"), device=self.args.device),) * 2
         self._begin_average()
         if self.why_autograd() is None:
+            model = self.accelerator.unwrap_model(self.model)
+            self.recorder.layers = [noise.layer_of(name) for name, _ in model.named_parameters()]
             self._written_out = GPT2Step(
-                self.accelerator.unwrap_model(self.model),
+                model,
                 "bfloat16" if self.args.bf16 else "float32",
                 self.stream.max_length,
                 self.recorder.trouble,
@@ -277,11 +290,16 @@ class SlimPajamaTrainer(Trainer):
         sample: Sample = inputs.pop("sample")
         self._weight = sample.weight
         self._update_skipped = ""
+        self._noise, self._noise_by_parameter = self._unmeasured, None
+        self._taught = self._unmeasured
         try:
             if self._written_out is not None:
+                if self._measures_teaching(self.state.global_step):
+                    self._taught = self._taught[0], self._next_loss()
                 others = self._other_gradients() if self._measures_noise() else None
                 result = self._written_out(self._prepare_inputs(inputs)["input_ids"][0])
-                self._noise = self._unmeasured if others is None else self._compared(*others)
+                if others is not None:
+                    self._compare(*others)
                 self._loss, self._correct, self._nats = result.loss, result.correct, result.nats
             else:
                 super().training_step(model, inputs, num_items_in_batch)
@@ -298,38 +316,66 @@ class SlimPajamaTrainer(Trainer):
         return self._loss
 
     def _other_gradients(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Sum of the clipped gradients of the next documents at these weights, sum of their squares, how many."""
+        """Sum of the clipped gradients of the next documents at these weights, sum of the squares of each parameter's
+        part of them, (parameters,), how many."""
         assert self._written_out is not None
-        began = time.perf_counter()
-        with self.clock.paused():
-            total, squares = torch.zeros_like(self._written_out.gradients), torch.zeros((), device=self.args.device)
+        with self._measuring():
+            total = torch.zeros_like(self._written_out.gradients)
+            squares = torch.zeros(len(self.recorder.layers), device=self.args.device)
             others = list(self._ahead)[: noise.DOCUMENTS - 1]
             for batch in others:
                 self._written_out(batch["input_ids"].to(self.args.device)[0])
                 squares += self._add_clipped(total)
-        self.noise_seconds += time.perf_counter() - began
         return total, squares, len(others)
 
     def _add_clipped(self, total: torch.Tensor) -> torch.Tensor:
-        """Add the gradient that lies in the buffer to `total` as the optimizer would see it; its squared norm."""
+        """Add the gradient that lies in the buffer to `total` as the optimizer would see it; the squared norm of each
+        parameter's part of it, (parameters,)."""
         assert self._written_out is not None
-        square = self._written_out.squared_norms().sum()
+        squares = self._written_out.squared_norms()
         limit = self.args.max_grad_norm or float("inf")
-        share = (limit / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        share = (limit / (squares.sum().sqrt() + 1e-6)).clamp(max=1.0)
         total.addcmul_(self._written_out.gradients, share)
-        return square * share * share
+        return squares * share * share
 
-    def _compared(self, total: torch.Tensor, squares: torch.Tensor, others: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean square, and mean product of any two, of the step's gradient and the others'."""
+    def _compare(self, total: torch.Tensor, squares: torch.Tensor, others: int) -> None:
+        """Mean square, and mean product of any two, of the step's gradient and the others': of the whole and of each
+        parameter's part."""
+        assert self._written_out is not None
         if not others:
-            return self._unmeasured
-        began = time.perf_counter()
-        with self.clock.paused():
+            return
+        with self._measuring():
             squares = squares + self._add_clipped(total)
             count = others + 1
-            products = (torch.dot(total, total) - squares) / (count * others)
-        self.noise_seconds += time.perf_counter() - began
-        return squares / count, products
+            products = (self._written_out.squared_norms(total) - squares) / (count * others)
+            self._noise = squares.sum() / count, products.sum()
+            self._noise_by_parameter = torch.stack([squares / count, products])
+
+    @contextlib.contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """Beside training: its clock stands still, and the time is counted."""
+        began = time.perf_counter()
+        with self.clock.paused():
+            yield
+        self.measuring_seconds += time.perf_counter() - began
+
+    def _next_loss(self) -> torch.Tensor:
+        """Loss of the document that comes next, at these weights; NaN where it is no document that is new."""
+        assert self._written_out is not None
+        if not self._ahead or not teaching.is_new(self._ahead[0]["sample"]):
+            return self._unmeasured[1]
+        with self._measuring():
+            return self._written_out.loss_alone(self._ahead[0]["input_ids"].to(self.args.device)[0])
+
+    def _look_back(self, sample: Sample) -> None:
+        """The loss of the step's document once more, after its update; nothing counts where the update was skipped."""
+        assert self._written_out is not None
+        with self._measuring(), contextlib.suppress(torch.OutOfMemoryError):
+            input_ids = torch.tensor(sample.input_ids, device=self.args.device)
+            losses = self._written_out.loss_alone(input_ids), self._taught[1]
+            # Chosen on the device: it is not waited for.
+            after, following = (torch.where(self._not_finite > 0, self._unmeasured[0], loss) for loss in losses)
+            self._taught = after, following
 
     def _without_memory(self, error: torch.OutOfMemoryError, sample: Sample) -> torch.Tensor:
         """The first time a step does not fit it is skipped: another program may have been at the card. Then it is the
@@ -430,6 +476,8 @@ class SlimPajamaTrainer(Trainer):
         self.steps_of_session += 1
         self.skipped_records.update(self.sample.skipped)
         step = self.state.global_step - 1
+        if self._measures_teaching(step):
+            self._look_back(self.sample)
         if self.average is not None:
             self.average.step(step + 1)
         # The scheduler has moved on already: this is the rate that the step used.
@@ -438,14 +486,16 @@ class SlimPajamaTrainer(Trainer):
             places = range(self.team.rank, len(self.sample.together), self.team.world_size)
             # What only filled a place is another's.
             own, self._own = self._own[: len(places)], []
-            of_step = torch.stack([self._grad_norm.float(), self._not_finite, *self._noise])
+            of_step = torch.stack([self._grad_norm.float(), self._not_finite, *self._noise, *self._taught])
             finished = Step(step, self.sample, own, of_step, rate, self.clock.lap())
             self._take_in(self.news.add(finished))
             return not self.news.failed
         numbers = [self._loss.detach().float(), self._correct.float(), self._grad_norm.float(), self._not_finite,
-                   *self._noise]  # fmt: skip
-        values = torch.cat([torch.stack(numbers), self._nats[: self.sample.predicted]])  # (6 + T-1,)
-        self.recorder.add(step, self.sample, values, rate, self.clock.lap(), self._update_skipped)
+                   *self._noise, *self._taught]  # fmt: skip
+        values = [torch.stack(numbers), self._nats[: self.sample.predicted]]
+        if self._noise_by_parameter is not None:
+            values.append(self._noise_by_parameter.view(-1))
+        self.recorder.add(step, self.sample, torch.cat(values), rate, self.clock.lap(), self._update_skipped)
         self._look_at_what_is_not_finite()
         return self.failure is None
 

@@ -43,6 +43,8 @@ def run_of(steps: int, **columns: Any) -> Columns:
         # Measured every 100 steps: 8 documents, noise scale 49.
         "grad_square": np.where(step % 100 == 99, 1.0, np.nan),
         "grad_agreement": np.where(step % 100 == 99, 0.02 + noise.normal(0, 0.002, steps), np.nan),
+        "loss_after": np.full(steps, np.nan),
+        "next_loss": np.full(steps, np.nan),
     }
     for name, value in columns.items():
         if isinstance(value, dict):

@@ -59,8 +59,9 @@ def run(shards, tmp_path_factory):
     return folder
 
 
-def test_the_ledger_has_what_the_gradients_of_the_next_documents_are(run, shards, encoder):
-    """By hand, from the checkpoint of the step: its weights, and the eight documents from its cursor on."""
+def gradients_at(run, step, shards, encoder):
+    """From the checkpoint of a step: the clipped gradients of the eight documents from its cursor on, at its weights,
+    and (name, elements) of the model's parameters."""
     import json
 
     from transformers import AutoModelForCausalLM
@@ -69,22 +70,83 @@ def test_the_ledger_has_what_the_gradients_of_the_next_documents_are(run, shards
     from slimpajama_hf.corpora import Cursor
     from slimpajama_hf.samples import SampleStream
 
-    rows = read_ledger(run)
-    assert [row["step"] for row in rows if row["grad_square"] is not None] == [499, 999, 1499]
-    folder = checkpoints.path_of(run, 499)
+    folder = checkpoints.path_of(run, step)
     stream = SampleStream(corpora.open_corpus(f"{shards}/*.jsonl.zst"), encoder, "truncate", 32, epochs=100)
     stream.start = Cursor(**json.loads((folder / checkpoints.DATA_STATE).read_text())["cursor"])
-    step = GPT2Step(AutoModelForCausalLM.from_pretrained(folder), "float32", 32)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    written_out = GPT2Step(model, "float32", 32)
     gradients = []
     for sample, _ in zip(stream, range(noise.DOCUMENTS), strict=False):
-        step(torch.tensor(sample.input_ids))
-        gradient = step.gradients.double()
+        written_out(torch.tensor(sample.input_ids))
+        gradient = written_out.gradients.double()
         gradients.append(gradient / max(gradient.norm().item(), 1.0))
+    return gradients, [(name, parameter.numel()) for name, parameter in model.named_parameters()]
+
+
+def square_and_agreement(gradients):
+    """Mean square, mean product of any two."""
     products = torch.stack(gradients) @ torch.stack(gradients).T
-    square = products.diagonal().mean().item()
-    agreement = (products.sum() - products.trace()).item() / (noise.DOCUMENTS * (noise.DOCUMENTS - 1))
+    count = len(gradients)
+    return [products.diagonal().mean().item(), (products.sum() - products.trace()).item() / (count * (count - 1))]
+
+
+def test_the_ledger_has_what_the_gradients_of_the_next_documents_are(run, shards, encoder):
+    """By hand, from the checkpoint of the step: its weights, and the eight documents from its cursor on."""
+    rows = read_ledger(run)
+    assert [row["step"] for row in rows if row["grad_square"] is not None] == [499, 999, 1499]
+    square, agreement = square_and_agreement(gradients_at(run, 499, shards, encoder)[0])
     assert rows[499]["grad_square"] == pytest.approx(square, rel=1e-4)
     assert rows[499]["grad_agreement"] == pytest.approx(agreement, rel=1e-3, abs=1e-6)
+
+
+def test_every_layer_has_its_part_of_it(run, shards, encoder):
+    """By hand again, and the parts are the whole."""
+    rows, gradients, names = read_ledger(run), *gradients_at(run, 499, shards, encoder)
+    assert all(bool(row["grad_layers"]) == (row["grad_square"] is not None) for row in rows)
+    layers = rows[499]["grad_layers"]
+    assert list(layers) == ["wte", "wpe", "h.0.attn", "h.0.mlp", "ln_f"]
+    for place, field in enumerate(("grad_square", "grad_agreement")):
+        assert sum(values[place] for values in layers.values()) == pytest.approx(rows[499][field], rel=1e-3, abs=1e-6)
+    for layer, (square, agreement) in layers.items():
+        mine = torch.tensor([noise.layer_of(name) == layer for name, count in names for _ in range(count)])
+        by_hand = square_and_agreement([gradient[mine] for gradient in gradients])
+        assert [square, agreement] == pytest.approx(by_hand, rel=1e-3, abs=1e-6)
+
+
+def test_layers_are_those_of_the_model():
+    assert noise.layer_of("transformer.wte.weight") == "wte" and noise.layer_of("lm_head.weight") == "lm_head"
+    assert noise.layer_of("transformer.h.11.ln_1.bias") == noise.layer_of("transformer.h.11.attn.c_proj.weight")
+    assert (
+        noise.layer_of("transformer.h.11.ln_2.bias") == noise.layer_of("transformer.h.11.mlp.c_fc.bias") == "h.11.mlp"
+    )
+
+
+def test_a_layer_without_signal_is_told_from_one_that_has_it():
+    """Noise scales of 10 and of infinity, side by side: the first is found, of the second it is said that it is large."""
+    found, above = 0, []
+    for seed in range(20):
+        squares, agreements = measurements(10.0, noise.WINDOW, seed)
+        measured = np.isfinite(squares)
+        scatter = np.random.default_rng(100 + seed).normal(0, 0.02, noise.WINDOW)
+        loud, none = noise.by_layer(
+            {"loud": [square, agreement], "none": [1.0, product]}
+            for square, agreement, product in zip(squares[measured], agreements[measured], scatter, strict=True)
+        )
+        assert loud.scale == noise.estimate(squares, agreements) and loud.at_least is None
+        assert loud.share + none.share == pytest.approx(1.0) and loud.share > 0.9
+        found += none.scale is not None
+        above += [none.at_least] if none.at_least is not None else []
+    assert found <= 2, "one in 33"
+    assert len(above) >= 15 and min(above) > 20
+    assert noise.by_layer([{"wte": [1.0, 0.5]}] * (noise.FEWEST - 1)) == []
+
+
+def test_old_ledgers_have_no_layers(tmp_path):
+    from slimpajama_hf.report.rows import Rows
+    from tests.test_report import make_run
+
+    rows = Rows(make_run(tmp_path / "run", 5, bare=True) / "ledger.jsonl").update()
+    assert len(rows) == 5 and noise.by_layer(rows.grad_layers.values()) == []
 
 
 def test_training_does_not_know_of_it(run, shards, tmp_path):

@@ -60,6 +60,11 @@ def make_run(folder: Path, steps: int, *, passports: int = 20, bare: bool = Fals
         if not bare:
             row |= {"update_skipped": "not finite" if step == 33 else "", "spike": 6.25 if step == 40 else None, "part": 0,
                     "skipped": {"empty": 2} if step == 7 else {}, "gaps": [], "documents": []}  # fmt: skip
+            row |= {"loss_after": loss and loss - 0.15, "next_loss": 5.0}
+            if step % 10 == 9:
+                # Of the first block's attention signal stands out, of its MLP nothing does.
+                sign = 1 if step % 20 == 9 else -1
+                row["grad_layers"] = {"wte": [0.5, 0.02 + 0.001 * sign], "h.0.attn": [0.2, 0.02], "h.0.mlp": [0.1, 0.01 * sign]}  # fmt: skip
         rows.append(json.dumps(row, separators=(",", ":")))
     (folder / "ledger.jsonl").write_text("".join(line + "\n" for line in rows))
     if bare:
@@ -201,6 +206,45 @@ def test_tokens_say_their_surprisal_and_the_five_guesses(run, shown):
     assert shown.value("document.querySelector('[data-mode=taught]').getAttribute('aria-pressed')") == "true"
     go(shown, 1)
     assert "is not in this page" in shown.text("#reading") and "inspect" in shown.text("#reading")
+
+
+@needs_browser
+def test_layers_stand_with_their_noise_scale_or_say_that_there_is_none(run, shown):
+    names = shown.value("[...document.querySelectorAll('#layers .layer-name')].map(node => node.textContent)")
+    assert names == ["tokens, head", "block 0"]
+    said = shown.value("[...document.querySelectorAll('#layers .lane')].map(node => node.title)")
+    assert said[0].startswith("wte: 24 (") and said[0].endswith("62.5 % of the gradient's square")
+    assert said[1].startswith("h.0.attn: 9.0 (9.0 to 9.0)") and said[2].startswith("h.0.mlp: nothing stands out; above")
+    assert "nothing stands out of the noise here" in shown.text("#layers")
+    assert "latest 12 measurements of 12" in shown.text("#layers")
+
+
+@needs_browser
+def test_what_documents_teach_stands_by_domain_with_its_errors(run, shown):
+    rows = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    table = shown.value(
+        "[...document.querySelectorAll('#teaching tbody tr')].map(row => [...row.cells].map(cell => cell.textContent))"
+    )
+    assert [row[0] for row in table] == ["all", "<b>mine</b>", "C4", "GitHub"]
+    # Steps from the end of warm-up on, without the one whose loss was no number.
+    assert [row[1] for row in table] == ["110", "37", "36", "37"] and table[0][2] == "150.0 ± 0.0"
+    # Domains take turns: no document is followed by one of its own.
+    assert {row[3] for row in table} == {"–"}
+    falls = [5.0 - row["loss"] for row in rows[10:] if row["loss"] is not None]
+    mean, error = np.mean(falls), np.std(falls, ddof=1) / len(falls) ** 0.5
+    number, of_error = table[0][4].replace(",", "").replace("−", "-").split(" ± ")
+    assert float(number) == pytest.approx(1000 * mean, abs=0.06)
+    assert float(of_error) == pytest.approx(1000 * error, abs=0.06)
+    assert "measured too few times to say if it is of the same domain" in shown.text("#teaching")
+
+
+@needs_browser
+def test_what_was_not_measured_is_not_shown(tab, tmp_path):
+    tab.errors.clear()
+    tab.call("Page.navigate", url="about:blank")
+    tab.open(report.write(make_run(tmp_path / "run", 60, bare=True)).as_uri())
+    assert "Not measured yet" in tab.text("#layers") and "Not measured yet" in tab.text("#teaching")
+    assert tab.errors == []
 
 
 @needs_browser

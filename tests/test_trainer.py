@@ -52,7 +52,7 @@ def test_the_recorder_writes_every_step_in_order_and_waits_for_no_device(tmp_pat
     heard = []
     recorder.listeners.append(lambda row: heard.append(row["step"]))
     for step in range(5):
-        values = torch.tensor([2.5, 3.0, 0.1, 0.0, float("nan"), float("nan"), 1.0, 2.0, 3.0, 4.0])
+        values = torch.tensor([2.5, 3.0, 0.1, 0.0, *[float("nan")] * 4, 1.0, 2.0, 3.0, 4.0])
         recorder.add(step, sample(), values, learning_rate=1e-3, seconds=0.5)
     recorder.close()
     assert heard == [0, 1, 2, 3, 4]

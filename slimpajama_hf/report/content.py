@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from slimpajama_hf import __version__, checkpoints, noise, palette, plan, surprisals, views
+from slimpajama_hf import __version__, checkpoints, noise, palette, plan, surprisals, teaching, views
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.report import documents
 from slimpajama_hf.report.rows import Rows
@@ -92,6 +93,8 @@ def gather(folder: RunFolder, rows: Rows, most_passports: int = documents.MOST_P
         "samples": samples,
         "prompts": _prompts(folder),
         "unusual": unusual,
+        "noise": _noise(rows),
+        "teaching": _teaching(rows, domain_of, domains),
         "by_domain": _by_domain(rows, domain_of, len(domains)),
         "by_length": _by_length(rows),
         "by_position": _by_position(rows, nats),
@@ -286,6 +289,35 @@ def _headline(rows: Rows) -> dict[str, Any]:
         "not_finite": int((~np.isfinite(rows.loss)).sum()),
         "noise_scale": noise.in_words(found) if found is not None else None,
     }
+
+
+def _noise(rows: Rows) -> dict[str, Any]:
+    """How often the noise of the gradient was measured, and what is known of each layer (`noise.LayerNoise`)."""
+    measured = list(rows.grad_layers.values())
+    return {
+        "measured": len(measured),
+        "between": noise.STEPS_BETWEEN,
+        "needed": noise.FEWEST,
+        "layers": [dataclasses.asdict(each) for each in noise.by_layer(measured)],
+    }
+
+
+def _teaching(rows: Rows, domain_of: np.ndarray, domains: list[dict[str, Any]]) -> dict[str, Any]:
+    """What updates taught: of all, and of each domain in the order of `domains` (`teaching.Taught`)."""
+    names = [domain["full"] for domain in domains]
+    whole, each = teaching.by_domain(rows.loss, rows.loss_after, rows.next_loss, rows.learning_rate, domain_of, names)
+    return {
+        "between": teaching.STEPS_BETWEEN,
+        "needed": teaching.FEWEST,
+        "all": _as_values(whole),
+        "domains": [_as_values(taught) for taught in each],
+        "verdict": teaching.verdict(each),
+    }
+
+
+def _as_values(taught: teaching.Taught) -> dict[str, Any]:
+    falls = {name: getattr(taught, name) for name in ("own", "same", "other")}
+    return {name: dataclasses.asdict(fall) | {"stands_out": fall.stands_out} for name, fall in falls.items()}
 
 
 def _by_domain(rows: Rows, domain_of: np.ndarray, count: int) -> list[dict[str, Any]]:

@@ -29,6 +29,8 @@ _NUMBERS: dict[str, Any] = {
     "part": np.int64,
     "grad_square": np.float64,
     "grad_agreement": np.float64,
+    "loss_after": np.float64,
+    "next_loss": np.float64,
 }
 #: Texts that repeat, kept as numbers of their first appearance.
 _NAMES = ("domain", "shard", "mirror")
@@ -40,7 +42,7 @@ class Rows:
     `predicted` counts the tokens that a step predicted, `first_predicted` those of its first sample (most steps have
     one); a report shows that one's text. `domain`, `shard` and `mirror` are arrays of indices into `names[field]`;
     `sha1` has shape (steps, 20). What only few rows have stands in dictionaries by step: `skipped_updates`, `spikes`,
-    `passed_over`, `gaps`, `documents`.
+    `passed_over`, `gaps`, `documents`, `grad_layers`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,6 +64,7 @@ class Rows:
         self.passed_over: dict[int, dict[str, int]] = {}
         self.gaps: dict[int, list[dict[str, Any]]] = {}
         self.documents: dict[int, list[dict[str, Any]]] = {}
+        self.grad_layers: dict[int, dict[str, list[float]]] = {}
 
     def __len__(self) -> int:
         return self._size
@@ -132,6 +135,7 @@ class Rows:
             ("skipped", self.passed_over),
             ("gaps", self.gaps),
             ("documents", self.documents),
+            ("grad_layers", self.grad_layers),
         ):
             if row.get(field):
                 place[step] = row[field]

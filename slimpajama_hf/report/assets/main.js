@@ -213,12 +213,14 @@ function take(content, first) {
   showRecord();
   $("slider").max = Math.max(run.n - 1, 0);
   if (!run.n) { nothingYet(); return; }
-  for (const id of ["curves", "one-step", "writing", "corpus"]) $(id).hidden = false;
+  for (const id of ["curves", "one-step", "writing", "learning", "corpus"]) $(id).hidden = false;
   $("scrubber").hidden = false;
   if (whole_) { view.from = 0; view.to = Math.max(run.meta.steps - 1, 1); }
   chooseDomains();
   showDomains();
   showMarks();
+  showLayers();
+  showTeaching();
   showCorpus();
   const wanted = first ? /^#step=(\d+)$/.exec(location.hash) : null;
   if (wanted) cursor.index = nearest(run.steps, +wanted[1]);
@@ -236,7 +238,7 @@ function startingPlace() {
 }
 
 function nothingYet() {
-  for (const id of ["curves", "one-step", "writing", "corpus"]) $(id).hidden = true;
+  for (const id of ["curves", "one-step", "writing", "learning", "corpus"]) $(id).hidden = true;
   $("scrubber").hidden = true;
 }
 
@@ -313,7 +315,7 @@ function useTheme(name) {
 function repaint() {
   if (!run?.n) return;
   readInk();
-  showDomains(); showPassport(); showDocument(); showCorpus();
+  showDomains(); showPassport(); showDocument(); showTeaching(); showCorpus();
   later(drawAll);
 }
 const remembered = (() => { try { return localStorage.getItem("report-theme") || ""; } catch { return ""; } })();

@@ -115,6 +115,98 @@ function common(a, b) {
   return a.slice(0, k).trim() ? k : 0;
 }
 
+// ---- what it learns from ----
+
+// A line from `low` to `high` with a mark at `value`, as parts of the width of its box; `null` ends beyond the edge.
+function span(kind, low, value, high, colour) {
+  const part = (x) => Math.min(Math.max(x, 0), 1), from = part(low ?? 0), to = part(high ?? 1), at = (x) => `${(100 * x).toFixed(2)}%`;
+  const open = `${low === null ? ".opens-left" : ""}${high === null ? ".opens-right" : ""}`;
+  return [
+    element(`i.reach.${kind}${open}`, { style: { left: at(from), width: at(to - from), "--colour": colour } }),
+    value === null ? null : element(`i.mark.${kind}`, { style: { left: at(part(value)), "--colour": colour } }),
+  ];
+}
+
+const documents = (value) => (value >= 10 ? count(Math.round(value)) : fixed(value, 1));
+function noiseWords({ scale, at_least }) {
+  if (scale) return `${documents(scale.value)} (${documents(scale.low)} to ${scale.high === null ? "any number" : documents(scale.high)})`;
+  return at_least === null ? "nothing stands out" : `nothing stands out; above ${documents(at_least)}`;
+}
+
+// The rows of the panel: a block is one row, its attention and its MLP are its two parts.
+function layerRows(layers) {
+  const rows = [], tied = !layers.some(({ layer }) => layer === "lm_head");
+  const names = { wte: tied ? "tokens, head" : "tokens", wpe: "positions", ln_f: "last norm", lm_head: "head" };
+  for (const each of layers) {
+    const [, block, part] = /^h\.(\d+)\.(\w+)$/.exec(each.layer) || [];
+    const name = block === undefined ? names[each.layer] || each.layer : `block ${block}`;
+    if (rows[rows.length - 1]?.name !== name) rows.push({ name, parts: [] });
+    rows[rows.length - 1].parts.push([part || "whole", each]);
+  }
+  return rows;
+}
+
+function showLayers() {
+  const { measured, between, needed, layers } = run.meta.noise, box = $("layers");
+  const head = [element("h3", {}, "Noise scale by layer", element("small", {}, " documents, log scale"))];
+  if (!layers.length) {
+    const why = measured ? `Measured ${plural(measured, "time")} so far; an estimate needs ${needed}.` : "Not measured yet.";
+    box.replaceChildren(...head, element("div.empty", {}, element("p", {}, `${why} Every ${count(between)} steps the gradients of several documents are compared at the same weights, where one process computes a step of one document without autograd.`)));
+    return;
+  }
+  const ends = layers.flatMap(({ scale, at_least }) => (scale ? [scale.low, scale.value, scale.high ?? scale.value] : [at_least ?? 1])).filter((x) => x > 0);
+  const bottom = Math.floor(Math.log10(Math.max(Math.min(...ends), 0.1))), top = Math.max(Math.ceil(Math.log10(Math.max(...ends)) + 1e-9), bottom + 1);
+  const along = (x) => (x === null ? null : (Math.log10(Math.max(x, 1e-9)) - bottom) / (top - bottom));
+  const decades = Array.from({ length: top - bottom + 1 }, (_, k) => 10 ** (bottom + k));
+  const row = ({ name, parts }) => element("div.layer", {},
+    element("span.layer-name", {}, name),
+    element("div.lanes", {}, parts.map(([kind, each]) => element("div.lane", { title: `${each.layer}: ${noiseWords(each)}; ${percent(each.share)} of the gradient's square` },
+      each.scale ? span(kind, along(each.scale.low), along(each.scale.value), along(each.scale.high), "")
+        : each.at_least === null ? null : span(`${kind}.none`, along(each.at_least), null, null, "")))),
+    element("span.layer-value", {}, parts.map(([, each]) => element(each.scale ? "span" : "span.gone", {}, each.scale ? documents(each.scale.value) : each.at_least === null ? "?" : `> ${documents(each.at_least)}`))),
+    element("span.layer-share", {}, small(parts.reduce((sum, [, each]) => sum + each.share, 0))));
+  const small = (part) => (part > 0 && part < 0.005 ? "< 1 %" : percent(part, 0));
+  const quiet = layers.filter(({ scale }) => !scale).length;
+  box.replaceChildren(...head,
+    element("p.lead", {}, "At how many documents noise and signal of a layer's gradient are equal: the fewer, the more documents agree on what it should become."),
+    element("div.layers", {},
+      element("div.layer.layer-head", {}, element("span", {}, ""), element("div.scale", {}, decades.map((x, k) => element("span", { style: { left: `${(100 * k) / (decades.length - 1)}%` } }, x < 1 ? fixed(x, 1) : count(x)))), element("span", {}, "documents"), element("span", {}, "of |g|²")),
+      layerRows(layers).map(row)),
+    element("p.hint.keys", {}, element("span", {}, element("i.mark.attn"), "attention"), element("span", {}, element("i.mark.mlp"), "MLP"), element("span", {}, element("i.mark.whole"), "other"),
+      element("span", {}, "line: two standard errors of the signal"), quiet ? element("span", {}, element("i.reach.none.key"), "nothing stands out of the noise here: the scale is somewhere above") : null),
+    element("p.lead", {}, `From the latest ${plural(Math.min(measured, 20), "measurement")} of ${count(measured)}. Of layers without any signal about one in ${measured >= 12 ? 30 : measured >= 6 ? 20 : 11} would pass for one with it by chance.`));
+}
+
+function showTeaching() {
+  const { between, needed, all, domains, verdict } = run.meta.teaching, box = $("teaching");
+  const head = [element("h3", {}, "Which documents teach", element("small", {}, " by how much an update lowers a loss, 10⁻³ nats per token"))];
+  if (!all.own.count) {
+    box.replaceChildren(...head, element("div.empty", {}, element("p", {}, `Not measured yet at this learning rate. Every ${count(between)} steps the document's loss after its update is computed, and before it that of the document which comes next, where one process computes a step of one document without autograd.`)));
+    return;
+  }
+  const falls = [all, ...domains].flatMap(({ same, other }) => [same, other]).filter((fall) => fall.count >= needed);
+  const most = Math.max(...falls.map((fall) => Math.abs(fall.mean) + 2 * fall.error), 1e-6), at = (x) => 0.5 + x / (2.1 * most);
+  const number = (fall) => (fall.count ? [`${fall.mean <= -5e-5 ? "−" : ""}${fixed(1000 * Math.abs(fall.mean), 1)}`, element("small", {}, ` ± ${fall.error === null ? "?" : fixed(1000 * fall.error, 1)}`)] : "–");
+  const cell = (fall) => element(fall.stands_out ? "td.stands-out" : fall.count < needed ? "td.few" : "td", { title: fall.count ? `${plural(fall.count, "update")}${fall.count < needed ? ": too few to say anything" : fall.stands_out ? "" : ": within noise"}` : "no such pair was measured" }, number(fall));
+  const row = (taught, name, colour) => element(name === "all" ? "tr.whole" : "tr", {},
+    element("td", {}, colour ? element("i.dot", { style: { "--colour": colour } }) : null, name),
+    element("td", {}, count(taught.own.count)),
+    cell(taught.own), cell(taught.same), cell(taught.other),
+    element("td.teaches", {}, element("div.lanes", {}, ["same", "other"].map((kind) => {
+      const fall = taught[kind];
+      return element("div.lane", {}, fall.count >= needed ? span(kind, at(fall.mean - 2 * fall.error), at(fall.mean), at(fall.mean + 2 * fall.error), colour || ink.ink) : null);
+    }))));
+  const said = (fall) => (fall.count < needed ? "measured too few times to say" : fall.stands_out ? `${fall.mean > 0 ? "lower" : "higher"} by ${fixed(1000 * Math.abs(fall.mean), 1)}` : "the same within noise");
+  box.replaceChildren(...head,
+    element("p.lead", {}, `After an update the loss of its own document is ${said(all.own)}; that of the next, not learned yet, is ${said(all.same)} if it is of the same domain, ${said(all.other)} if of another. ${verdict[0].toUpperCase()}${verdict.slice(1)}.`),
+    element("div.scroll.taught-scroll", {}, element("table.figures-table.taught-table", {},
+      element("thead", {}, element("tr", {}, ["learned", "updates", "itself", "next, same", "next, other", ""].map((name) => element("th", { scope: "col" }, name)))),
+      element("tbody", {}, row(all, "all", null), domains.map((taught, k) => [taught, k]).filter(([taught]) => taught.own.count).map(([taught, k]) => row(taught, run.meta.domains[k].name, css(onPaper(run.meta.domains[k].colour))))))),
+    element("p.hint.keys", {}, element("span", {}, element("i.mark.same"), "next document of the same domain"), element("span", {}, element("i.mark.other"), "of another domain"),
+      element("span", {}, "right of the middle: its loss fell; line: two standard errors, ±: one; bold: beyond two; grey: too few")),
+    element("p.lead", {}, `Every ${count(between)}th step at the rate that the run has now. The next document of the stream is scored before it is learned: a stream in the order of its domains tries each on itself.`));
+}
+
 // ---- what it read ----
 
 function showCorpus() {
