@@ -2,7 +2,7 @@
 
     python benchmarks/learning.py --dataset 'TRAIN/*.jsonl.zst' --held_out 'HELD_OUT/*.jsonl.zst' --name 'a sample'
     python benchmarks/learning.py ... --arms default stock --seeds 42 43 44 --steps 2000 --jobs 2
-    python benchmarks/learning.py ... --cut 720                    # a small sample: one pass over pieces of its documents
+    python benchmarks/learning.py ... --cut 800                    # a small sample: one pass over pieces of documents
     python benchmarks/learning.py --name 'a sample' --table        # what is there already, without running anything
 
 Each run is the product itself, with seeing off; an arm is a few of its flags. Averages of the weights ride along on the
@@ -10,9 +10,9 @@ same run. A result is one JSON line in benchmarks/results/learning/; what is the
 was stopped goes on. The held-out documents are dealt out alternately in two parts: choose by `select`, quote `report`.
 Losses are nats per predicted token; standard errors are over seeds (none with one seed).
 
-A run of this project sees no document twice. Where a sample has fewer documents than a run has steps, `--cut N` cuts them
-into pieces of N characters (at most `MOST_PIECES` of one document), each a document of its own, in one seeded order.
-Held-out documents give their first `HELD_OUT_PIECES`.
+A run of this project sees no document twice. Where a sample has fewer documents than a run has steps, `--cut N` cuts
+them into pieces of N characters (at most `MOST_PIECES` of one document), each a document of its own, in one seeded
+order. Held-out documents give their first `HELD_OUT_PIECES`.
 """
 
 from __future__ import annotations
@@ -43,27 +43,33 @@ DROPOUT = "resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1"
 #: With the default, 1e-3, the twelve rates of a sweep.
 RATES = ("5e-5", "1e-4", "1.5e-4", "2e-4", "3e-4", "4e-4", "5e-4", "7e-4", "1.5e-3", "2e-3", "3e-3")
 RATES_OF_8 = ("2.5e-4", "5e-4", "7e-4", "1e-3", "1.5e-3", "2e-3", "3e-3", "4e-3")
+ONE_RATE = ["--hidden_base_width", "0"]
 BATCH_8 = ["--gradient_accumulation_steps", "8"]
 
 #: What each recipe changes of the product's defaults, as flags.
 ARMS: dict[str, list[str]] = {
     "default": [],
-    # What `Trainer` with `GPT2Config()` does: dropout 0.1, beta2 0.999, clipping at 1.
-    "stock": ["--config_overrides", DROPOUT],
+    # What `Trainer` with `GPT2Config()` does: dropout 0.1, beta2 0.999, clipping at 1, one rate for all.
+    "stock": ["--config_overrides", DROPOUT, *ONE_RATE],
+    # That without dropout, for one pass over the documents; a sweep of its rate.
+    "plain": ONE_RATE,
+    **{f"plain, rate {rate}": [*ONE_RATE, "--learning_rate", rate] for rate in RATES},
+    # What else was tried on the default.
     "beta2 0.95": ["--adam_beta2", "0.95"],
     "beta2 0.99": ["--adam_beta2", "0.99"],
     "beta2 0.9999": ["--adam_beta2", "0.9999"],
+    "no momentum": ["--adam_beta1", "0"],
+    "no clipping": ["--max_grad_norm", "0"],
+    "weight decay 0.1": ["--weight_decay", "0.1"],
+    "epsilon 1e-6": ["--adam_epsilon", "1e-6"],
+    "untied": ["--config_overrides", "tie_word_embeddings=false"],
     **{f"rate {rate}": ["--learning_rate", rate] for rate in RATES},
     # Eight documents a step, as many documents in all.
     **{f"batch 8, rate {rate}": [*BATCH_8, "--learning_rate", rate] for rate in RATES_OF_8},
-    **{
-        f"batch 8, beta2 0.95, rate {rate}": [*BATCH_8, "--adam_beta2", "0.95", "--learning_rate", rate]
-        for rate in RATES_OF_8
-    },
 }
 
-#: Half-lives of the averages of the weights that ride along, in documents.
-HALF_LIVES = (50, 200, 500, 1000, 2000)
+#: Half-lives of the averages of the weights that ride along: documents, or below 1 a share of those so far.
+HALF_LIVES = (200, 500, 1000, 0.04, 0.06, 0.1)
 
 #: `--cut`: pieces of one document at most, to learn and to score; shorter ones than so many characters are left out.
 MOST_PIECES, HELD_OUT_PIECES, SHORTEST_PIECE = 40, 3, 200
@@ -124,7 +130,10 @@ def one_run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
 
     class Averages(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            held["averages"] = {half_life: WeightAverage(model, half_life / batch) for half_life in HALF_LIVES}
+            held["averages"] = {
+                half_life: WeightAverage(model, half_life / batch if half_life >= 1 else half_life)
+                for half_life in HALF_LIVES
+            }
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             for average in held["averages"].values():

@@ -82,17 +82,27 @@ class ModelArguments:
     beta2_half_life_tokens: float | None = _knob(
         None, "half-life of AdamW's second moment in tokens, instead of --adam_beta2 (a step counts --max_seq_length)"
     )
-
+    hidden_base_width: int = _knob(
+        32,
+        "AdamW's rate of the matrices in the blocks is --learning_rate times this over the model's width; 0: the same",
+    )
     average_weights: float = _knob(
-        200, "half-life, in steps, of an average of the weights that is scored and saved beside them; 0: none"
+        0.06, "half-life of an average of the weights, saved beside them: steps, below 1 a share of the run; 0: none"
     )
 
     def __post_init__(self) -> None:
         if not 0 <= self.average_weights < float("inf"):
-            raise ValueError(f"--average_weights {self.average_weights}: expected a half-life in steps, or 0 for none")
+            raise ValueError(
+                f"--average_weights {self.average_weights}: expected a half-life in steps, a share of the run so far "
+                "(below 1), or 0 for none"
+            )
         half_life = self.beta2_half_life_tokens
         if half_life is not None and not 0 < half_life < float("inf"):
             raise ValueError(f"--beta2_half_life_tokens {half_life}: expected a number of tokens above 0")
+        if self.hidden_base_width < 0:
+            raise ValueError(
+                f"--hidden_base_width {self.hidden_base_width}: expected a width, or 0 for one rate for all"
+            )
 
 
 @dataclass
@@ -162,7 +172,7 @@ TRAINING_ARGUMENTS_PAGE = "https://huggingface.co/docs/transformers/main_classes
 OLD_FLAGS = {"steps": "max_steps", "checkpoint_interval": "save_steps"}
 
 #: Flags that commands write or few people type (README.md has those); help is short.
-NOT_IN_HELP = {"leave_out", "beta2_half_life_tokens"}
+NOT_IN_HELP = {"leave_out", "beta2_half_life_tokens", "hidden_base_width"}
 
 #: Old flags that mean nothing any more, with the line that says what to type.
 REFUSED_FLAGS = {

@@ -24,16 +24,20 @@ MOST_STEPS_BETWEEN = 10
 
 
 class WeightAverage:
-    """The exponential average of a model's weights, `half_life_steps` (> 0) steps of weight halving.
+    """The exponential average of a model's weights: after `half_life` steps what they were counts half.
 
-    Until it is as old as its half-life it is the plain mean of what it has seen. `steps_between`: the steps from one
-    touch to the next. Costs 4 bytes a parameter, and per touch one pass over the weights.
+    `half_life` below 1 (and above 0): so large a share of the steps so far, for the longer a run the longer the average
+    that suits it (as Shamir and Zhang 2013, arXiv 1212.1824). Until it is as old as its half-life it is the plain mean
+    of what it has seen. `steps_between`: the steps from one touch to the next. Costs 4 bytes a parameter, and per touch
+    one pass over the weights.
     """
 
-    def __init__(self, model: Any, half_life_steps: float) -> None:
+    def __init__(self, model: Any, half_life: float) -> None:
         self._model = model
-        self.steps_between = max(1, min(MOST_STEPS_BETWEEN, int(half_life_steps / 10)))
-        self._share = 1 - 0.5 ** (self.steps_between / half_life_steps)
+        self._half_life = half_life
+        self.steps_between = MOST_STEPS_BETWEEN
+        if half_life >= 1:
+            self.steps_between = max(1, min(MOST_STEPS_BETWEEN, int(half_life / 10)))
         self._touches = 0
         # Its memory is there before the first step, not in the middle of a run; what it holds counts from a touch on.
         self._average = [weight.clone() for weight in self._weights]
@@ -52,7 +56,9 @@ class WeightAverage:
         if finished % self.steps_between:
             return
         self._touches += 1
-        torch._foreach_lerp_(self._average, self._weights, max(self._share, 1 / self._touches))
+        half_life = self._half_life if self._half_life >= 1 else self._half_life * self._touches * self.steps_between
+        share = 1 - 0.5 ** (self.steps_between / half_life)
+        torch._foreach_lerp_(self._average, self._weights, max(share, 1 / self._touches))
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

@@ -77,6 +77,7 @@ class ViewProcess:
         """Draw the final views and end the process; whether the last drawing succeeded."""
         before = len(self.errors)
         self.request(steps, final=True)
+        self._come_forward()
         deadline = time.monotonic() + timeout
         while self.waiting and self._running() and time.monotonic() < deadline:
             self._take(timeout=0.2)
@@ -90,6 +91,15 @@ class ViewProcess:
                 self._process.kill()
             self._process = None
         return len(self.errors) == before
+
+    def _come_forward(self) -> None:
+        """Training is over and waits: on a machine that does something else too, drawing takes its turn from here on.
+
+        A user who may not raise a priority (RLIMIT_NICE, sched(7)) waits for what others leave.
+        """
+        if self._process is not None and hasattr(os, "SCHED_OTHER"):
+            with contextlib.suppress(OSError):
+                os.sched_setscheduler(self._process.pid, os.SCHED_OTHER, os.sched_param(0))
 
     def _running(self) -> bool:
         return self._process is not None and self._process.poll() is None

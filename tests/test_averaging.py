@@ -54,6 +54,23 @@ def test_it_is_the_average_of_the_weights_that_were(every_step):
     assert not (every_step / "checkpoint-1/averaged").exists(), "nothing had been averaged yet"
 
 
+def test_a_share_of_the_run_grows_with_it():
+    """By hand: after t steps a half-life of t/5 steps, touched at every tenth."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = WeightAverage(model, 0.2)
+    expected = 0.0
+    for step in range(1, 301):
+        with torch.no_grad():
+            model.weight.fill_(step**0.5)
+        average.step(step)
+        if step % 10 == 0:
+            share = max(1 - 0.5 ** (10 / (0.2 * step)), 10 / step)
+            expected += share * (step**0.5 - expected)
+    with average.applied():
+        assert model.weight.item() == pytest.approx(expected, rel=1e-5)
+    assert model.weight.item() == pytest.approx(300**0.5)
+
+
 def test_it_loads_with_no_code_of_ours_and_is_what_was_scored(every_step):
     lines = [json.loads(line) for line in (every_step / "evaluations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [15, 30]
