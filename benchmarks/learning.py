@@ -43,7 +43,7 @@ DROPOUT = "resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1"
 #: With the default, 1e-3, the twelve rates of a sweep.
 RATES = ("5e-5", "1e-4", "1.5e-4", "2e-4", "3e-4", "4e-4", "5e-4", "7e-4", "1.5e-3", "2e-3", "3e-3")
 RATES_OF_8 = ("2.5e-4", "5e-4", "7e-4", "1e-3", "1.5e-3", "2e-3", "3e-3", "4e-3")
-ONE_RATE = ["--hidden_base_width", "0"]
+ONE_RATE = ["--hidden_rate", "1"]
 BATCH_8 = ["--gradient_accumulation_steps", "8"]
 
 #: What each recipe changes of the product's defaults, as flags.

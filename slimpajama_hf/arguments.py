@@ -82,9 +82,8 @@ class ModelArguments:
     beta2_half_life_tokens: float | None = _knob(
         None, "half-life of AdamW's second moment in tokens, instead of --adam_beta2 (a step counts --max_seq_length)"
     )
-    hidden_base_width: int = _knob(
-        32,
-        "AdamW's rate of the matrices in the blocks is --learning_rate times this over the model's width; 0: the same",
+    hidden_rate: float = _knob(
+        0.1, "what AdamW's rate of the matrices in the blocks is of --learning_rate; 1: the same rate for all"
     )
     average_weights: float = _knob(
         0.06, "half-life of an average of the weights, saved beside them: steps, below 1 a share of the run; 0: none"
@@ -99,10 +98,8 @@ class ModelArguments:
         half_life = self.beta2_half_life_tokens
         if half_life is not None and not 0 < half_life < float("inf"):
             raise ValueError(f"--beta2_half_life_tokens {half_life}: expected a number of tokens above 0")
-        if self.hidden_base_width < 0:
-            raise ValueError(
-                f"--hidden_base_width {self.hidden_base_width}: expected a width, or 0 for one rate for all"
-            )
+        if not 0 < self.hidden_rate < float("inf"):
+            raise ValueError(f"--hidden_rate {self.hidden_rate}: expected a share of the rate above 0, as 0.1")
 
 
 @dataclass
@@ -172,7 +169,7 @@ TRAINING_ARGUMENTS_PAGE = "https://huggingface.co/docs/transformers/main_classes
 OLD_FLAGS = {"steps": "max_steps", "checkpoint_interval": "save_steps"}
 
 #: Flags that commands write or few people type (README.md has those); help is short.
-NOT_IN_HELP = {"leave_out", "beta2_half_life_tokens", "hidden_base_width"}
+NOT_IN_HELP = {"leave_out", "beta2_half_life_tokens", "hidden_rate"}
 
 #: Old flags that mean nothing any more, with the line that says what to type.
 REFUSED_FLAGS = {

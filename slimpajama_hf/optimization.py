@@ -1,9 +1,9 @@
-"""At which rate a parameter learns: matrices inside the blocks at a part of `--learning_rate`, the wider the smaller.
+"""At which rate a parameter learns: matrices inside the blocks at a share of `--learning_rate` (`--hidden_rate`).
 
 Adam moves every weight by about the rate, whatever its gradient; what a matrix adds to its output grows with the number
-of its inputs that move together. So the rate of a hidden matrix has to fall as 1/width, while that of embeddings, norms
-and biases stays (Yang et al. 2022, arXiv 2203.03466, table 3). At one document a step this is most of what a recipe can
-give: docs/recipe.md.
+of its inputs that move together, so the rate of a hidden matrix has to be smaller than that of embeddings, norms and
+biases, the more so the wider it is (Yang et al. 2022, arXiv 2203.03466, table 3). At one document a step this is most of
+what a recipe can give: docs/recipe.md.
 """
 
 from __future__ import annotations
@@ -26,11 +26,6 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     if head is not None:
         outside |= {id(parameter) for parameter in head.parameters()}
     return [parameter for parameter in model.parameters() if parameter.ndim >= 2 and id(parameter) not in outside]
-
-
-def hidden_rate(base_width: int, width: int | None) -> float:
-    """What the rate of hidden matrices is multiplied by: `base_width` / `width`, 1 at most; 1 where either is 0."""
-    return min(1.0, base_width / width) if base_width and width else 1.0
 
 
 def slow_down_hidden_matrices(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float) -> None:

@@ -43,7 +43,7 @@ def show(
         "device": f"{trainer.args.device}, {precision}, about {format_bytes(need.total_bytes)} of memory",
         "steps": f"{training.max_steps:,}, {_documents(trainer)}; learning rate {training.learning_rate:g} after "
         f"{training.get_warmup_steps(training.max_steps):,} steps of warm-up"
-        + (f", matrices at {rate:.3g} of it" if (rate := trainer.hidden_rate()) != 1.0 else ""),
+        + (f", matrices at {trainer.hidden_rate:g} of it" if trainer.hidden_rate != 1.0 else ""),
         **({"shards": _SHARDED} if devices.is_sharded() else {}),
         "backward": f"autograd's ({why})" if (why := trainer.why_autograd()) else "written out for GPT-2",
         "folder": str(folder.path),

@@ -27,7 +27,7 @@ WHAT_MATTERS = (
     "dataset", "dataset_config_name", "dataset_revision", "dataset_split", "text_column", "sample_mode",
     "max_seq_length", "shuffle_buffer", "leave_out", "model", "config_overrides", "tokenizer", "precision",
     "learning_rate", "warmup_steps", "seed", "backward", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "max_grad_norm", "optim", "gradient_accumulation_steps", "hidden_base_width",
+    "max_grad_norm", "optim", "gradient_accumulation_steps", "hidden_rate",
 )  # fmt: skip
 
 

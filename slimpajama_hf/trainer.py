@@ -114,7 +114,7 @@ class SlimPajamaTrainer(Trainer):
         held_out: HeldOutScores | None = None,
         backward: str = "auto",
         average_half_life: float = 0.0,
-        hidden_base_width: int = 0,
+        hidden_rate: float = 1.0,
         news: News | None = None,
         lr_find: bool = False,
         **trainer_arguments: Any,
@@ -158,7 +158,7 @@ class SlimPajamaTrainer(Trainer):
         self._out_of_memory = 0
         self._lr_find = lr_find
         self._average_half_life = average_half_life
-        self._hidden_base_width = hidden_base_width
+        self._hidden_rate = hidden_rate
         self.average: WeightAverage | None = None
         """The average of the weights, if one is kept; of several processes the first keeps it."""
         self._resumed_from: Path | None = None
@@ -227,20 +227,18 @@ class SlimPajamaTrainer(Trainer):
 
     # ---- the step ----
 
+    @property
     def hidden_rate(self) -> float:
         """What the learning rate of the matrices in the blocks is multiplied by (`optimization.py`)."""
-        if not self.args.optim.startswith("adamw_torch"):
-            return 1.0
-        width = getattr(self.accelerator.unwrap_model(self.model).config, "hidden_size", None)
-        return optimization.hidden_rate(self._hidden_base_width, width)
+        return self._hidden_rate if self.args.optim.startswith("adamw_torch") else 1.0
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As transformers', but that hidden matrices learn at a rate of their own."""
         there = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        if not there and (rate := self.hidden_rate()) != 1.0:
+        if not there and self.hidden_rate != 1.0:
             network: Any = model if model is not None else self.model
-            optimization.slow_down_hidden_matrices(optimizer, network, rate)
+            optimization.slow_down_hidden_matrices(optimizer, network, self.hidden_rate)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:

@@ -119,7 +119,10 @@ def test_a_run_without_an_average_begins_one_and_says_so(shards, tmp_path):
 def test_a_half_life_that_is_none_is_one_sentence(shards, tmp_path):
     done = run_script(*flags_of(shards, tmp_path / "run", 3, "--average_weights", "-1"))
     assert done.returncode == 2
-    assert "--average_weights -1.0: expected a half-life in steps, or 0 for none" in done.stderr
+    assert (
+        "--average_weights -1.0: expected a half-life in steps, a share of the run so far (below 1), or 0 for none"
+        in done.stderr
+    )
 
 
 def test_a_step_weighs_half_after_a_half_life():
