@@ -1,9 +1,9 @@
 """At which rate a parameter learns: matrices inside the blocks at a share of `--learning_rate` (`--hidden_rate`).
 
 Adam moves every weight by about the rate, whatever its gradient; what a matrix adds to its output grows with the number
-of its inputs that move together, so the rate of a hidden matrix has to be smaller than that of embeddings, norms and
-biases, the more so the wider it is (Yang et al. 2022, arXiv 2203.03466, table 3). At one document a step this is most of
-what a recipe can give: docs/recipe.md.
+of its inputs that move together. So hidden matrices want a smaller rate than embeddings, norms and biases (Yang et al.
+2022, arXiv 2203.03466, table 3: by 1/width; here a tenth was right at widths 128 and 256). At one document a step this is
+most of what a recipe can give: docs/recipe.md.
 """
 
 from __future__ import annotations
