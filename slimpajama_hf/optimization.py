@@ -2,8 +2,8 @@
 
 Adam moves every weight by about the rate, whatever its gradient; what a matrix adds to its output grows with the number
 of its inputs that move together. So hidden matrices want a smaller rate than embeddings, norms and biases (Yang et al.
-2022, arXiv 2203.03466, table 3: by 1/width; here a tenth was right at widths 128 and 256). At one document a step this is
-most of what a recipe can give: docs/recipe.md.
+2022, arXiv 2203.03466, table 3: by 1/width; here a tenth was right at widths 128 and 256). At one document a step this
+is most of what a recipe can give: docs/recipe.md.
 """
 
 from __future__ import annotations
