@@ -4,6 +4,7 @@
     python benchmarks/learning.py ... --arms default stock --seeds 42 43 44 --steps 2000 --jobs 2
     python benchmarks/learning.py ... --cut 800                    # a small sample: one pass over pieces of documents
     python benchmarks/learning.py --name 'a sample' --table        # what is there already, without running anything
+    python benchmarks/learning.py --name 'a sample' --plot FILE.png
 
 Each run is the product itself, with seeing off; an arm is a few of its flags. Averages of the weights ride along on the
 same run. A result is one JSON line in benchmarks/results/learning/; what is there is not run again, so that a grid that
@@ -44,6 +45,7 @@ DROPOUT = "resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1"
 RATES = ("5e-5", "1e-4", "1.5e-4", "2e-4", "3e-4", "4e-4", "5e-4", "7e-4", "1.5e-3", "2e-3", "3e-3")
 RATES_OF_8 = ("2.5e-4", "5e-4", "7e-4", "1e-3", "1.5e-3", "2e-3", "3e-3", "4e-3")
 ONE_RATE = ["--hidden_rate", "1"]
+NARROW = ["--config_overrides", "n_embd=128"]
 BATCH_8 = ["--gradient_accumulation_steps", "8"]
 
 #: What each recipe changes of the product's defaults, as flags.
@@ -63,6 +65,11 @@ ARMS: dict[str, list[str]] = {
     "weight decay 0.1": ["--weight_decay", "0.1"],
     "epsilon 1e-6": ["--adam_epsilon", "1e-6"],
     "untied": ["--config_overrides", "tie_word_embeddings=false"],
+    "hidden rate 0.03": ["--hidden_rate", "0.03"],
+    "hidden rate 0.3": ["--hidden_rate", "0.3"],
+    "width 128": NARROW,
+    "width 128, hidden rate 0.3": [*NARROW, "--hidden_rate", "0.3"],
+    "width 128, plain": [*NARROW, *ONE_RATE],
     **{f"rate {rate}": ["--learning_rate", rate] for rate in RATES},
     # Eight documents a step, as many documents in all.
     **{f"batch 8, rate {rate}": [*BATCH_8, "--learning_rate", rate] for rate in RATES_OF_8},
@@ -70,6 +77,9 @@ ARMS: dict[str, list[str]] = {
 
 #: Half-lives of the averages of the weights that ride along: documents, or below 1 a share of those so far.
 HALF_LIVES = (200, 500, 1000, 0.04, 0.06, 0.1)
+
+#: That of `--average_weights`.
+DEFAULT_HALF_LIFE = 0.06
 
 #: `--cut`: pieces of one document at most, to learn and to score; shorter ones than so many characters are left out.
 MOST_PIECES, HELD_OUT_PIECES, SHORTEST_PIECE = 40, 3, 200
@@ -224,6 +234,58 @@ def mean_and_error(values: list[float]) -> str:
     return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else mean
 
 
+def plot(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Held-out loss (`report`) over the rate for each kind of recipe, and the recipes at the default rate beside it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from slimpajama_hf import palette
+
+    def losses(arm: str, weights: str) -> list[float]:
+        return [row["scores"][weights]["report"]["loss"] for row in rows if row["arm"] == arm]
+
+    averaged = f"average {DEFAULT_HALF_LIFE:g}"
+    figure = Figure(figsize=(12, 5.2), dpi=120, layout="constrained", facecolor=palette.PAPER)
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    curves = (
+        ("one rate for all", "plain", "plain, rate ", RATES, "last", "#D55E00"),
+        ("the default recipe, averaged", "default", "rate ", RATES, averaged, palette.ACCENT),
+        ("eight documents a step, averaged", "", "batch 8, rate ", RATES_OF_8, averaged, "#009E73"),
+    )
+    for label, at_default, prefix, rates, weights, colour in curves:
+        points = [(float(rate), losses(f"{prefix}{rate}", weights)) for rate in rates]
+        points += [(1e-3, losses(at_default, weights))]
+        points = sorted((rate, statistics.mean(found)) for rate, found in points if found)
+        left.plot(*zip(*points, strict=True), "o-", color=colour, label=label) if points else None
+    left.set_xscale("log")
+    left.set_xlabel("learning rate")
+    left.legend(frameon=False)
+    bars = [
+        ("stock Trainer", "stock", "last"), ("without dropout", "plain", "last"), ("hidden rate 0.1", "default", "last"),
+        ("and averaged", "default", averaged),
+    ]  # fmt: skip
+    for place, (_, arm, weights) in enumerate(bars):
+        for loss in losses(arm, weights):
+            right.plot(place, loss, "o", color=palette.POINT)
+        if found := losses(arm, weights):
+            mean = statistics.mean(found)
+            right.plot([place - 0.25, place + 0.25], [mean, mean], color=palette.ACCENT, linewidth=2.5)
+            right.annotate(f"{mean:.2f}", (place, max(found)), (0, 8), textcoords="offset points", ha="center")
+    right.set_xticks(range(len(bars)), [name.replace(" ", "\n", 1) for name, _, _ in bars])
+    right.set_xlabel("at a rate of 1e-3; a dot is a seed, a line their mean")
+    for ax, title in ((left, "By learning rate"), (right, "By recipe")):
+        ax.set_title(title, loc="left", fontweight="bold")
+        ax.set_ylabel("held-out loss, nats per token")
+        ax.set_facecolor(palette.PAPER)
+        ax.margins(y=0.15)
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+    title = f"{options.name}: {options.steps:,} documents, tiny (5.3M), {options.precision}"
+    figure.suptitle(title, x=0.01, ha="left", color=palette.MUTED)
+    figure.savefig(options.plot)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help="documents to learn, as --dataset of the program")
@@ -238,9 +300,11 @@ def main() -> None:
     parser.add_argument("--cut", type=int, default=0, help="characters of a piece [0: documents as they are]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with its share of the cores [1]")
     parser.add_argument("--table", action="store_true", help="print what is there and stop")
+    parser.add_argument("--plot", help="a PNG of what is there, likewise")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--parts", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.table = options.table or bool(options.plot)
     if not options.table and not (options.dataset and options.held_out):
         parser.error("--dataset and --held_out are needed to run anything (or --table, to print what is there)")
     if options.one:
@@ -249,6 +313,8 @@ def main() -> None:
     if not options.table:
         with tempfile.TemporaryDirectory() as folder:
             make(options, lay_out(options, Path(folder)), folder)
+    if options.plot:
+        plot(done(options), options)
     print(table(done(options)))
 
 
