@@ -262,8 +262,8 @@ def plot(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     left.set_xlabel("learning rate")
     left.legend(frameon=False)
     bars = [
-        ("stock Trainer", "stock", "last"), ("without dropout", "plain", "last"), ("hidden rate 0.1", "default", "last"),
-        ("and averaged", "default", averaged),
+        ("stock Trainer", "stock", "last"), ("without dropout", "plain", "last"),
+        ("hidden rate 0.1", "default", "last"), ("and averaged", "default", averaged),
     ]  # fmt: skip
     for place, (_, arm, weights) in enumerate(bars):
         for loss in losses(arm, weights):
