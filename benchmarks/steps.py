@@ -335,11 +335,13 @@ def two_devices() -> bool:
 
 
 def commit() -> str:
-    """The commit that runs, `+` where files differ from it."""
-    words = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    return words.stdout.strip()
+    """The commit that runs, `+` where files differ from it (results apart, which a bench itself writes)."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
 def main() -> None:
@@ -384,7 +386,8 @@ def main() -> None:
         "commit": commit(), "machine": machine(), "rows": found,
     }  # fmt: skip
     history = f"-history{options.history}" if options.history else ""
-    name = f"steps-{options.model}-{options.precision}{history}-{result['machine']['device']}-{result['date']}.json"
+    device, made = result["machine"]["device"], f"{result['date']}-{result['commit'].rstrip('+')}"
+    name = f"steps-{options.model}-{options.precision}{history}-{device}-{made}.json"
     path = ROOT / "benchmarks" / "results" / name.replace(" ", "-")
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
