@@ -1,6 +1,6 @@
 """The views are drawn in a process of their own, so that a step never waits for a chart.
 
-Run as `python -m slimpajama_hf.view_process RUN`: a JSON object per line comes in, `{"steps": N, "title": ...,
+Run as `python -m slimpajama_hf.view_process RUN [stand-back]`: a JSON object per line comes in, `{"steps": N, "title": ...,
 "subtitle": ..., "max_steps": ..., "final": ...}`, and one goes out when it is drawn, `{"steps": N, "cpu_seconds": s}`
 or `{"steps": N, "error": "..."}`. It ends when its input ends, so it never outlives its run.
 """
@@ -57,7 +57,7 @@ class ViewProcess:
             self._take(timeout=1.0)
         try:
             if not self._running():
-                self._start()
+                self._start(stand_back=not final)
             assert self._process is not None and self._process.stdin is not None
             self._process.stdin.write(json.dumps(self._request | {"steps": steps, "final": final}) + "\n")
             self._process.stdin.flush()
@@ -77,9 +77,10 @@ class ViewProcess:
         """Draw the final views and end the process; whether the last drawing succeeded."""
         before = len(self.errors)
         self.request(steps, final=True)
-        self._come_forward()
         deadline = time.monotonic() + timeout
         while self.waiting and self._running() and time.monotonic() < deadline:
+            # Again and again: one that has just started stands back by itself first.
+            self._come_forward()
             self._take(timeout=0.2)
         self.collect()
         if self._process is not None:
@@ -104,13 +105,19 @@ class ViewProcess:
     def _running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def _start(self) -> None:
+    def _start(self, stand_back: bool) -> None:
         # A thread for arithmetic would only take a core from training.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         root = str(Path(__file__).resolve().parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "slimpajama_hf.view_process", str(self.folder.path)],
+            [
+                sys.executable,
+                "-m",
+                "slimpajama_hf.view_process",
+                str(self.folder.path),
+                *(["stand-back"] if stand_back else []),
+            ],  # fmt: skip
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -175,11 +182,12 @@ class _SearchIndex:
             search_index.extend(self._folder)
 
 
-def serve(run: str) -> None:
-    """The drawing side: answer requests from stdin until it ends."""
+def serve(run: str, stand_back: bool) -> None:
+    """The drawing side: answer requests from stdin until it ends; `stand_back`: training is on."""
     # Ctrl-C goes to the whole terminal; the training process decides when drawing ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _stand_back()
+    if stand_back:
+        _stand_back()
     from slimpajama_hf import report
     from slimpajama_hf.views import Views
 
@@ -206,4 +214,4 @@ def serve(run: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], "stand-back" in sys.argv[2:])
