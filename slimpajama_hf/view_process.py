@@ -1,8 +1,8 @@
 """The views are drawn in a process of their own, so that a step never waits for a chart.
 
-Run as `python -m slimpajama_hf.view_process RUN [stand-back]`: a JSON object per line comes in, `{"steps": N, "title": ...,
-"subtitle": ..., "max_steps": ..., "final": ...}`, and one goes out when it is drawn, `{"steps": N, "cpu_seconds": s}`
-or `{"steps": N, "error": "..."}`. It ends when its input ends, so it never outlives its run.
+Run as `python -m slimpajama_hf.view_process RUN [stand-back]`: a JSON object per line comes in, `{"steps": N, "title":
+..., "subtitle": ..., "max_steps": ..., "final": ...}`, and one goes out when it is drawn, `{"steps": N, "cpu_seconds":
+s}` or `{"steps": N, "error": "..."}`. It ends when its input ends, so it never outlives its run.
 """
 
 from __future__ import annotations
@@ -110,14 +110,9 @@ class ViewProcess:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         root = str(Path(__file__).resolve().parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+        words = ["-m", "slimpajama_hf.view_process", str(self.folder.path), *(["stand-back"] if stand_back else [])]
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "slimpajama_hf.view_process",
-                str(self.folder.path),
-                *(["stand-back"] if stand_back else []),
-            ],  # fmt: skip
+            [sys.executable, *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
