@@ -322,7 +322,7 @@ def make(options: argparse.Namespace, dataset: str, parts: str) -> None:
     """Run what is not there yet, `--jobs` at a time."""
     there = [(row["arm"], row["seed"], row["flags"]) for row in done(options)]
     missing = [(arm, seed) for seed in options.seeds for arm in options.arms if (arm, seed, ARMS[arm]) not in there]
-    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // options.jobs))
     keep = threading.Lock()
 
     def run(arm: str, seed: int) -> None:
