@@ -245,22 +245,28 @@ def plot(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         return [row["scores"][weights]["report"]["loss"] for row in rows if row["arm"] == arm]
 
     averaged = f"average {DEFAULT_HALF_LIFE:g}"
-    figure = Figure(figsize=(12, 5.2), dpi=120, layout="constrained", facecolor=palette.PAPER)
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
     curves = (
         ("one rate for all", "plain", "plain, rate ", RATES, "last", "#D55E00"),
         ("the default recipe, averaged", "default", "rate ", RATES, averaged, palette.ACCENT),
         ("eight documents a step, averaged", "", "batch 8, rate ", RATES_OF_8, averaged, "#009E73"),
     )
+    drawn = []
     for label, at_default, prefix, rates, weights, colour in curves:
         points = [(float(rate), losses(f"{prefix}{rate}", weights)) for rate in rates]
         points += [(1e-3, losses(at_default, weights))]
-        points = sorted((rate, statistics.mean(found)) for rate, found in points if found)
-        left.plot(*zip(*points, strict=True), "o-", color=colour, label=label) if points else None
-    left.set_xscale("log")
-    left.set_xlabel("learning rate")
-    left.legend(frameon=False)
+        drawn.append((label, colour, sorted((rate, statistics.mean(found)) for rate, found in points if found)))
+    # Two points are no curve.
+    swept = any(len(points) > 2 for _, _, points in drawn)
+    figure = Figure(figsize=(12 if swept else 7.5, 5.2), dpi=120, layout="constrained", facecolor=palette.PAPER)
+    FigureCanvasAgg(figure)
+    *lefts, right = figure.subplots(1, 2, width_ratios=(1.5, 1)) if swept else [figure.add_subplot()]
+    for left in lefts:
+        for label, colour, points in drawn:
+            if points:
+                left.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
+        left.set_xscale("log")
+        left.set_xlabel("learning rate")
+        left.legend(frameon=False)
     bars = [
         ("stock Trainer", "stock", "last"), ("without dropout", "plain", "last"),
         ("hidden rate 0.1", "default", "last"), ("and averaged", "default", averaged),
@@ -274,7 +280,7 @@ def plot(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
             right.annotate(f"{mean:.2f}", (place, max(found)), (0, 8), textcoords="offset points", ha="center")
     right.set_xticks(range(len(bars)), [name.replace(" ", "\n", 1) for name, _, _ in bars])
     right.set_xlabel("at a rate of 1e-3; a dot is a seed, a line their mean")
-    for ax, title in ((left, "By learning rate"), (right, "By recipe")):
+    for ax, title in zip([*lefts, right], ["By learning rate", "By recipe"][-1 - len(lefts) :], strict=True):
         ax.set_title(title, loc="left", fontweight="bold")
         ax.set_ylabel("held-out loss, nats per token")
         ax.set_facecolor(palette.PAPER)
