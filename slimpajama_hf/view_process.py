@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from slimpajama_hf import priority
 from slimpajama_hf.run_folder import RunFolder
 
 #: The report is written at the end, and with every so many charts; then the search index goes on too.
@@ -94,13 +95,8 @@ class ViewProcess:
         return len(self.errors) == before
 
     def _come_forward(self) -> None:
-        """Training is over and waits: on a machine that does something else too, drawing takes its turn from here on.
-
-        A user who may not raise a priority (RLIMIT_NICE, sched(7)) waits for what others leave.
-        """
-        if self._process is not None and hasattr(os, "SCHED_OTHER"):
-            with contextlib.suppress(OSError):
-                os.sched_setscheduler(self._process.pid, os.SCHED_OTHER, os.sched_param(0))
+        if self._process is not None:
+            priority.come_forward(self._process.pid)
 
     def _running(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -142,16 +138,6 @@ class ViewProcess:
         return True
 
 
-def _stand_back() -> None:
-    """Take only the processor time that training leaves: its threads wait for each other many times a step, and one
-    that is pushed aside for a chart holds up all."""
-    with contextlib.suppress(OSError):
-        if hasattr(os, "SCHED_IDLE"):
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        else:
-            os.nice(19)
-
-
 class _SearchIndex:
     """Takes the documents of a run into its search index, beside the drawing: the corpus may be slow or away."""
 
@@ -182,7 +168,7 @@ def serve(run: str, stand_back: bool) -> None:
     # Ctrl-C goes to the whole terminal; the training process decides when drawing ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if stand_back:
-        _stand_back()
+        priority.stand_back()
     from slimpajama_hf import report
     from slimpajama_hf.views import Views
 

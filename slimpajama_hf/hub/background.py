@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from slimpajama_hf import checkpoints, screen
+from slimpajama_hf import checkpoints, priority, screen
 from slimpajama_hf.hub.account import Destination
 from slimpajama_hf.hub.outbox import Outbox
 from slimpajama_hf.hub.upload_process import fields
@@ -180,6 +180,8 @@ class Uploads(TrainerCallback):
             while self._outbox.waiting() and time.monotonic() - began < seconds and not interrupted.is_set():
                 if self._process is None or self._process.poll() is not None:
                     return
+                # Again and again: one that has just started stands back by itself first.
+                priority.come_forward(self._process.pid)
                 try:
                     event = self._events.get(timeout=0.1)
                 except queue.Empty:

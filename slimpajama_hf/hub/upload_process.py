@@ -10,7 +10,6 @@ outlives its run; what was not pushed lies in the outbox.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -25,7 +24,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from slimpajama_hf import hub_files
+from slimpajama_hf import hub_files, priority
 from slimpajama_hf.hub import staging
 from slimpajama_hf.hub.account import Destination, why
 from slimpajama_hf.hub.outbox import Gone, Outbox
@@ -173,24 +172,10 @@ def quiet_and_bounded() -> None:
     set_client_factory(bounded)
 
 
-def _stand_back() -> None:
-    """Take only the processor time that training leaves (as the process that draws does)."""
-    with contextlib.suppress(OSError):
-        if hasattr(os, "SCHED_IDLE"):
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        else:
-            os.nice(19)
-
-
-def _stand_up() -> None:
-    with contextlib.suppress(OSError, AttributeError):
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-
-
 def serve(run: str, lines: Iterable[str], tell: Tell) -> None:
     """Push until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _stand_back()
+    priority.stand_back()
     inbox: queue.Queue[dict[str, Any] | None] = queue.Queue()
 
     def read() -> None:
@@ -228,7 +213,7 @@ def _push_for_ever(pusher: Pusher, inbox: queue.Queue[dict[str, Any] | None]) ->
             continue
         if message.get("finish"):
             # Training needs the processor no more.
-            _stand_up()
+            priority.come_forward(os.getpid())
             if not pusher.outbox.waiting():
                 pusher.tell({"event": "idle"})
             elif not pusher.left_alone:
