@@ -103,6 +103,7 @@ def main(argv: list[str]) -> int:
             held_out=held_out,
             backward=settings.model.backward,
             average_half_life=settings.model.average_weights,
+            hidden_optim=settings.model.hidden_optim,
             hidden_rate=settings.model.hidden_rate,
             news=news,
             lr_find=settings.run.lr_find,

@@ -44,7 +44,8 @@ DROPOUT = "resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1"
 #: With the default, 1e-3, the twelve rates of a sweep.
 RATES = ("5e-5", "1e-4", "1.5e-4", "2e-4", "3e-4", "4e-4", "5e-4", "7e-4", "1.5e-3", "2e-3", "3e-3")
 RATES_OF_8 = ("2.5e-4", "5e-4", "7e-4", "1e-3", "1.5e-3", "2e-3", "3e-3", "4e-3")
-ONE_RATE = ["--hidden_rate", "1"]
+ADAMW = ["--hidden_optim", "adamw"]
+ONE_RATE = [*ADAMW, "--hidden_rate", "1"]
 NARROW = ["--config_overrides", "n_embd=128"]
 BATCH_8 = ["--gradient_accumulation_steps", "8"]
 
@@ -56,19 +57,22 @@ ARMS: dict[str, list[str]] = {
     # That without dropout, for one pass over the documents; a sweep of its rate.
     "plain": ONE_RATE,
     **{f"plain, rate {rate}": [*ONE_RATE, "--learning_rate", rate] for rate in RATES},
+    # AdamW for all, but the matrices in the blocks at a tenth of the rate.
+    "adamw": ADAMW,
     # What else was tried on the default.
     "beta2 0.95": ["--adam_beta2", "0.95"],
     "beta2 0.99": ["--adam_beta2", "0.99"],
     "beta2 0.9999": ["--adam_beta2", "0.9999"],
+    "beta1 0.8": ["--adam_beta1", "0.8"],
     "no momentum": ["--adam_beta1", "0"],
     "no clipping": ["--max_grad_norm", "0"],
     "weight decay 0.1": ["--weight_decay", "0.1"],
     "epsilon 1e-6": ["--adam_epsilon", "1e-6"],
     "untied": ["--config_overrides", "tie_word_embeddings=false"],
-    "hidden rate 0.03": ["--hidden_rate", "0.03"],
-    "hidden rate 0.3": ["--hidden_rate", "0.3"],
+    "hidden rate 0.1": ["--hidden_rate", "0.1"],
+    "hidden rate 0.4": ["--hidden_rate", "0.4"],
     "width 128": NARROW,
-    "width 128, hidden rate 0.3": [*NARROW, "--hidden_rate", "0.3"],
+    "width 128, adamw": [*NARROW, *ADAMW],
     "width 128, plain": [*NARROW, *ONE_RATE],
     **{f"rate {rate}": ["--learning_rate", rate] for rate in RATES},
     # Eight documents a step, as many documents in all.

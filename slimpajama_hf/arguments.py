@@ -12,6 +12,8 @@ from typing import Any
 SAMPLE_MODES = ("truncate", "window", "pack")
 PRECISIONS = ("auto", "float32", "bfloat16")
 BACKWARDS = ("auto", "autograd")
+#: What the matrices in the blocks learn with, and at which share of the rate by default (docs/recipe.md).
+HIDDEN_RATES = {"muon": 0.2, "adamw": 0.1}
 
 
 def _knob(default: Any, help: str, **more: Any) -> Any:
@@ -82,8 +84,13 @@ class ModelArguments:
     beta2_half_life_tokens: float | None = _knob(
         None, "half-life of AdamW's second moment in tokens, instead of --adam_beta2 (a step counts --max_seq_length)"
     )
-    hidden_rate: float = _knob(
-        0.1, "what AdamW's rate of the matrices in the blocks is of --learning_rate; 1: the same rate for all"
+    hidden_optim: str = _knob(
+        "muon",
+        "muon (the matrices in the blocks learn by Muon, beside AdamW for the rest), adamw",
+        choices=tuple(HIDDEN_RATES),
+    )
+    hidden_rate: float | None = _knob(
+        None, "what their rate is of --learning_rate; default: 0.2 for muon, 0.1 for adamw; 1: the same rate for all"
     )
     average_weights: float = _knob(
         0.06, "half-life of an average of the weights, saved beside them: steps, below 1 a share of the run; 0: none"
@@ -98,7 +105,7 @@ class ModelArguments:
         half_life = self.beta2_half_life_tokens
         if half_life is not None and not 0 < half_life < float("inf"):
             raise ValueError(f"--beta2_half_life_tokens {half_life}: expected a number of tokens above 0")
-        if not 0 < self.hidden_rate < float("inf"):
+        if self.hidden_rate is not None and not 0 < self.hidden_rate < float("inf"):
             raise ValueError(f"--hidden_rate {self.hidden_rate}: expected a share of the rate above 0, as 0.1")
 
 
@@ -169,7 +176,7 @@ TRAINING_ARGUMENTS_PAGE = "https://huggingface.co/docs/transformers/main_classes
 OLD_FLAGS = {"steps": "max_steps", "checkpoint_interval": "save_steps"}
 
 #: Flags that commands write or few people type (README.md has those); help is short.
-NOT_IN_HELP = {"leave_out", "beta2_half_life_tokens", "hidden_rate"}
+NOT_IN_HELP = {"leave_out", "beta2_half_life_tokens", "hidden_optim", "hidden_rate"}
 
 #: Old flags that mean nothing any more, with the line that says what to type.
 REFUSED_FLAGS = {

@@ -203,10 +203,11 @@ def parse(argv: Sequence[str]) -> Settings:
     own = RunFolder(run).config
     if not own.is_file():
         return settings
-    settings = _parse(["--config", str(own), *argv])
+    begun_with = [*resume.flags_of_older_runs(read_config(str(own))), "--config", str(own)]
+    settings = _parse([*begun_with, *argv])
     training: Any = settings.training
     training.output_dir = str(run)
-    resume.refuse_changes(settings, _parse(["--config", str(own)]))
+    resume.refuse_changes(settings, _parse(begun_with))
     return settings
 
 

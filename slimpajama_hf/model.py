@@ -130,7 +130,7 @@ class Needs:
 
     parameters: int
     state_bytes: int
-    """Weights, gradients and the two moments of AdamW, float32."""
+    """Weights, their average, gradients and what the optimizer keeps, float32."""
     activation_bytes: int
     """Kept between forward and backward of one sample; an estimate."""
 
@@ -139,7 +139,9 @@ class Needs:
         return self.state_bytes + self.activation_bytes
 
 
-def needs(model: PreTrainedModel, max_length: int, precision: str, averaged: bool = False) -> Needs:
+def needs(
+    model: PreTrainedModel, max_length: int, precision: str, averaged: bool = False, hidden_optim: str = "adamw"
+) -> Needs:
     """Memory of a step of one sample of `max_length` tokens; `averaged`: with an average of the weights beside them."""
     config: GPT2Config | Any = model.config
     parameters = model.num_parameters()
@@ -152,7 +154,16 @@ def needs(model: PreTrainedModel, max_length: int, precision: str, averaged: boo
     logits = config.vocab_size * (width + 4 + 4)
     # bfloat16 autocast keeps a cast copy of the weights between forward and backward.
     casts = 2 * parameters if precision == "bfloat16" else 0
-    return Needs(parameters, (20 if averaged else 16) * parameters, max_length * (per_token + logits) + casts)
+    state = 4 * parameters + checkpoint_bytes(model, averaged, hidden_optim)
+    return Needs(parameters, state, max_length * (per_token + logits) + casts)
+
+
+def checkpoint_bytes(model: PreTrainedModel, averaged: bool, hidden_optim: str) -> int:
+    """Bytes of what a checkpoint is made of: weights, their average if there is one, what the optimizer keeps."""
+    from slimpajama_hf import optimization
+
+    weights = 4 * model.num_parameters()
+    return (2 if averaged else 1) * weights + optimization.moments_bytes(model, hidden_optim)
 
 
 def format_bytes(size: int) -> str:

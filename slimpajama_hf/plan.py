@@ -27,7 +27,7 @@ def show(
     training, data = settings.training, settings.data
     corpus = trainer.stream.corpus
     model = trainer.accelerator.unwrap_model(trainer.model)
-    need = needs(model, data.max_seq_length, precision, settings.model.average_weights > 0)
+    need = needs(model, data.max_seq_length, precision, settings.model.average_weights > 0, trainer.hidden_optim)
     start = trainer.stream.start
     where = f", from {start.shard} row {start.row}" if start.shard is not None else ""
     modes = {
@@ -42,14 +42,20 @@ def show(
         "model": f"{settings.model.model}, {need.parameters / 1e6:.1f}M parameters",
         "device": f"{trainer.args.device}, {precision}, about {format_bytes(need.total_bytes)} of memory",
         "steps": f"{training.max_steps:,}, {_documents(trainer)}; learning rate {training.learning_rate:g} after "
-        f"{training.get_warmup_steps(training.max_steps):,} steps of warm-up"
-        + (f", matrices at {trainer.hidden_rate:g} of it" if trainer.hidden_rate != 1.0 else ""),
+        f"{training.get_warmup_steps(training.max_steps):,} steps of warm-up" + _matrices(trainer),
         **({"shards": _SHARDED} if devices.is_sharded() else {}),
         "backward": f"autograd's ({why})" if (why := trainer.why_autograd()) else "written out for GPT-2",
         "folder": str(folder.path),
     }
     for name, value in rows.items():
         screen.say(f"{name:>10}  {value}")
+
+
+def _matrices(trainer: SlimPajamaTrainer) -> str:
+    """How the matrices in the blocks learn, where that is not how all the rest does."""
+    if trainer.hidden_optim == "muon":
+        return f", matrices by Muon at {trainer.hidden_rate:g} of it"
+    return f", matrices at {trainer.hidden_rate:g} of it" if trainer.hidden_rate != 1.0 else ""
 
 
 def _documents(trainer: SlimPajamaTrainer) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ WHAT_MATTERS = (
     "dataset", "dataset_config_name", "dataset_revision", "dataset_split", "text_column", "sample_mode",
     "max_seq_length", "shuffle_buffer", "leave_out", "model", "config_overrides", "tokenizer", "precision",
     "learning_rate", "warmup_steps", "seed", "backward", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "max_grad_norm", "optim", "gradient_accumulation_steps", "hidden_rate",
+    "max_grad_norm", "optim", "gradient_accumulation_steps", "hidden_optim", "hidden_rate",
 )  # fmt: skip
 
 
@@ -86,6 +86,13 @@ def _newest_good(run: Path) -> Path | None:
         os.rename(folder, aside)
         screen.say(f"{folder}: {wrong}; set aside as {aside.name}, going on from the one before it")
     return None
+
+
+def flags_of_older_runs(config: Mapping[str, Any]) -> list[str]:
+    """What a run was begun with that its `config` does not say, because there was no flag for it yet."""
+    if "hidden_optim" in config:
+        return []
+    return ["--hidden_optim", "adamw", *([] if "hidden_rate" in config else ["--hidden_rate", "1"])]
 
 
 def refuse_changes(settings: Settings, recorded: Settings) -> None:

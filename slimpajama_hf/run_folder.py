@@ -19,7 +19,7 @@ from slimpajama_hf.lock import FolderLock
 from slimpajama_hf.screen import redacted
 
 if TYPE_CHECKING:
-    from slimpajama_hf.cli import Settings
+    pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,11 +109,6 @@ def prepare(path: str, *, resume: bool, overwrite: bool) -> RunFolder:
     except OSError as error:
         raise UserError(f"--output_dir {path}: cannot be written ({error.strerror}); choose another folder") from None
     return folder
-
-
-def checkpoint_bytes(parameters: int, settings: Settings) -> int:
-    """Bytes of a checkpoint: weights, the two moments of AdamW, and the average of the weights, float32."""
-    return (16 if settings.model.average_weights else 12) * parameters
 
 
 def refuse_full_disk(folder: RunFolder, checkpoint_bytes: int) -> None:

@@ -15,6 +15,7 @@ import torch
 from slimpajama_hf import devices, files, plan, run_folder, screen
 from slimpajama_hf.corpora import Corpus
 from slimpajama_hf.errors import SaidByTheFirst, UserError
+from slimpajama_hf.model import checkpoint_bytes
 from slimpajama_hf.patience import StopRequested
 from slimpajama_hf.processes import OthersLost, is_about_others, lost
 from slimpajama_hf.resume import is_asked
@@ -69,6 +70,7 @@ def record_run(
     described = {
         "name": settings.model.model,
         "parameters": model.num_parameters(),
+        "checkpoint_bytes": checkpoint_bytes(model, settings.model.average_weights > 0, settings.model.hidden_optim),
         "vocab_size": model.config.vocab_size,
         "precision": precision,
         "max_seq_length": settings.data.max_seq_length,
@@ -159,8 +161,7 @@ class Session:
         return code
 
     def _refuse_full_disk(self) -> None:
-        parameters = self.folder.read_record()["model"]["parameters"]
-        run_folder.refuse_full_disk(self.folder, run_folder.checkpoint_bytes(parameters, self.settings))
+        run_folder.refuse_full_disk(self.folder, self.folder.read_record()["model"]["checkpoint_bytes"])
 
     def _lead(self) -> int:
         """What the first process does, or the only one."""

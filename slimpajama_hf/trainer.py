@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from slimpajama_hf import checkpoints, noise, optimization, range_test, teaching
+from slimpajama_hf.arguments import HIDDEN_RATES
 from slimpajama_hf.averaging import WeightAverage
 from slimpajama_hf.errors import SaidByTheFirst, UserError
 from slimpajama_hf.evaluation import HeldOutScores
@@ -114,7 +115,8 @@ class SlimPajamaTrainer(Trainer):
         held_out: HeldOutScores | None = None,
         backward: str = "auto",
         average_half_life: float = 0.0,
-        hidden_rate: float = 1.0,
+        hidden_optim: str = "muon",
+        hidden_rate: float | None = None,
         news: News | None = None,
         lr_find: bool = False,
         **trainer_arguments: Any,
@@ -158,7 +160,7 @@ class SlimPajamaTrainer(Trainer):
         self._out_of_memory = 0
         self._lr_find = lr_find
         self._average_half_life = average_half_life
-        self._hidden_rate = hidden_rate
+        self._hidden_optim, self._hidden_rate = hidden_optim, hidden_rate
         self.average: WeightAverage | None = None
         """The average of the weights, if one is kept; of several processes the first keeps it."""
         self._resumed_from: Path | None = None
@@ -228,17 +230,34 @@ class SlimPajamaTrainer(Trainer):
     # ---- the step ----
 
     @property
+    def hidden_optim(self) -> str:
+        """What the matrices in the blocks learn with: `muon`, `adamw`, or whatever else `--optim` is."""
+        if self.args.optim not in ("adamw_torch", "adamw_torch_fused"):
+            return self.args.optim
+        # Orthogonal is a matrix as a whole, which no process has of a sharded model.
+        return "adamw" if self.is_fsdp_enabled or self.is_deepspeed_enabled else self._hidden_optim
+
+    @property
     def hidden_rate(self) -> float:
-        """What the learning rate of the matrices in the blocks is multiplied by (`optimization.py`)."""
-        return self._hidden_rate if self.args.optim.startswith("adamw_torch") else 1.0
+        """Their rate as a share of the learning rate."""
+        if self.hidden_optim not in HIDDEN_RATES:
+            return 1.0
+        return HIDDEN_RATES[self.hidden_optim] if self._hidden_rate is None else self._hidden_rate
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As transformers', but that hidden matrices learn at a rate of their own."""
+        """As transformers', but that hidden matrices learn in their own way (`optimization.py`)."""
         there = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        if not there and self.hidden_rate != 1.0:
-            network: Any = model if model is not None else self.model
-            optimization.slow_down_hidden_matrices(optimizer, network, self.hidden_rate)
+        if there or self.hidden_optim not in HIDDEN_RATES:
+            return optimizer
+        network: Any = model if model is not None else self.model
+        if self.hidden_optim == "muon":
+            assert isinstance(optimizer, torch.optim.AdamW)
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+            optimizer = optimization.AdamWWithMuon.of(optimizer, network, self.hidden_rate, dtype)
+            self.optimizer = optimizer
+        elif self.hidden_rate != 1.0:
+            optimization.set_apart(optimizer, optimization.hidden_matrices(network), self.hidden_rate)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:

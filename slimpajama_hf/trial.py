@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from slimpajama_hf import cli, ledger, screen
 from slimpajama_hf.errors import UserError
-from slimpajama_hf.run_folder import RunFolder, checkpoint_bytes
+from slimpajama_hf.run_folder import RunFolder
 from slimpajama_hf.verify import SCRIPT
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Trial:
     device_bytes: int
     """Most memory that PyTorch held on a GPU; 0 without one."""
     parameters: int
+    checkpoint_bytes: int
 
 
 def run(argv: list[str]) -> Trial:
@@ -86,6 +87,7 @@ def run(argv: list[str]) -> Trial:
             peak_bytes=memory["peak_bytes"],
             device_bytes=memory["device_bytes"],
             parameters=record["model"]["parameters"],
+            checkpoint_bytes=record["model"]["checkpoint_bytes"],
         )
 
 
@@ -124,7 +126,6 @@ def report(settings: Settings, trial: Trial) -> list[str]:
     training = settings.training
     steps = training.max_steps
     seconds = trial.start_seconds + steps * trial.seconds_per_step
-    checkpoint = checkpoint_bytes(trial.parameters, settings)
     saves = 0 if settings.run.no_checkpoint else math.ceil(steps / training.save_steps)
     kept = min(saves, training.save_total_limit or saves)
     memory = f"{format_bytes(trial.peak_bytes)} of the machine"
@@ -137,7 +138,8 @@ def report(settings: Settings, trial: Trial) -> list[str]:
         f"{trial.tokens_per_step / trial.seconds_per_step:,.1f} tokens/s (mean of {trial.steps} steps made for real)",
         f"    first  step after {screen.format_time(trial.start_seconds)}",
         f"     time  {screen.format_time(seconds)} for {steps:,} steps; charts and samples at most 5 % on top",
-        f"     disk  {format_bytes(kept * checkpoint)} for {kept} checkpoints of {format_bytes(checkpoint)}",
+        f"     disk  {format_bytes(kept * trial.checkpoint_bytes)} for {kept} checkpoints of "
+        f"{format_bytes(trial.checkpoint_bytes)}",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Matrices inside the blocks learn at a part of the rate."""
+"""Matrices inside the blocks learn by Muon, or by AdamW at a part of the rate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from slimpajama_hf import model as models
-from slimpajama_hf.optimization import hidden_matrices, slow_down_hidden_matrices
+from slimpajama_hf import optimization
+from slimpajama_hf.cli import read_config
+from slimpajama_hf.optimization import AdamWWithMuon, hidden_matrices, orthogonal, set_apart
 from slimpajama_hf.tokenizer import load_tokenizer
 from tests.conftest import run_command, run_script
 
@@ -36,7 +38,7 @@ def test_groups_keep_their_options_and_every_parameter_stands_in_one(tokenizer):
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=1e-3, betas=(0.8, 0.9)
     )
-    slow_down_hidden_matrices(optimizer, model, 0.25)
+    set_apart(optimizer, hidden_matrices(model), 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-3, 0.25e-3]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.1]
     assert all(group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
@@ -44,7 +46,150 @@ def test_groups_keep_their_options_and_every_parameter_stands_in_one(tokenizer):
     assert sorted(placed) == sorted(map(id, model.parameters()))
 
 
-@pytest.mark.parametrize(("flags", "share"), [([], 0.1), (["--hidden_rate", "1"], 1.0)])
+def with_muon(model, rate=0.5, **adamw):
+    groups = [
+        {"params": [parameter for parameter in model.parameters() if parameter.ndim == 2], "weight_decay": 0.1},
+        {"params": [parameter for parameter in model.parameters() if parameter.ndim == 1], "weight_decay": 0.0},
+    ]
+    return AdamWWithMuon.of(torch.optim.AdamW(groups, lr=1e-3, fused=True, **adamw), model, rate, torch.float32)
+
+
+def tiny(tokenizer, seed=1):
+    return models.build(models.model_config("tiny", "n_layer=2,n_embd=64,n_head=2", tokenizer, 64), seed)
+
+
+def set_gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("shape", [(64, 64), (48, 192), (192, 48)])
+def test_orthogonal_has_the_same_singular_vectors_and_values_near_each_other(shape, dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    left, _ = torch.linalg.qr(torch.randn(shape[0], min(shape), generator=generator))
+    right, _ = torch.linalg.qr(torch.randn(shape[1], min(shape), generator=generator))
+    spectrum = torch.logspace(0, -1.5, min(shape))
+    found = left.T @ orthogonal(3e-4 * left @ torch.diag(spectrum) @ right.T, dtype).float() @ right
+    values = found.diagonal()
+    assert values.min() > 0.5 and values.max() < 1.25
+    assert (found - torch.diag(values)).abs().max() < tolerance
+
+
+def test_what_is_no_hidden_matrix_learns_as_with_adamw_alone(tokenizer):
+    ours, alone = tiny(tokenizer), tiny(tokenizer)
+    optimizer = with_muon(ours)
+    hidden = {name for name, each in ours.named_parameters() if any(each is matrix for matrix in hidden_matrices(ours))}
+    others = [each for name, each in alone.named_parameters() if name not in hidden]
+    adamw = torch.optim.AdamW(
+        [{"params": [each for each in others if each.ndim == 2], "weight_decay": 0.1},
+         {"params": [each for each in others if each.ndim == 1], "weight_decay": 0.0}], lr=1e-3, fused=True,
+    )  # fmt: skip
+    for step in range(4):
+        set_gradients(ours, step)
+        set_gradients(alone, step)
+        for each in (optimizer, adamw):
+            each.grad_scale = torch.tensor(2.0)
+            each.step()
+    theirs = dict(alone.named_parameters())
+    assert {name for name, each in ours.named_parameters() if not torch.equal(each, theirs[name])} == hidden
+
+
+def test_a_matrix_moves_by_the_orthogonal_average_of_its_gradients_when_it_is_its_turn(tokenizer, monkeypatch):
+    monkeypatch.setattr(optimization, "STEPS_BETWEEN", 12)  # at a width of 64: every 3 steps
+    model = tiny(tokenizer)
+    optimizer = with_muon(model)
+    begun = [each.detach().clone() for each in hidden_matrices(model)]
+    expected = [torch.zeros_like(each) for each in begun]
+    moved_at: list[list[int]] = [[] for _ in begun]
+    for step in range(6):
+        before = [each.detach().clone() for each in hidden_matrices(model)]
+        set_gradients(model, step)
+        gradients = [each.grad.clone() for each in hidden_matrices(model)]
+        optimizer.grad_scale = torch.tensor(4.0)
+        optimizer.step()
+        for place, (matrix, gradient) in enumerate(zip(hidden_matrices(model), gradients, strict=True)):
+            expected[place].lerp_(gradient / 4.0, 1 - optimization.MOMENTUM)
+            average = optimizer.state[matrix]["momentum_buffer"]
+            assert torch.allclose(average, expected[place], rtol=1e-5, atol=1e-8)
+            moved = before[place] * (1 - 0.5e-3 * 0.1 * 3) - matrix.detach()
+            if torch.equal(matrix, before[place]):
+                continue
+            moved_at[place].append(step)
+            # Queries, keys and values each for themselves; 3 steps' worth at half of the rate.
+            for part, of_part in zip(*(each.split(64, 1) if each.shape == (64, 192) else (each,) for each in (moved, average)), strict=True):  # fmt: skip
+                assert part.square().mean().sqrt() == pytest.approx(0.2 * 0.5e-3 * 3, rel=1e-3)
+                direction = orthogonal(of_part, torch.float32)
+                assert torch.nn.functional.cosine_similarity(part.flatten(), direction.flatten(), 0) > 1 - 1e-5
+    assert all(len(steps) == 2 and steps[1] - steps[0] == 3 for steps in moved_at), moved_at
+    assert {steps[0] for steps in moved_at} == {0, 1, 2}, "they take turns"
+
+
+def test_a_step_that_is_skipped_moves_nothing(tokenizer):
+    """Told as a GPU is told: by a flag on the device, which is not read."""
+    model = tiny(tokenizer)
+    optimizer = with_muon(model)
+    for step in range(4):
+        set_gradients(model, step)
+        optimizer.step()
+    before = [each.detach().clone() for each in model.parameters()]
+    averages = [optimizer.state[each]["momentum_buffer"].clone() for each in hidden_matrices(model)]
+    for _ in range(optimization.STEPS_BETWEEN):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, float("nan"))
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(1.0)
+        optimizer.step()
+    assert all(torch.equal(each, was) for each, was in zip(model.parameters(), before, strict=True))
+    assert all(
+        torch.equal(optimizer.state[each]["momentum_buffer"], was)
+        for each, was in zip(hidden_matrices(model), averages, strict=True)
+    )
+
+
+def test_its_state_is_saved_and_goes_on_to_the_bit(tokenizer, tmp_path):
+    whole, cut = tiny(tokenizer), tiny(tokenizer)
+    optimizers = [with_muon(whole), with_muon(cut)]
+    for step in range(7):
+        if step == 4:
+            torch.save(optimizers[1].state_dict(), tmp_path / "optimizer.pt")
+            again = tiny(tokenizer, seed=2)
+            again.load_state_dict(cut.state_dict())
+            cut, optimizers[1] = again, with_muon(again)
+            optimizers[1].load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+        for model, optimizer in zip((whole, cut), optimizers, strict=True):
+            set_gradients(model, step)
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters(), strict=True))
+    kept = sum(value.numel() for state in optimizers[0].state.values() for value in state.values() if value.ndim)
+    assert 4 * kept == optimization.moments_bytes(whole, "muon") < optimization.moments_bytes(whole, "adamw")
+
+
+def test_matrices_learn_by_muon_in_a_real_run(tokenizer, shards, tmp_path):
+    """Of one step at a width of 64 with an update every 4: only the matrices whose turn it was have moved."""
+    run = tmp_path / "run"
+    done = run_script(*WIDE, "--dataset", f"{shards}/*.jsonl.zst", "--max_steps", "1", "--warmup_steps", "10", "--seed", "3",
+                      "--precision", "float32", "--output_dir", str(run), "--average_weights", "0")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "matrices by Muon at 0.2 of it" in done.stderr
+    begun = models.build(models.model_config("tiny", "n_layer=1,n_embd=64,n_head=2", tokenizer, 256), 3)
+    after = load_file(run / "checkpoint-1/model.safetensors")
+    hidden = {id(each) for each in hidden_matrices(begun)}
+    moved = {}
+    for name, weight in begun.named_parameters():
+        difference = after[name] - weight.detach()
+        if id(weight) in hidden:
+            moved[name] = difference.square().mean().sqrt().item()
+        else:
+            assert difference.abs().max().item() == pytest.approx(1e-4, rel=1e-2), name
+    lengths = [each for each in moved.values() if each]
+    assert len(lengths) == 1 and lengths[0] == pytest.approx(0.2 * 0.2 * 1e-4 * 4, rel=1e-3)
+
+
+ADAMW = ["--hidden_optim", "adamw"]
+
+
+@pytest.mark.parametrize(("flags", "share"), [(ADAMW, 0.1), ([*ADAMW, "--hidden_rate", "1"], 1.0)])
 def test_the_first_update_of_a_real_run_moves_them_by_their_rate(tokenizer, shards, tmp_path, flags, share):
     """Adam's first update is the rate, whatever the gradient: at step 0 of 10 of warm-up 1e-3/10, and its share."""
     run = tmp_path / "run"
@@ -78,3 +223,19 @@ def test_it_goes_on_exactly_and_cannot_change_by_accident(shards, tmp_path):
 def test_a_rate_that_is_none_is_one_sentence(shards, tmp_path):
     done = run_script(*WIDE, "--dataset", f"{shards}/*.jsonl.zst", "--hidden_rate", "0", "--output_dir", str(tmp_path / "r"))  # fmt: skip
     assert done.returncode == 2 and "--hidden_rate 0" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_begun_before_there_was_a_choice_goes_on_as_it_was(shards, tmp_path):
+    run = tmp_path / "run"
+    flags = [*WIDE, "--dataset", f"{shards}/*.jsonl.zst", "--output_dir", str(run), "--save_steps", "4"]
+    done = run_script(*flags, *ADAMW, "--hidden_rate", "1", "--max_steps", "4")
+    assert done.returncode == 0, done.stderr
+    config = run / "run_config.yaml"
+    lines = config.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith("hidden_")]
+    assert len(kept) == len(lines) - 2
+    config.write_text("".join(kept))
+    done = run_script("--resume_from_checkpoint", "true", "--output_dir", str(run), "--max_steps", "8")
+    assert done.returncode == 0, done.stderr
+    assert "matrices" not in done.stderr, "as all the rest, in one plain AdamW"
+    assert read_config(str(config))["hidden_optim"] == "adamw" and read_config(str(config))["hidden_rate"] == 1
