@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
-#: The weight of what was before in the average of the gradients: a half-life of 69 documents.
+#: What the gradients so far weigh in their average after another document: a half-life of 69 documents.
 MOMENTUM = 0.99
 #: Root mean square of an element of an update, as a share of the rate: that of AdamW's (Liu et al. 2025, arXiv
 #: 2502.16982, section 2.2).
 UPDATE_RMS = 0.2
 #: Documents from one update of a matrix to its next, for each 256 of its shorter side: the updates are a constant share
 #: of the arithmetic then.
-STEPS_BETWEEN = 16
+DOCUMENTS_BETWEEN = 16
 
 #: The polynomial a x + b x^3 + c x^5 that brings singular values towards 1, and how often (Jordan et al. make it five
 #: times). It leaves what is above 0.004 of the largest between 0.5 and 1.2, which does as well as 1.
@@ -69,23 +69,32 @@ class AdamWWithMuon(torch.optim.AdamW):
 
     Each matrix keeps the exponential average of its gradients (4 bytes a parameter where AdamW keeps 8), and every
     `steps_between` steps moves by it, made orthogonal, so far that it comes to `UPDATE_RMS` of the group's rate a step;
-    the matrices take turns. `product_dtype`: what the orthogonal matrix is computed in. With `fused`, `grad_scale` and
-    `found_inf` are obeyed as AdamW does, and the device is not waited for.
+    the matrices take turns. `product_dtype`: what the orthogonal matrix is computed in; `documents`: those of a step.
+    With `fused`, `grad_scale` and `found_inf` are obeyed as AdamW does, and the device is not waited for.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], product_dtype: torch.dtype = torch.bfloat16, **adamw: Any) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        product_dtype: torch.dtype = torch.bfloat16,
+        documents: int = 1,
+        **adamw: Any,
+    ) -> None:
         super().__init__(groups, **adamw)
         self._product_dtype = product_dtype
+        self._documents = documents
 
     @classmethod
-    def of(cls, adamw: torch.optim.AdamW, model: nn.Module, rate: float, product_dtype: torch.dtype) -> AdamWWithMuon:
+    def of(
+        cls, adamw: torch.optim.AdamW, model: nn.Module, rate: float, product_dtype: torch.dtype, documents: int = 1
+    ) -> AdamWWithMuon:
         """In place of an `adamw` that has made no step: the hidden matrices of `model` by Muon at `rate` times its
         rate, everything else as it was."""
         # Of Adam's defaults the one that makes it AdamW, which its constructor does not take.
         options = {name: value for name, value in adamw.defaults.items() if name != "decoupled_weight_decay"}
-        optimizer = cls(adamw.param_groups, product_dtype, **options)
+        optimizer = cls(adamw.param_groups, product_dtype, documents, **options)
         hidden = hidden_matrices(model)
-        set_apart(optimizer, [each for each in hidden if each.ndim == 2], rate, muon=True, momentum=MOMENTUM, steps=0)
+        set_apart(optimizer, [each for each in hidden if each.ndim == 2], rate, muon=True, steps=0)
         # What holds the matrices of several experts stays with AdamW.
         set_apart(optimizer, [each for each in hidden if each.ndim > 2], rate)
         return optimizer
@@ -117,13 +126,13 @@ class AdamWWithMuon(torch.optim.AdamW):
         if not matrices:
             return
         averages = [self._average_of(matrix) for matrix in matrices]
-        self._take_in(averages, [matrix.grad for matrix in matrices], 1.0 - group["momentum"])
+        self._take_in(averages, [matrix.grad for matrix in matrices], 1.0 - MOMENTUM**self._documents)
         group["steps"] += 1
         found_inf = self._told("found_inf")
         # 0 where the step is to be skipped: on the device, which is not read.
         made = 1.0 if found_inf is None else 1.0 - found_inf
         for place, (matrix, average) in enumerate(zip(matrices, averages, strict=True)):
-            between = steps_between(matrix)
+            between = steps_between(matrix, self._documents)
             if (group["steps"] + place) % between:
                 continue
             if group["weight_decay"]:
@@ -159,9 +168,9 @@ class AdamWWithMuon(torch.optim.AdamW):
         )  # fmt: skip
 
 
-def steps_between(matrix: torch.Tensor) -> int:
-    """Steps from one update of a matrix to its next, at least 1."""
-    return max(1, STEPS_BETWEEN * min(matrix.shape) // 256)
+def steps_between(matrix: torch.Tensor, documents: int = 1) -> int:
+    """Steps of so many documents from one update of a matrix to its next, at least 1."""
+    return max(1, DOCUMENTS_BETWEEN * min(matrix.shape) // (256 * documents))
 
 
 def _squarer(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

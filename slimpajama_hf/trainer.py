@@ -254,7 +254,8 @@ class SlimPajamaTrainer(Trainer):
         if self.hidden_optim == "muon":
             assert isinstance(optimizer, torch.optim.AdamW)
             dtype = torch.bfloat16 if self.args.bf16 else torch.float32
-            optimizer = optimization.AdamWWithMuon.of(optimizer, network, self.hidden_rate, dtype)
+            documents = self.args.world_size * self.args.gradient_accumulation_steps
+            optimizer = optimization.AdamWWithMuon.of(optimizer, network, self.hidden_rate, dtype, documents)
             self.optimizer = optimizer
         elif self.hidden_rate != 1.0:
             optimization.set_apart(optimizer, optimization.hidden_matrices(network), self.hidden_rate)

@@ -97,7 +97,7 @@ def test_what_is_no_hidden_matrix_learns_as_with_adamw_alone(tokenizer):
 
 
 def test_a_matrix_moves_by_the_orthogonal_average_of_its_gradients_when_it_is_its_turn(tokenizer, monkeypatch):
-    monkeypatch.setattr(optimization, "STEPS_BETWEEN", 12)  # at a width of 64: every 3 steps
+    monkeypatch.setattr(optimization, "DOCUMENTS_BETWEEN", 12)  # at a width of 64: every 3 steps
     model = tiny(tokenizer)
     optimizer = with_muon(model)
     begun = [each.detach().clone() for each in hidden_matrices(model)]
@@ -126,6 +126,19 @@ def test_a_matrix_moves_by_the_orthogonal_average_of_its_gradients_when_it_is_it
     assert {steps[0] for steps in moved_at} == {0, 1, 2}, "they take turns"
 
 
+def test_steps_of_several_documents_average_and_update_as_often_by_documents(tokenizer):
+    model = tiny(tokenizer)
+    matrix = hidden_matrices(model)[0]
+    assert [optimization.steps_between(matrix, documents) for documents in (1, 2, 8)] == [4, 2, 1]
+    groups = [{"params": list(model.parameters())}]
+    optimizer = AdamWWithMuon.of(torch.optim.AdamW(groups, fused=True), model, 0.5, torch.float32, documents=2)
+    set_gradients(model, 0)
+    gradient = matrix.grad.clone()
+    optimizer.step()
+    share = 1 - optimization.MOMENTUM**2
+    assert torch.allclose(optimizer.state[matrix]["momentum_buffer"], share * gradient, rtol=1e-5)
+
+
 def test_a_step_that_is_skipped_moves_nothing(tokenizer):
     """Told as a GPU is told: by a flag on the device, which is not read."""
     model = tiny(tokenizer)
@@ -135,7 +148,7 @@ def test_a_step_that_is_skipped_moves_nothing(tokenizer):
         optimizer.step()
     before = [each.detach().clone() for each in model.parameters()]
     averages = [optimizer.state[each]["momentum_buffer"].clone() for each in hidden_matrices(model)]
-    for _ in range(optimization.STEPS_BETWEEN):
+    for _ in range(optimization.DOCUMENTS_BETWEEN):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, float("nan"))
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(1.0)
