@@ -7,7 +7,7 @@ moves a matrix by its averaged gradient made orthogonal: every direction by the 
 documents point there.
 
 Made at every document that costs more than the forward and the backward. But the average hardly changes from one
-document to the next: made every 16th document (at 16 times the rate) it learned the same. So it costs less than the
+document to the next: made every 32nd document (at 32 times the rate) it learned the same. So it costs less than the
 second moment of Adam that it does without. docs/recipe.md has the figures.
 """
 
@@ -24,9 +24,9 @@ MOMENTUM = 0.99
 #: Root mean square of an element of an update, as a share of the rate: that of AdamW's (Liu et al. 2025, arXiv
 #: 2502.16982, section 2.2).
 UPDATE_RMS = 0.2
-#: Documents from one update of a matrix to its next, for each 256 of its shorter side: the updates are a constant share
-#: of the arithmetic then.
-DOCUMENTS_BETWEEN = 16
+#: Documents from one update of a matrix to its next; of a matrix whose shorter side is above 512 a sixteenth of that,
+#: for an update costs the more arithmetic of a document's the wider the matrix is.
+DOCUMENTS_BETWEEN = 32
 
 #: The polynomial a x + b x^3 + c x^5 that brings singular values towards 1, and how often (Jordan et al. make it five
 #: times). It leaves what is above 0.004 of the largest between 0.5 and 1.2, which does as well as 1.
@@ -170,7 +170,7 @@ class AdamWWithMuon(torch.optim.AdamW):
 
 def steps_between(matrix: torch.Tensor, documents: int = 1) -> int:
     """Steps of so many documents from one update of a matrix to its next, at least 1."""
-    return max(1, DOCUMENTS_BETWEEN * min(matrix.shape) // (256 * documents))
+    return max(1, max(DOCUMENTS_BETWEEN, min(matrix.shape) // 16) // documents)
 
 
 def _squarer(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -26,6 +26,7 @@ from slimpajama_hf.averaging import WeightAverage
 from slimpajama_hf.errors import SaidByTheFirst, UserError
 from slimpajama_hf.evaluation import HeldOutScores
 from slimpajama_hf.gpt2_step import GPT2Step, unsupported
+from slimpajama_hf.model import choose_precision
 from slimpajama_hf.processes import News, OthersLost, Processes, Step, Told, is_about_others
 from slimpajama_hf.recorder import StepRecorder, TrainingClock
 from slimpajama_hf.samples import Sample, SampleStream
@@ -253,7 +254,9 @@ class SlimPajamaTrainer(Trainer):
         network: Any = model if model is not None else self.model
         if self.hidden_optim == "muon":
             assert isinstance(optimizer, torch.optim.AdamW)
-            dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+            # Orthogonal is a matrix up to a factor of 2 here: that is not where `--precision float32` is exact.
+            fast = choose_precision("auto", self.args.device)
+            dtype = torch.bfloat16 if fast == "bfloat16" else torch.float32
             documents = self.args.world_size * self.args.gradient_accumulation_steps
             optimizer = optimization.AdamWWithMuon.of(optimizer, network, self.hidden_rate, dtype, documents)
             self.optimizer = optimizer

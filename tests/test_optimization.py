@@ -86,7 +86,7 @@ def test_what_is_no_hidden_matrix_learns_as_with_adamw_alone(tokenizer):
         [{"params": [each for each in others if each.ndim == 2], "weight_decay": 0.1},
          {"params": [each for each in others if each.ndim == 1], "weight_decay": 0.0}], lr=1e-3, fused=True,
     )  # fmt: skip
-    for step in range(4):
+    for step in range(optimization.DOCUMENTS_BETWEEN):
         set_gradients(ours, step)
         set_gradients(alone, step)
         for each in (optimizer, adamw):
@@ -97,13 +97,13 @@ def test_what_is_no_hidden_matrix_learns_as_with_adamw_alone(tokenizer):
 
 
 def test_a_matrix_moves_by_the_orthogonal_average_of_its_gradients_when_it_is_its_turn(tokenizer, monkeypatch):
-    monkeypatch.setattr(optimization, "DOCUMENTS_BETWEEN", 12)  # at a width of 64: every 3 steps
+    monkeypatch.setattr(optimization, "DOCUMENTS_BETWEEN", 6)
     model = tiny(tokenizer)
     optimizer = with_muon(model)
     begun = [each.detach().clone() for each in hidden_matrices(model)]
     expected = [torch.zeros_like(each) for each in begun]
     moved_at: list[list[int]] = [[] for _ in begun]
-    for step in range(6):
+    for step in range(12):
         before = [each.detach().clone() for each in hidden_matrices(model)]
         set_gradients(model, step)
         gradients = [each.grad.clone() for each in hidden_matrices(model)]
@@ -113,23 +113,24 @@ def test_a_matrix_moves_by_the_orthogonal_average_of_its_gradients_when_it_is_it
             expected[place].lerp_(gradient / 4.0, 1 - optimization.MOMENTUM)
             average = optimizer.state[matrix]["momentum_buffer"]
             assert torch.allclose(average, expected[place], rtol=1e-5, atol=1e-8)
-            moved = before[place] * (1 - 0.5e-3 * 0.1 * 3) - matrix.detach()
+            moved = before[place] * (1 - 0.5e-3 * 0.1 * 6) - matrix.detach()
             if torch.equal(matrix, before[place]):
                 continue
             moved_at[place].append(step)
-            # Queries, keys and values each for themselves; 3 steps' worth at half of the rate.
+            # Queries, keys and values each for themselves; 6 steps' worth at half of the rate.
             for part, of_part in zip(*(each.split(64, 1) if each.shape == (64, 192) else (each,) for each in (moved, average)), strict=True):  # fmt: skip
-                assert part.square().mean().sqrt() == pytest.approx(0.2 * 0.5e-3 * 3, rel=1e-3)
+                assert part.square().mean().sqrt() == pytest.approx(0.2 * 0.5e-3 * 6, rel=1e-3)
                 direction = orthogonal(of_part, torch.float32)
                 assert torch.nn.functional.cosine_similarity(part.flatten(), direction.flatten(), 0) > 1 - 1e-5
-    assert all(len(steps) == 2 and steps[1] - steps[0] == 3 for steps in moved_at), moved_at
-    assert {steps[0] for steps in moved_at} == {0, 1, 2}, "they take turns"
+    assert all(len(steps) == 2 and steps[1] - steps[0] == 6 for steps in moved_at), moved_at
+    assert {steps[0] for steps in moved_at} == set(range(6)), "they take turns"
 
 
 def test_steps_of_several_documents_average_and_update_as_often_by_documents(tokenizer):
     model = tiny(tokenizer)
     matrix = hidden_matrices(model)[0]
-    assert [optimization.steps_between(matrix, documents) for documents in (1, 2, 8)] == [4, 2, 1]
+    assert [optimization.steps_between(matrix, documents) for documents in (1, 2, 8, 64)] == [32, 16, 4, 1]
+    assert optimization.steps_between(torch.empty(768, 3072)) == 48
     groups = [{"params": list(model.parameters())}]
     optimizer = AdamWWithMuon.of(torch.optim.AdamW(groups, fused=True), model, 0.5, torch.float32, documents=2)
     set_gradients(model, 0)
@@ -146,6 +147,7 @@ def test_a_step_that_is_skipped_moves_nothing(tokenizer):
     for step in range(4):
         set_gradients(model, step)
         optimizer.step()
+    assert optimizer.state
     before = [each.detach().clone() for each in model.parameters()]
     averages = [optimizer.state[each]["momentum_buffer"].clone() for each in hidden_matrices(model)]
     for _ in range(optimization.DOCUMENTS_BETWEEN):
@@ -160,7 +162,8 @@ def test_a_step_that_is_skipped_moves_nothing(tokenizer):
     )
 
 
-def test_its_state_is_saved_and_goes_on_to_the_bit(tokenizer, tmp_path):
+def test_its_state_is_saved_and_goes_on_to_the_bit(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(optimization, "DOCUMENTS_BETWEEN", 4)
     whole, cut = tiny(tokenizer), tiny(tokenizer)
     optimizers = [with_muon(whole), with_muon(cut)]
     for step in range(7):
@@ -179,24 +182,20 @@ def test_its_state_is_saved_and_goes_on_to_the_bit(tokenizer, tmp_path):
 
 
 def test_matrices_learn_by_muon_in_a_real_run(tokenizer, shards, tmp_path):
-    """Of one step at a width of 64 with an update every 4: only the matrices whose turn it was have moved."""
+    """Of four matrices with an update every 32 steps each its first within 32 steps: by the rate of that step."""
     run = tmp_path / "run"
-    done = run_script(*WIDE, "--dataset", f"{shards}/*.jsonl.zst", "--max_steps", "1", "--warmup_steps", "10", "--seed", "3",
+    done = run_script(*WIDE, "--dataset", f"{shards}/*.jsonl.zst", "--max_steps", "32", "--warmup_steps", "100", "--seed", "3",
                       "--precision", "float32", "--output_dir", str(run), "--average_weights", "0")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "matrices by Muon at 0.2 of it" in done.stderr
     begun = models.build(models.model_config("tiny", "n_layer=1,n_embd=64,n_head=2", tokenizer, 256), 3)
-    after = load_file(run / "checkpoint-1/model.safetensors")
-    hidden = {id(each) for each in hidden_matrices(begun)}
-    moved = {}
-    for name, weight in begun.named_parameters():
-        difference = after[name] - weight.detach()
-        if id(weight) in hidden:
-            moved[name] = difference.square().mean().sqrt().item()
-        else:
-            assert difference.abs().max().item() == pytest.approx(1e-4, rel=1e-2), name
-    lengths = [each for each in moved.values() if each]
-    assert len(lengths) == 1 and lengths[0] == pytest.approx(0.2 * 0.2 * 1e-4 * 4, rel=1e-3)
+    after = load_file(run / "checkpoint-32/model.safetensors")
+    names = {id(weight): name for name, weight in begun.named_parameters()}
+    for place, weight in enumerate(hidden_matrices(begun)):
+        length = (after[names[id(weight)]] - weight.detach()).square().mean().sqrt().item()
+        # Counted from 1, each at the step where it and its place are 32 together: the rate rises until 100.
+        rate = 1e-3 * (32 - place) / 100
+        assert length == pytest.approx(0.2 * 0.2 * rate * 32, rel=1e-2), names[id(weight)]
 
 
 ADAMW = ["--hidden_optim", "adamw"]
@@ -219,13 +218,14 @@ def test_the_first_update_of_a_real_run_moves_them_by_their_rate(tokenizer, shar
 
 
 def test_it_goes_on_exactly_and_cannot_change_by_accident(shards, tmp_path):
-    flags = [*WIDE, "--dataset", f"{shards}/*.jsonl.zst", "--warmup_steps", "5", "--save_steps", "4", "--display_samples",
+    flags = [*WIDE, "--dataset", f"{shards}/*.jsonl.zst", "--warmup_steps", "5", "--save_steps", "20", "--display_samples",
              "1000", "--precision", "float32"]  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for run, steps in ((whole, "8"), (cut, "4")):
+    # Matrices move for the first time at steps 29 to 32, by what they have averaged on both sides of the cut.
+    for run, steps in ((whole, "40"), (cut, "20")):
         done = run_script(*flags, "--max_steps", steps, "--output_dir", str(run))
         assert done.returncode == 0, done.stderr
-    on = ["--resume_from_checkpoint", "true", "--output_dir", str(cut), "--max_steps", "8"]
+    on = ["--resume_from_checkpoint", "true", "--output_dir", str(cut), "--max_steps", "40"]
     refused = run_script(*on, "--hidden_rate", "1")
     assert refused.returncode != 0 and "hidden_rate" in refused.stderr
     assert run_script(*on).returncode == 0
