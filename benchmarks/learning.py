@@ -77,6 +77,10 @@ ARMS: dict[str, list[str]] = {
     **{f"rate {rate}": ["--learning_rate", rate] for rate in RATES},
     # Eight documents a step, as many documents in all.
     **{f"batch 8, rate {rate}": [*BATCH_8, "--learning_rate", rate] for rate in RATES_OF_8},
+    **{
+        f"stock, batch 8, rate {rate}": [*BATCH_8, "--config_overrides", DROPOUT, *ONE_RATE, "--learning_rate", rate]
+        for rate in RATES_OF_8
+    },
 }
 
 #: Half-lives of the averages of the weights that ride along: documents, or below 1 a share of those so far.
@@ -246,11 +250,13 @@ def plot(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     from slimpajama_hf import palette
 
     def losses(arm: str, weights: str) -> list[float]:
-        return [row["scores"][weights]["report"]["loss"] for row in rows if row["arm"] == arm]
+        scores = [row["scores"] for row in rows if row["arm"] == arm]
+        return [score[weights]["report"]["loss"] for score in scores if weights in score]
 
     averaged = f"average {DEFAULT_HALF_LIFE:g}"
     curves = (
-        ("one rate for all", "plain", "plain, rate ", RATES, "last", "#D55E00"),
+        ("AdamW, one rate for all", "plain", "plain, rate ", RATES, "last", "#D55E00"),
+        ("the same, averaged", "plain", "plain, rate ", RATES, averaged, "#E69F00"),
         ("the default recipe, averaged", "default", "rate ", RATES, averaged, palette.ACCENT),
         ("eight documents a step, averaged", "", "batch 8, rate ", RATES_OF_8, averaged, "#009E73"),
     )
@@ -273,7 +279,8 @@ def plot(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         left.legend(frameon=False)
     bars = [
         ("stock Trainer", "stock", "last"), ("without dropout", "plain", "last"),
-        ("hidden rate 0.1", "default", "last"), ("and averaged", "default", averaged),
+        ("matrices at a tenth", "adamw", "last"), ("matrices by Muon", "default", "last"),
+        ("and averaged", "default", averaged),
     ]  # fmt: skip
     for place, (_, arm, weights) in enumerate(bars):
         for loss in losses(arm, weights):

@@ -116,11 +116,11 @@ class AdamWWithMuon(torch.optim.AdamW):
             loss = super().step(closure)
         finally:
             self.param_groups = groups
-        with torch.no_grad():
-            for group in self._groups(muon=True):
-                self._step_matrices(group)
+        for group in self._groups(muon=True):
+            self._step_matrices(group)
         return loss
 
+    @torch.no_grad()
     def _step_matrices(self, group: dict[str, Any]) -> None:
         matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
         if not matrices:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GPT2LMHeadModel
 
 from slimpajama_hf import model as models
 from slimpajama_hf import optimization
@@ -252,3 +253,21 @@ def test_a_run_begun_before_there_was_a_choice_goes_on_as_it_was(shards, tmp_pat
     assert done.returncode == 0, done.stderr
     assert "matrices" not in done.stderr, "as all the rest, in one plain AdamW"
     assert read_config(str(config))["hidden_optim"] == "adamw" and read_config(str(config))["hidden_rate"] == 1
+
+
+def test_a_device_is_not_read(tokenizer, monkeypatch):
+    """Tensors of the meta device refuse to be read, and to be computed with those of another device."""
+    monkeypatch.setattr(optimization, "DOCUMENTS_BETWEEN", 4)
+    config = models.model_config("tiny", "n_layer=2,n_embd=48,n_head=3", tokenizer, 64)
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    groups = [{"params": list(model.parameters()), "weight_decay": 0.1}]
+    optimizer = AdamWWithMuon.of(torch.optim.AdamW(groups), model, 0.5, torch.bfloat16)
+    optimizer.found_inf = torch.zeros((), device="meta")
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    for group in optimizer.param_groups[1:]:
+        for _ in range(4):
+            optimizer._step_matrices(group)
+    assert {each["momentum_buffer"].device.type for each in optimizer.state.values()} == {"meta"}
+    assert len(optimizer.state) == len(hidden_matrices(model)) == 8
