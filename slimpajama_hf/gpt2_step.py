@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 #: Beyond so many tokens the (heads, T, T) attention weights are worth avoiding.
 LONGEST_EXPLICIT_ATTENTION = 512
@@ -89,11 +90,17 @@ class GPT2Step:
 
     `precision`: `float32` or `bfloat16` (products in bfloat16; weights, norms, residual stream and loss in float32).
     `max_length`: tokens of the longest sample. On CUDA samples are padded to it and the step is captured as a graph;
-    `trouble` is told in words when that fails, and it runs uncaptured.
+    `trouble` is told in words when that fails, and it runs uncaptured. `seldom_changed`: parameters that most updates
+    leave alone, and that nothing changes behind autograd's back (`.data`): they are cast only when they have changed.
     """
 
     def __init__(
-        self, model: Any, precision: str, max_length: int, trouble: Callable[[str], None] = lambda text: None
+        self,
+        model: Any,
+        precision: str,
+        max_length: int,
+        trouble: Callable[[str], None] = lambda text: None,
+        seldom_changed: Iterable[nn.Parameter] = (),
     ) -> None:
         reason = unsupported(model)
         if reason is not None:
@@ -118,6 +125,10 @@ class GPT2Step:
         self._copies = self._low_precision_copies()
         place = {id(p): index for index, p in enumerate(self._parameters)}
         self._place = lambda parameter: place[id(parameter)]
+        # The version that the copy of a parameter is of; None: copied before every step.
+        self._versions: list[int | None] = [None] * len(self._parameters)
+        for parameter in seldom_changed:
+            self._versions[self._place(parameter)] = -1
         transformer = model.transformer
         self._blocks = list(transformer.h)
         self._scaling = [block.attn.scaling for block in self._blocks]
@@ -134,9 +145,25 @@ class GPT2Step:
             return self._weights
         return [torch.empty_like(weight, dtype=self._low) for weight in self._weights]
 
+    def _cast_weights(self) -> None:
+        if self._low is None:
+            return
+        versions = [
+            None if known is None else weight._version
+            for known, weight in zip(self._versions, self._weights, strict=True)
+        ]
+        changed = [
+            place
+            for place, (known, now) in enumerate(zip(self._versions, versions, strict=True))
+            if now is None or now != known
+        ]
+        torch._foreach_copy_([self._copies[place] for place in changed], [self._weights[place] for place in changed])
+        self._versions = versions
+
     def __call__(self, input_ids: torch.Tensor) -> Result:
         """One sample, `input_ids` (T,) on the model's device with 2 <= T <= max_length. Leaves `.grad` set."""
         with torch.no_grad():
+            self._cast_weights()
             result = self._captured(input_ids) if not self._graph_failed else None
             if result is None:
                 tokens, length = input_ids.numel(), self._padded(input_ids.numel())
@@ -152,6 +179,7 @@ class GPT2Step:
         if not self._graph_failed:
             return self(input_ids).loss
         with torch.no_grad():
+            self._cast_weights()
             tokens, length = input_ids.numel(), self._padded(input_ids.numel())
             padded = F.pad(input_ids, (0, length - tokens)) if length > tokens else input_ids
             return self._run(padded, self._shares(tokens, length), backward=False).loss
@@ -233,8 +261,6 @@ class GPT2Step:
     def _run(self, input_ids: torch.Tensor, shares: torch.Tensor, backward: bool = True) -> Result:
         """Forward and backward of (T,) ids with the weight of each position in the loss, `shares` (T,)."""
         length = input_ids.numel()
-        if self._low is not None:
-            torch._foreach_copy_(self._copies, self._weights)
         x = torch.embedding(self._weights[self._wte], input_ids)  # (T, D)
         x += self._weights[self._wpe][:length]
         kept = []

@@ -99,6 +99,11 @@ class AdamWWithMuon(torch.optim.AdamW):
         set_apart(optimizer, [each for each in hidden if each.ndim > 2], rate)
         return optimizer
 
+    @property
+    def matrices(self) -> list[nn.Parameter]:
+        """What learns by Muon: changed at the steps that are its turn, and in between by nobody."""
+        return [matrix for group in self._groups(muon=True) for matrix in group["params"]]
+
     def _groups(self, muon: bool) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group.get("muon", False) == muon]
 

@@ -317,11 +317,13 @@ class SlimPajamaTrainer(Trainer):
         if self.why_autograd() is None:
             model = self.accelerator.unwrap_model(self.model)
             self.recorder.layers = [noise.layer_of(name) for name, _ in model.named_parameters()]
+            optimizer = self._plain_optimizer()
             self._written_out = GPT2Step(
                 model,
                 "bfloat16" if self.args.bf16 else "float32",
                 self.stream.max_length,
                 self.recorder.trouble,
+                optimizer.matrices if isinstance(optimizer, optimization.AdamWWithMuon) else (),
             )
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:

@@ -9,6 +9,8 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from slimpajama_hf import model as models
+from slimpajama_hf import optimization
+from slimpajama_hf.averaging import WeightAverage
 from slimpajama_hf.gpt2_step import GPT2Step, unsupported
 from slimpajama_hf.tokenizer import load_tokenizer
 from tests.conftest import NANO, read_ledger, run_script
@@ -204,3 +206,36 @@ def test_no_device_but_the_cpu_is_read_or_mixed_with_it(tokenizer, overrides, pr
     result = step(ids)
     assert {each.device.type for each in (result.loss, result.correct, result.nats, step.squared_norms())} == {"meta"}
     assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
+
+
+def test_what_is_seldom_changed_is_cast_when_it_has_changed_and_only_then(tokenizer, monkeypatch):
+    """To the bit as without, over updates of Muon, weights put aside and back, and weights loaded."""
+    monkeypatch.setattr(optimization, "DOCUMENTS_BETWEEN", 4)
+    models_of_both, losses, casts = [build(tokenizer), build(tokenizer)], ([], []), [0, 0]
+    foreach_copy = torch._foreach_copy_
+    for which, model in enumerate(models_of_both):
+
+        def counted(copies, weights, which=which):
+            casts[which] += len(copies)
+            foreach_copy(copies, weights)
+
+        monkeypatch.setattr(torch, "_foreach_copy_", counted)
+        groups = [{"params": list(model.parameters())}]
+        adamw = torch.optim.AdamW(groups, lr=1e-2, fused=True)
+        optimizer = optimization.AdamWWithMuon.of(adamw, model, 0.5, torch.float32)
+        step = GPT2Step(model, "bfloat16", 64, seldom_changed=optimizer.matrices if which else ())
+        average = WeightAverage(model, 1)
+        begun = {name: weight.clone() for name, weight in model.state_dict().items()}
+        for number in range(24):
+            ids = ids_of(40, len(tokenizer), number)
+            losses[which].append(step(ids).loss.item())
+            optimizer.step()
+            average.step(number + 1)
+            if number == 10:
+                with average.applied():
+                    losses[which].append(step.loss_alone(ids).item())
+            if number == 15:
+                model.load_state_dict(begun)
+    assert losses[0] == losses[1]
+    # Of 28 parameters 8 are matrices: cast at first, after each of 6 updates, after three changes by others.
+    assert casts[0] == 25 * 28 and casts[1] <= 25 * 20 + 8 * (1 + 6 + 3)
