@@ -226,13 +226,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for arm in ARMS:
-        of_arm = [row for row in rows if row["arm"] == arm and row["flags"] == ARMS[arm]]
-        for weights in of_arm[0]["scores"] if of_arm else ():
+        of_arm = [row["scores"] for row in rows if row["arm"] == arm and row["flags"] == ARMS[arm]]
+        # Not every run had the same averages beside it.
+        for weights in dict.fromkeys(weights for scores in of_arm for weights in scores):
+            found = [scores[weights] for scores in of_arm if weights in scores]
             cells = [
-                mean_and_error([row["scores"][weights][part][what] for row in of_arm])
+                mean_and_error([parts[part][what] for parts in found])
                 for part, what in (("select", "loss"), ("report", "loss"), ("report", "bits_per_byte"))
             ]
-            lines.append(f"| {arm} | {weights} | {len(of_arm)} | {' | '.join(cells)} |")
+            lines.append(f"| {arm} | {weights} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
