@@ -43,7 +43,7 @@ DROPOUT = "resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1"
 
 #: With the default, 1e-3, the twelve rates of a sweep.
 RATES = ("5e-5", "1e-4", "1.5e-4", "2e-4", "3e-4", "4e-4", "5e-4", "7e-4", "1.5e-3", "2e-3", "3e-3")
-RATES_OF_8 = ("2.5e-4", "5e-4", "7e-4", "1e-3", "1.5e-3", "2e-3", "3e-3", "4e-3")
+RATES_OF_8 = ("5e-4", "1e-3", "1.5e-3", "2e-3", "3e-3", "4e-3", "8e-3", "1.2e-2")
 ADAMW = ["--hidden_optim", "adamw"]
 ONE_RATE = [*ADAMW, "--hidden_rate", "1"]
 NARROW = ["--config_overrides", "n_embd=128"]
