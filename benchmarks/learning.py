@@ -59,6 +59,10 @@ ARMS: dict[str, list[str]] = {
     **{f"plain, rate {rate}": [*ONE_RATE, "--learning_rate", rate] for rate in RATES},
     # AdamW for all, but the matrices in the blocks at a tenth of the rate.
     "adamw": ADAMW,
+    # Lighter optimizers for everything, at the rates of Marek et al. 2025 (arXiv 2507.07101).
+    "sgd, rate 0.2": ["--optim", "sgd", "--learning_rate", "0.2"],
+    "adafactor, rate 5e-3": ["--optim", "adafactor", "--learning_rate", "5e-3"],
+    "adafactor, rate 1e-3": ["--optim", "adafactor", "--learning_rate", "1e-3"],
     # What else was tried on the default.
     "beta2 0.95": ["--adam_beta2", "0.95"],
     "beta2 0.99": ["--adam_beta2", "0.99"],
