@@ -116,4 +116,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.run(main))
+    cli.end(cli.run(main))

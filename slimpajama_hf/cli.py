@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import difflib
 import json
@@ -312,6 +313,21 @@ def run(main: Any, if_stopped: str = "stopped before the first step; nothing to 
     except KeyboardInterrupt:
         screen.say(if_stopped)
         return 130
+
+
+def end(code: int) -> NoReturn:
+    """Leave the program with an exit code, what is registered for its end done.
+
+    One process of several goes without taking Python apart: threads of gloo that outlive their group, which models
+    prepared by DDP hold on to, end it by SIGABRT there now and then ("terminate called without an active exception"),
+    and the launcher then calls a run that was done a failure.
+    """
+    if devices.is_distributed():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def _say_error(error: UserError) -> None:
