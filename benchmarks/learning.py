@@ -288,13 +288,13 @@ def plot(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         ("matrices at a tenth", "adamw", "last"), ("matrices by Muon", "default", "last"),
         ("and averaged", "default", averaged),
     ]  # fmt: skip
+    bars = [bar for bar in bars if losses(*bar[1:])]
     for place, (_, arm, weights) in enumerate(bars):
-        for loss in losses(arm, weights):
-            right.plot(place, loss, "o", color=palette.POINT)
-        if found := losses(arm, weights):
-            mean = statistics.mean(found)
-            right.plot([place - 0.25, place + 0.25], [mean, mean], color=palette.ACCENT, linewidth=2.5)
-            right.annotate(f"{mean:.2f}", (place, max(found)), (0, 8), textcoords="offset points", ha="center")
+        found = losses(arm, weights)
+        mean = statistics.mean(found)
+        right.plot([place] * len(found), found, "o", color=palette.POINT)
+        right.plot([place - 0.25, place + 0.25], [mean, mean], color=palette.ACCENT, linewidth=2.5)
+        right.annotate(f"{mean:.2f}", (place, max(found)), (0, 8), textcoords="offset points", ha="center")
     right.set_xticks(range(len(bars)), [name.replace(" ", "\n", 1) for name, _, _ in bars])
     right.set_xlabel("at a rate of 1e-3; a dot is a seed, a line their mean")
     for ax, title in zip([*lefts, right], ["By learning rate", "By recipe"][-1 - len(lefts) :], strict=True):
