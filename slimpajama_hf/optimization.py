@@ -7,8 +7,8 @@ moves a matrix by its averaged gradient made orthogonal: every direction by the 
 documents point there.
 
 Made at every document that costs more than the forward and the backward. But the average hardly changes from one
-document to the next: made every 32nd document (at 32 times the rate) it learned the same. So it costs less than the
-second moment of Adam that it does without. docs/recipe.md has the figures.
+document to the next: made every 32nd document, at 32 times the rate, it learned nearly as much. So it costs about what
+the second moment of Adam costs that it does without. docs/recipe.md has the figures.
 """
 
 from __future__ import annotations
@@ -145,7 +145,9 @@ class AdamWWithMuon(torch.optim.AdamW):
             length = -UPDATE_RMS * group["lr"] * between
             for part, of_part in _squarer(matrix, average):
                 update = orthogonal(of_part, self._product_dtype)
-                part.add_(update * (made / update.square().mean().sqrt()), alpha=length)
+                # Of nothing nothing: no gradient has come so far.
+                rms = update.square().mean().sqrt().clamp(min=1e-6)
+                part.add_(update * (made / rms), alpha=length)
 
     def _told(self, name: str) -> torch.Tensor | None:
         """`grad_scale` or `found_inf`, where the trainer has set it."""

@@ -141,6 +141,23 @@ def test_steps_of_several_documents_average_and_update_as_often_by_documents(tok
     assert torch.allclose(optimizer.state[matrix]["momentum_buffer"], share * gradient, rtol=1e-5)
 
 
+def test_a_matrix_without_a_gradient_so_far_stays_as_it_is(tokenizer, monkeypatch):
+    """Samples of two tokens have nothing to attend to: the gradients of queries and keys are 0, not those of values."""
+    monkeypatch.setattr(optimization, "DOCUMENTS_BETWEEN", 4)
+    model = tiny(tokenizer)
+    optimizer = with_muon(model)
+    matrix = hidden_matrices(model)[0]
+    queries, keys, values = (part.clone() for part in matrix.detach().chunk(3, 1))
+    for step in range(4):
+        set_gradients(model, step)
+        matrix.grad[:, :128] = 0
+        optimizer.step()
+    decay = 1 - 0.5e-3 * 0.1 * 4
+    now = matrix.detach().chunk(3, 1)
+    assert torch.allclose(now[0], decay * queries) and torch.allclose(now[1], decay * keys)
+    assert torch.isfinite(now[2]).all() and not torch.allclose(now[2], decay * values)
+
+
 def test_a_step_that_is_skipped_moves_nothing(tokenizer):
     """Told as a GPU is told: by a flag on the device, which is not read."""
     model = tiny(tokenizer)
