@@ -104,6 +104,11 @@ def refuse_changes(settings: Settings, recorded: Settings) -> None:
     changes = []
     for name in WHAT_MATTERS:
         before, now = recorded.value(name), settings.value(name)
+        if before != now and name == "hidden_optim":
+            raise UserError(
+                f"--hidden_optim {now}: this run was begun with {before}, and what that has kept of the gradients is "
+                "of no use to another; leave it out to go on, or start a run in another --output_dir"
+            )
         if before != now and name not in allowed:
             changes.append((name, before, now))
     if changes:

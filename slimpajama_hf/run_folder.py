@@ -11,15 +11,12 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slimpajama_hf import __version__, checkpoints, files, ledger, surprisals
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.lock import FolderLock
 from slimpajama_hf.screen import redacted
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclasses.dataclass(frozen=True)

@@ -246,6 +246,9 @@ def test_it_goes_on_exactly_and_cannot_change_by_accident(shards, tmp_path):
     on = ["--resume_from_checkpoint", "true", "--output_dir", str(cut), "--max_steps", "40"]
     refused = run_script(*on, "--hidden_rate", "1")
     assert refused.returncode != 0 and "hidden_rate" in refused.stderr
+    # Its state is of another kind: that cannot be allowed.
+    refused = run_script(*on, *ADAMW, "--allow_changes", "hidden_optim")
+    assert refused.returncode == 1 and "begun with muon" in refused.stderr and "Traceback" not in refused.stderr
     assert run_script(*on).returncode == 0
     same = run_command("verify", str(whole), str(cut))
     assert same.returncode == 0, same.stdout + same.stderr
