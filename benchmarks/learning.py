@@ -93,6 +93,9 @@ HALF_LIVES = (200, 500, 1000, 0.04, 0.06, 0.1)
 #: That of `--average_weights`.
 DEFAULT_HALF_LIFE = 0.06
 
+#: Held-out documents of a part at most.
+MOST_HELD_OUT = 1000
+
 #: `--cut`: pieces of one document at most, to learn and to score; shorter ones than so many characters are left out.
 MOST_PIECES, HELD_OUT_PIECES, SHORTEST_PIECE = 40, 3, 200
 
@@ -114,7 +117,7 @@ def lay_out(options: argparse.Namespace, folder: Path) -> str:
         part = held_out["report" if number % 2 else "select"]
         part.extend(pieces(record, options.cut, HELD_OUT_PIECES) if options.cut else [record])
     for part, found in held_out.items():
-        write(folder / f"{part}.jsonl", found[: options.documents])
+        write(folder / f"{part}.jsonl", found[:MOST_HELD_OUT])
     if not options.cut:
         return options.dataset
     found = [piece for record in records(options.dataset) for piece in pieces(record, options.cut, MOST_PIECES)]
@@ -140,11 +143,8 @@ def one_run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     from transformers import TrainerCallback
 
     import run_clm_slimpajama
-    from slimpajama_hf import corpora, session
+    from slimpajama_hf import session
     from slimpajama_hf.averaging import WeightAverage
-    from slimpajama_hf.evaluation import score
-    from slimpajama_hf.samples import SampleStream
-    from slimpajama_hf.tokenizer import Encoder, load_tokenizer
 
     held: dict[str, Any] = {}
     batch = documents_a_step(arm)
@@ -182,24 +182,28 @@ def one_run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     trainer = held["trainer"]
     if code or trainer.state.global_step < steps:
         raise SystemExit(f"{arm}: {trainer.state.global_step} of {steps} steps were made (exit code {code})")
-    encoder = Encoder(load_tokenizer("builtin"))
     network = trainer.accelerator.unwrap_model(trainer.model)
-    scores: dict[str, dict[str, dict[str, float]]] = {}
-
-    def score_parts(weights: str) -> None:
-        scores[weights] = {}
-        for part in ("select", "report"):
-            corpus = corpora.open_corpus(str(Path(options.parts) / f"{part}.jsonl"))
-            found = score(network, SampleStream(corpus, encoder, "truncate", 256))["all"]
-            scores[weights][part] = {
-                "loss": found.loss, "bits_per_byte": found.bits_per_byte, "documents": found.samples,
-            }  # fmt: skip
-
-    score_parts("last")
+    scores = {"last": score_parts(network, options.parts)}
     for half_life, average in held["averages"].items():
         with average.applied():
-            score_parts(f"average {half_life}")
+            scores[f"average {half_life}"] = score_parts(network, options.parts)
     return {"seconds": round(seconds, 1), "scores": scores}
+
+
+def score_parts(network: Any, folder: str) -> dict[str, dict[str, float]]:
+    """Loss (nats per predicted token) and bits per byte of a model on both parts of the held-out documents."""
+    from slimpajama_hf import corpora
+    from slimpajama_hf.evaluation import score
+    from slimpajama_hf.samples import SampleStream
+    from slimpajama_hf.tokenizer import Encoder, load_tokenizer
+
+    encoder = Encoder(load_tokenizer("builtin"))
+    scores = {}
+    for part in ("select", "report"):
+        corpus = corpora.open_corpus(str(Path(folder) / f"{part}.jsonl"))
+        found = score(network, SampleStream(corpus, encoder, "truncate", 256))["all"]
+        scores[part] = {"loss": found.loss, "bits_per_byte": found.bits_per_byte, "documents": found.samples}
+    return scores
 
 
 def documents_a_step(arm: str) -> int:
@@ -319,7 +323,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="of one document; a batch of 8 makes an eighth [2000]")
     parser.add_argument("--warmup_steps", type=int, default=200, help="of one document, likewise [200]")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--documents", type=int, default=1000, help="held-out documents of a part, at most [1000]")
     parser.add_argument("--cut", type=int, default=0, help="characters of a piece [0: documents as they are]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with its share of the cores [1]")
     parser.add_argument("--table", action="store_true", help="print what is there and stop")
@@ -345,28 +348,46 @@ def make(options: argparse.Namespace, dataset: str, parts: str) -> None:
     """Run what is not there yet, `--jobs` at a time."""
     there = [(row["arm"], row["seed"], row["flags"]) for row in done(options)]
     missing = [(arm, seed) for seed in options.seeds for arm in options.arms if (arm, seed, ARMS[arm]) not in there]
+    words = [
+        __file__, "--one", "--dataset", dataset, "--held_out", options.held_out, "--parts", parts,
+        "--name", options.name, "--steps", str(options.steps), "--warmup_steps", str(options.warmup_steps),
+        "--precision", options.precision,
+    ]  # fmt: skip
+    common = {
+        "steps": options.steps, "warmup_steps": options.warmup_steps, "precision": options.precision,
+        "cut": options.cut, "corpus": options.name, "model": "tiny",
+    }  # fmt: skip
+    run_all(
+        missing, words, {arm: {"flags": ARMS[arm]} | common for arm in options.arms}, results_file(options), options
+    )
+
+
+def run_all(
+    missing: list[tuple[str, int]],
+    words: list[str],
+    facts: dict[str, dict[str, Any]],
+    results: Path,
+    options: argparse.Namespace,
+) -> None:
+    """Run `words` with each `--arms` and `--seeds` that is missing, `--jobs` at a time in processes of their own; what
+    the last line of a run says goes to `results`, with the facts of its arm."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // options.jobs))
     keep = threading.Lock()
 
     def run(arm: str, seed: int) -> None:
         print(f"{arm}, seed {seed}", file=sys.stderr)
         made = subprocess.run(
-            [sys.executable, __file__, "--one", "--dataset", dataset, "--held_out", options.held_out, "--parts", parts,
-             "--name", options.name, "--arms", arm, "--seeds", str(seed), "--steps", str(options.steps),
-             "--warmup_steps", str(options.warmup_steps), "--precision", options.precision],
+            [sys.executable, *words, "--arms", arm, "--seeds", str(seed)],
             capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": threads},
         )  # fmt: skip
         if made.returncode:
             raise SystemExit(f"{arm}, seed {seed} failed:\n{made.stderr}")
-        row = {
-            "arm": arm, "flags": ARMS[arm], "seed": seed, "steps": options.steps,
-            "warmup_steps": options.warmup_steps, "precision": options.precision, "cut": options.cut,
-            "corpus": options.name, "model": "tiny",
-            "date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": machine(),
-        } | json.loads(made.stdout.splitlines()[-1])  # fmt: skip
+        row = {"arm": arm, "seed": seed} | facts[arm]
+        row |= {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": machine()}
+        row |= json.loads(made.stdout.splitlines()[-1])
         with keep:
-            RESULTS.mkdir(parents=True, exist_ok=True)
-            with open(results_file(options), "a", encoding="utf-8") as file:
+            results.parent.mkdir(parents=True, exist_ok=True)
+            with open(results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:

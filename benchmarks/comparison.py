@@ -1,0 +1,261 @@
+"""What is learned from as many tokens, and in as many seconds: the stock Trainer, packed batches of 8, and ours.
+
+    python benchmarks/comparison.py --dataset 'TRAIN/*.jsonl.zst' --held_out 'HELD_OUT/*.jsonl.zst' --name 'a sample'
+    python benchmarks/comparison.py ... --documents 2500 --jobs 2 --seeds 42
+    python benchmarks/comparison.py --name 'a sample' --table      # what is there already, without running anything
+
+The stock Trainer is `transformers.Trainer` with what it does by default (dropout 0.1, AdamW, clipping at 1): with one
+document a step as ours, and with batches of 8 packed windows as `run_clm.py` makes them. Ours is the program at its
+defaults, everything on. All train the same size in the same precision on the same order of documents, with as long a
+warm-up in tokens and a constant rate then, until they have had the tokens of `--documents` documents. Their clock
+stands still while they are scored: every `--seconds_between` seconds of training, and at the end. Corpus, parts of the
+held-out documents (`--cut` too) and resuming are those of `learning.py`. Results: benchmarks/results/comparison/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import learning
+import steps
+from transformers import TrainerCallback
+
+RATES_OF_8 = ("5e-4", "1e-3", "2e-3", "4e-3", "8e-3")
+
+#: Windows of a step, and the peak rate; None: the program.
+ARMS: dict[str, tuple[int, float] | None] = {
+    "ours": None,
+    "stock Trainer": (1, 1e-3),
+    "stock Trainer, 3e-4": (1, 3e-4),
+    **{f"packed batches of 8, {rate}": (8, float(rate)) for rate in RATES_OF_8},
+}
+
+MAX_LENGTH = 256
+
+
+class Clock(TrainerCallback):
+    """Scores a model every so many seconds of its training, which its own do not count to; `tokens`: of each step."""
+
+    def __init__(self, options: argparse.Namespace, tokens: Iterator[int]) -> None:
+        self.marks: list[dict[str, Any]] = []
+        """Seconds, tokens and losses (nats) of each scoring."""
+        self.trainer: Any = None
+        self._options, self._tokens = options, tokens
+        self._trained = self._seconds = 0.0
+        self._since = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._since = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trained += next(self._tokens)
+        seconds = self._seconds + time.perf_counter() - self._since
+        due = seconds // self._options.seconds_between > self._seconds // self._options.seconds_between
+        if due or state.global_step == state.max_steps:
+            self._score(seconds, state.global_step)
+            self._since = time.perf_counter()
+            self._seconds = seconds
+
+    def _score(self, seconds: float, made: int) -> None:
+        network = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        scores = {"last": learning.score_parts(network, self._options.parts)}
+        average = getattr(self.trainer, "average", None)
+        if average is not None and average.is_there:
+            with average.applied():
+                scores["averaged"] = learning.score_parts(network, self._options.parts)
+        self.marks.append({"seconds": round(seconds, 2), "steps": made, "tokens": int(self._trained), "scores": scores})
+
+
+def windows(options: argparse.Namespace, mode: str) -> Iterator[list[int]]:
+    """The corpus as samples of up to 256 tokens."""
+    from slimpajama_hf import corpora
+    from slimpajama_hf.samples import SampleStream
+    from slimpajama_hf.tokenizer import Encoder, load_tokenizer
+
+    corpus = corpora.open_corpus(options.dataset)
+    stream = SampleStream(corpus, Encoder(load_tokenizer("builtin")), mode, MAX_LENGTH, epochs=1000)
+    return (sample.input_ids for sample in stream)
+
+
+def lengths(options: argparse.Namespace) -> list[int]:
+    """Tokens of each document."""
+    return [len(ids) for ids in itertools.islice(windows(options, "truncate"), options.documents)]
+
+
+def stock(options: argparse.Namespace, batch: int, rate: float, seed: int) -> Clock:
+    """`transformers.Trainer`; packed where a step has more than one window."""
+    import datasets
+    import torch
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    from slimpajama_hf import model, session
+    from slimpajama_hf.tokenizer import load_tokenizer
+
+    session.quiet_libraries()
+    of_documents = lengths(options)
+    if batch == 1:
+        tokens, count = iter(of_documents), options.documents
+    else:
+        tokens, count = itertools.repeat(batch * MAX_LENGTH), math.ceil(sum(of_documents) / (batch * MAX_LENGTH))
+    config = model.model_config(
+        "tiny", f"activation_function=gelu_new,{learning.DROPOUT}", load_tokenizer("builtin"), MAX_LENGTH
+    )
+
+    def examples() -> Iterator[dict[str, list[int]]]:
+        for ids in windows(options, "truncate" if batch == 1 else "pack"):
+            yield {"input_ids": ids, "labels": ids}
+
+    clock = Clock(options, tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=batch, max_steps=count, learning_rate=rate,
+            lr_scheduler_type="constant_with_warmup", warmup_steps=round(count * options.warmup_share), seed=seed,
+            save_strategy="no", report_to="none", disable_tqdm=True, bf16=options.precision == "bfloat16",
+            use_cpu=not torch.cuda.is_available(),
+        )  # fmt: skip
+        trainer = Trainer(
+            model=model.build(config, seed),
+            args=arguments,
+            train_dataset=datasets.IterableDataset.from_generator(examples),
+            callbacks=[clock],
+        )
+        trainer.remove_callback(PrinterCallback)
+        clock.trainer = trainer
+        trainer.train()
+    return clock
+
+
+def ours(options: argparse.Namespace, seed: int) -> Clock:
+    """The program at its defaults."""
+    import run_clm_slimpajama
+    from slimpajama_hf import session
+
+    clock = Clock(options, iter(lengths(options)))
+    run = session.Session.run
+
+    def timed(self: Any) -> int:
+        clock.trainer = self.trainer
+        self.trainer.add_callback(clock)
+        return run(self)
+
+    session.Session.run = timed  # type: ignore[method-assign]
+    flags = [
+        "--dataset", options.dataset, "--tokenizer", "builtin", "--model", "tiny", "--precision", options.precision,
+        "--max_steps", str(options.documents), "--warmup_steps", str(round(options.documents * options.warmup_share)),
+        "--seed", str(seed), "--epochs", "1000",
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        code = run_clm_slimpajama.main([*flags, "--output_dir", str(Path(folder) / "run")])
+    if code:
+        raise SystemExit(f"the program ended with {code}")
+    return clock
+
+
+def one_run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
+    how = ARMS[arm]
+    clock = ours(options, seed) if how is None else stock(options, *how, seed)
+    return {"marks": clock.marks}
+
+
+def results_file(options: argparse.Namespace) -> Path:
+    return learning.RESULTS.parent / "comparison" / learning.results_file(options).name
+
+
+def done(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Results that are there for this corpus, precision and number of documents."""
+    path = results_file(options)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    facts = facts_of(options)
+    return [row for row in map(json.loads, lines) if facts.items() <= row.items()]
+
+
+def facts_of(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("documents", "warmup_share", "precision", "cut", "seconds_between")
+    return {name: getattr(options, name) for name in names} | {"corpus": options.name, "model": "tiny"}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Held-out loss (`report`) at equal tokens, and after as many seconds as ours takes for them, mean over seeds."""
+    lines = [
+        "| | weights | seeds | s for all tokens | loss after all tokens | loss after the seconds of ours |",
+        "|---|---|---|---|---|---|",
+    ]
+    ended = {row["seed"]: row["marks"][-1]["seconds"] for row in rows if row["arm"] == "ours"}
+    for arm in ARMS:
+        of_arm = [row for row in rows if row["arm"] == arm]
+        for weights in ("last", "averaged"):
+            found = [row for row in of_arm if weights in row["marks"][-1]["scores"]]
+            if not found:
+                continue
+            at_end = [row["marks"][-1]["scores"][weights]["report"]["loss"] for row in found]
+            in_time = [loss_after(row["marks"], weights, ended[row["seed"]]) for row in found if row["seed"] in ended]
+            seconds = sum(row["marks"][-1]["seconds"] for row in found) / len(found)
+            lines.append(
+                f"| {arm} | {weights} | {len(found)} | {seconds:.0f} | {learning.mean_and_error(at_end)} | "
+                f"{learning.mean_and_error(in_time) if in_time else ''} |"
+            )
+    return "\n".join(lines)
+
+
+def loss_after(marks: list[dict[str, Any]], weights: str, seconds: float) -> float:
+    """Held-out loss (`report`) after so many seconds, between two scorings on the line between them; after the last
+    one its own, and before the first that of the first."""
+    import numpy
+
+    there = [mark for mark in marks if weights in mark["scores"]]
+    losses = [mark["scores"][weights]["report"]["loss"] for mark in there]
+    return float(numpy.interp(seconds, [mark["seconds"] for mark in there], losses))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", help="documents to learn, as --dataset of the program")
+    parser.add_argument("--held_out", help="documents to score, likewise")
+    parser.add_argument("--name", required=True, help="what the results call this corpus")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
+    parser.add_argument("--documents", type=int, default=10_000, help="whose tokens each has to learn from [10,000]")
+    parser.add_argument("--warmup_share", type=float, default=0.1, help="of the steps [0.1]")
+    parser.add_argument("--seconds_between", type=int, default=60, help="of training, from scoring to scoring [60]")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--cut", type=int, default=0, help="characters of a piece [0: documents as they are]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with its share of the cores [1]")
+    parser.add_argument("--table", action="store_true", help="print what is there and stop")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--parts", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one_run(options, options.arms[0], options.seeds[0])))
+        return
+    if not options.table:
+        if not (options.dataset and options.held_out):
+            parser.error("--dataset and --held_out are needed to run anything (or --table, to print what is there)")
+        with tempfile.TemporaryDirectory() as folder:
+            make(options, Path(folder))
+    print(table(done(options)))
+
+
+def make(options: argparse.Namespace, folder: Path) -> None:
+    """Run what is not there yet, `--jobs` at a time."""
+    there = {(row["arm"], row["seed"]) for row in done(options)}
+    missing = [(arm, seed) for seed in options.seeds for arm in options.arms if (arm, seed) not in there]
+    facts = facts_of(options)
+    words = [__file__, "--one", "--dataset", learning.lay_out(options, folder), "--parts", str(folder)]
+    words += ["--name", options.name]
+    for name in ("documents", "warmup_share", "precision", "seconds_between"):
+        words += [f"--{name}", str(facts[name])]
+    learning.run_all(missing, words, dict.fromkeys(options.arms, facts), results_file(options), options)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(steps.ROOT))
+    main()
