@@ -70,6 +70,21 @@ def test_loss_guesses_surprisals_and_every_gradient_are_those_of_autograd(tokeni
         assert step.squared_norms().sum().sqrt().item() == pytest.approx(exact, rel=5e-5)
 
 
+def test_norms_are_those_of_what_lies_in_the_buffer(tokenizer):
+    """Some are taken on the way; a gradient that is changed afterwards has another."""
+    step = GPT2Step(build(tokenizer), "float32", 64)
+    step(ids_of(64, len(tokenizer)))
+    pieces = step.gradients.split([p.numel() for p in step._parameters])
+    taken = step.squared_norms()
+    torch.testing.assert_close(taken, torch.stack([piece.square().sum() for piece in pieces]), rtol=5e-5, atol=0)
+    step.gradients.div_(2.0)
+    assert torch.equal(step.squared_norms(), taken / 4)
+    step(ids_of(64, len(tokenizer), seed=7))
+    torch.testing.assert_close(
+        step.squared_norms(), torch.stack([piece.square().sum() for piece in pieces]), rtol=5e-5, atol=0
+    )
+
+
 def test_attention_beyond_the_explicit_length(tokenizer):
     model = build(tokenizer, "n_positions=600,", 600)
     ids = ids_of(530, len(tokenizer))
