@@ -3,6 +3,7 @@
     python benchmarks/comparison.py --dataset 'TRAIN/*.jsonl.zst' --held_out 'HELD_OUT/*.jsonl.zst' --name 'a sample'
     python benchmarks/comparison.py ... --documents 2500 --jobs 2 --seeds 42
     python benchmarks/comparison.py --name 'a sample' --table      # what is there already, without running anything
+    python benchmarks/comparison.py --name 'a sample' --plot FILE.png
 
 The stock Trainer is `transformers.Trainer` with what it does by default (dropout 0.1, AdamW, clipping at 1): with one
 document a step as ours, and with batches of 8 packed windows as `run_clm.py` makes them. Ours is the program at its
@@ -216,6 +217,55 @@ def loss_after(marks: list[dict[str, Any]], weights: str, seconds: float) -> flo
     return float(numpy.interp(seconds, [mark["seconds"] for mark in there], losses))
 
 
+def best_packed(rows: list[dict[str, Any]]) -> str | None:
+    """The arm of packed batches with the lowest loss after all tokens, chosen by `select`."""
+    losses = {
+        row["arm"]: row["marks"][-1]["scores"]["last"]["select"]["loss"]
+        for row in rows
+        if row["arm"].startswith("packed")
+    }
+    return min(losses, key=losses.__getitem__, default=None)
+
+
+def plot(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Held-out loss (`report`) over tokens and over seconds, a line for each seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from slimpajama_hf import palette
+
+    packed = best_packed(rows)
+    lines = [("stock Trainer", "stock Trainer, one document a step", "last", "#D55E00")]
+    if packed is not None:
+        lines.append((packed, f"the same, {packed.replace(', ', ' at a rate of ')}", "last", "#009E73"))
+    lines.append(("ours", "ours, last weights", "last", palette.POINT))
+    lines.append(("ours", "ours, averaged weights", "averaged", palette.ACCENT))
+    figure = Figure(figsize=(12, 4.8), dpi=120, layout="constrained", facecolor=palette.PAPER)
+    FigureCanvasAgg(figure)
+    for ax, what, unit, title in zip(
+        figure.subplots(1, 2, sharey=True), ("tokens", "seconds"), (1e6, 60.0),
+        ("At equal tokens (millions)", "At equal time (minutes of training, one core)"), strict=True,
+    ):  # fmt: skip
+        for arm, label, weights, colour in lines:
+            for row in rows:
+                if row["arm"] != arm:
+                    continue
+                marks = [mark for mark in row["marks"] if weights in mark["scores"]]
+                losses = [mark["scores"][weights]["report"]["loss"] for mark in marks]
+                ax.plot([mark[what] / unit for mark in marks], losses, color=colour, label=label, linewidth=1.6)
+                label = "_"
+        ax.set_title(title, loc="left", fontweight="bold")
+        ax.set_facecolor(palette.PAPER)
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+    left = figure.axes[0]
+    left.set_ylabel("held-out loss, nats per token")
+    left.legend(frameon=False)
+    what = f"the tokens of {options.documents:,} documents, tiny (5.3M), {options.precision}; a line is a seed"
+    figure.suptitle(f"{options.name}: {what}", x=0.01, ha="left", color=palette.MUTED)
+    figure.savefig(options.plot)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help="documents to learn, as --dataset of the program")
@@ -230,17 +280,20 @@ def main() -> None:
     parser.add_argument("--cut", type=int, default=0, help="characters of a piece [0: documents as they are]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with its share of the cores [1]")
     parser.add_argument("--table", action="store_true", help="print what is there and stop")
+    parser.add_argument("--plot", help="a PNG of what is there, likewise")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--parts", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(one_run(options, options.arms[0], options.seeds[0])))
         return
-    if not options.table:
+    if not (options.table or options.plot):
         if not (options.dataset and options.held_out):
             parser.error("--dataset and --held_out are needed to run anything (or --table, to print what is there)")
         with tempfile.TemporaryDirectory() as folder:
             make(options, Path(folder))
+    if options.plot:
+        plot(done(options), options)
     print(table(done(options)))
 
 
