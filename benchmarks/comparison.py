@@ -30,7 +30,7 @@ import learning
 import steps
 from transformers import TrainerCallback
 
-RATES_OF_8 = ("5e-4", "1e-3", "2e-3", "4e-3", "8e-3")
+RATES_OF_8 = ("3e-4", "5e-4", "1e-3", "2e-3", "4e-3")
 
 #: Windows of a step, and the peak rate; None: the program.
 ARMS: dict[str, tuple[int, float] | None] = {
