@@ -19,7 +19,6 @@ import argparse
 import itertools
 import json
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import learning
-import steps
 from transformers import TrainerCallback
 
 RATES_OF_8 = ("3e-4", "5e-4", "1e-3", "2e-3", "4e-3")
@@ -310,5 +308,4 @@ def make(options: argparse.Namespace, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(steps.ROOT))
     main()
