@@ -227,9 +227,6 @@ def best_packed(rows: list[dict[str, Any]]) -> str | None:
 
 def plot(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Held-out loss (`report`) over tokens and over seconds, a line for each seed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     from slimpajama_hf import palette
 
     packed = best_packed(rows)
@@ -238,12 +235,9 @@ def plot(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         lines.append((packed, f"the same, {packed.replace(', ', ' at a rate of ')}", "last", "#009E73"))
     lines.append(("ours", "ours, last weights", "last", palette.POINT))
     lines.append(("ours", "ours, averaged weights", "averaged", palette.ACCENT))
-    figure = Figure(figsize=(12, 4.8), dpi=120, layout="constrained", facecolor=palette.PAPER)
-    FigureCanvasAgg(figure)
-    for ax, what, unit, title in zip(
-        figure.subplots(1, 2, sharey=True), ("tokens", "seconds"), (1e6, 60.0),
-        ("At equal tokens (millions)", "At equal time (minutes of training, one core)"), strict=True,
-    ):  # fmt: skip
+    figure = learning.blank(12, 4.8)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for ax, what, unit in ((left, "tokens", 1e6), (right, "seconds", 60.0)):
         for arm, label, weights, colour in lines:
             for row in rows:
                 if row["arm"] != arm:
@@ -252,16 +246,11 @@ def plot(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
                 losses = [mark["scores"][weights]["report"]["loss"] for mark in marks]
                 ax.plot([mark[what] / unit for mark in marks], losses, color=colour, label=label, linewidth=1.6)
                 label = "_"
-        ax.set_title(title, loc="left", fontweight="bold")
-        ax.set_facecolor(palette.PAPER)
-        for side in ("top", "right"):
-            ax.spines[side].set_visible(False)
-    left = figure.axes[0]
-    left.set_ylabel("held-out loss, nats per token")
+    left.set_ylabel(learning.LOSS)
     left.legend(frameon=False)
+    titles = ["At equal tokens (millions)", "At equal time (minutes of training, one core)"]
     what = f"the tokens of {options.documents:,} documents, tiny (5.3M), {options.precision}; a line is a seed"
-    figure.suptitle(f"{options.name}: {what}", x=0.01, ha="left", color=palette.MUTED)
-    figure.savefig(options.plot)
+    learning.finish(figure, titles, f"{options.name}: {what}", options.plot)
 
 
 def main() -> None:

@@ -93,6 +93,9 @@ HALF_LIVES = (200, 500, 1000, 0.04, 0.06, 0.1)
 #: That of `--average_weights`.
 DEFAULT_HALF_LIFE = 0.06
 
+#: What the pictures show.
+LOSS = "held-out loss, nats per token"
+
 #: Held-out documents of a part at most.
 MOST_HELD_OUT = 1000
 
@@ -254,9 +257,6 @@ def mean_and_error(values: list[float]) -> str:
 
 def plot(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Held-out loss (`report`) over the rate for each kind of recipe, and the recipes at the default rate beside it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     from slimpajama_hf import palette
 
     def losses(arm: str, weights: str) -> list[float]:
@@ -277,8 +277,7 @@ def plot(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         drawn.append((label, colour, sorted((rate, statistics.mean(found)) for rate, found in points if found)))
     # Two points are no curve.
     swept = any(len(points) > 2 for _, _, points in drawn)
-    figure = Figure(figsize=(12 if swept else 7.5, 5.2), dpi=120, layout="constrained", facecolor=palette.PAPER)
-    FigureCanvasAgg(figure)
+    figure = blank(12 if swept else 7.5, 5.2)
     *lefts, right = figure.subplots(1, 2, width_ratios=(1.5, 1)) if swept else [figure.add_subplot()]
     for left in lefts:
         for label, colour, points in drawn:
@@ -301,16 +300,38 @@ def plot(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         right.annotate(f"{mean:.2f}", (place, max(found)), (0, 8), textcoords="offset points", ha="center")
     right.set_xticks(range(len(bars)), [name.replace(" ", "\n", 1) for name, _, _ in bars])
     right.set_xlabel("at a rate of 1e-3; a dot is a seed, a line their mean")
-    for ax, title in zip([*lefts, right], ["By learning rate", "By recipe"][-1 - len(lefts) :], strict=True):
-        ax.set_title(title, loc="left", fontweight="bold")
-        ax.set_ylabel("held-out loss, nats per token")
-        ax.set_facecolor(palette.PAPER)
+    for ax in figure.axes:
+        ax.set_ylabel(LOSS)
         ax.margins(y=0.15)
+    titles = ["By learning rate", "By recipe"][-len(figure.axes) :]
+    finish(
+        figure, titles, f"{options.name}: {options.steps:,} documents, tiny (5.3M), {options.precision}", options.plot
+    )
+
+
+def blank(width: float, height: float) -> Any:
+    """A figure of so many inches on the paper of the charts."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from slimpajama_hf import palette
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor=palette.PAPER)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def finish(figure: Any, titles: list[str], caption: str, path: str) -> None:
+    """Title each panel, put the caption above them, and write the PNG."""
+    from slimpajama_hf import palette
+
+    for ax, title in zip(figure.axes, titles, strict=True):
+        ax.set_title(title, loc="left", fontweight="bold")
+        ax.set_facecolor(palette.PAPER)
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
-    title = f"{options.name}: {options.steps:,} documents, tiny (5.3M), {options.precision}"
-    figure.suptitle(title, x=0.01, ha="left", color=palette.MUTED)
-    figure.savefig(options.plot)
+    figure.suptitle(caption, x=0.01, ha="left", color=palette.MUTED)
+    figure.savefig(path)
 
 
 def main() -> None:
