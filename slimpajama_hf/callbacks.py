@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from slimpajama_hf import budget, generation, screen
+from slimpajama_hf import budget, generation, screen, terminal
 from slimpajama_hf.files import GrowingFile
 from slimpajama_hf.run_folder import RunFolder
 from slimpajama_hf.screen import TrainingBar
@@ -127,11 +127,13 @@ class GenerateSamples(TrainerCallback):
             sample["output_ids"] = written
             # Decoded behind its prompt, so that the space between the two is right.
             sample["output"] = self._encoder.decode(prompt + written)[len(sample["input"]) :]
-            shown = f"{_one_line(sample['input'], 60)} → {_one_line(sample['output'], 100) or '(end of text)'}"
+            shown = " → ".join(
+                _one_line(terminal.written(sample[part]), width) for part, width in (("input", 60), ("output", 100))
+            )
         except Exception as error:
             sample["error"] = f"{type(error).__name__}: {error}"
             self.failures.append(f"step {step}: {sample['error']}")
-            shown = f"{_one_line(sample['input'], 60)} → failed: {sample['error']}"
+            shown = f"{_one_line(terminal.written(sample['input']), 60)} → failed: {sample['error']}"
         self._progress.say(f"sample @ {step}: {shown}")
         return sample
 
@@ -192,8 +194,6 @@ class StopOnSignal(TrainerCallback):
 
 
 def _one_line(text: str, width: int) -> str:
-    if text.isspace():
-        return f"({len(text)} characters of white space)"
     line = " ".join(text.split())
     line = "".join(letter if letter.isprintable() else "·" for letter in line)
     return line if len(line) <= width else line[: width - 1] + "…"

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from slimpajama_hf import files, noise, palette
+from slimpajama_hf import files, noise, palette, terminal
 from slimpajama_hf.ledger import Columns
 
 WINDOW = 50  # steps of a running mean
@@ -508,7 +508,7 @@ def draw_samples(ax: Axes, columns: Columns, samples: Samples) -> None:
         top = row * height / SAMPLES_SHOWN
         ax.add_line(Line2D((0, width), (top, top), color=palette.GRID, lw=1))
         failed, accuracy = sample.get("error"), sample.get("accuracy")
-        output = f"failed: {failed}" if failed else sample.get("output") or "(nothing)"
+        output = f"failed: {failed}" if failed else terminal.written(str(sample.get("output") or ""))
         share = f"{100 * accuracy:.1f} %" if isinstance(accuracy, (int, float)) and math.isfinite(accuracy) else "—"
         step = f"{sample['step']:,}" if isinstance(sample.get("step"), int) else "?"
         cells = (step, fit(sample.get("input", ""), text_width, 2), fit(output, text_width, 2), share)

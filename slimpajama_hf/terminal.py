@@ -48,6 +48,13 @@ def has_colours(drawn: Console) -> bool:
     return drawn.is_terminal and drawn.color_system is not None and not drawn.no_color
 
 
+def written(text: str) -> str:
+    """`text` of a document or a model; in words what it is where there is nothing to see of it."""
+    if not text:
+        return "(end of text)"
+    return f"({len(text)} characters of white space)" if text.isspace() else text
+
+
 def visible(text: str, line_ends: bool = True) -> str:
     """`text` with everything that steers a terminal or hides made visible: controls as their pictures (␛), marks that
     turn the direction of the line or have no width as ‹U+202E›, tabs as →, line ends as ⏎ (kept behind it with

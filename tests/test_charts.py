@@ -341,6 +341,14 @@ def test_printable_text_is_one_line_of_glyphs_that_the_font_has() -> None:
     assert charts.printable("日本語のテキスト!") == "···!"
 
 
+def test_a_sample_that_nobody_could_see_is_there_in_words() -> None:
+    samples = [{"step": 1, "input": "a", "output": "", "accuracy": 0.0}]
+    samples += [{"step": 2, "input": "a", "output": " \n" * 80, "accuracy": 0.0}]
+    ax = panel(charts.draw(run_of(10), samples, CAPTION), "samples")
+    assert texts(ax, "output 0") == ["(160 characters of white space)"]
+    assert texts(ax, "output 1") == ["(end of text)"]
+
+
 def test_the_table_shows_the_last_five_samples_newest_first() -> None:
     samples: list[dict[str, Any]] = [
         {"step": i, "input": f"in {i}", "output": f"out {i}", "accuracy": i / 10} for i in range(8)
