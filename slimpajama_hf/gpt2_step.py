@@ -10,6 +10,8 @@ Why it is faster (figures of 2 CPU cores in benchmarks/results):
 - GELU's tanh is written as the sigmoid that it equals, which is one third of the cost, and its backward is
   multiplications;
 - attention of up to 512 tokens on a CPU is three products a head: cheaper backward than the fused kernel's;
+- products are made by the library that is fast at them, and weights that change seldom are kept in the layout that it
+  wants (`products.py`);
 - no modules, hooks or graph: on CUDA all of it is captured once and replayed as one graph.
 
 What is trained is the same function: losses and gradients agree with `GPT2LMHeadModel` to float32 rounding
@@ -27,14 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from slimpajama_hf.products import Weights, product, product_into, square
+
 #: Beyond so many tokens the (heads, T, T) attention weights are worth avoiding.
 LONGEST_EXPLICIT_ATTENTION = 512
-#: Queries that look at the same keys at once.
-ATTENTION_BLOCK = 128
-
-#: Rows of a gradient that a CPU multiplies at once in low precision: what is copied is then still in its cache, which
-#: halves the time of the head's.
-PRODUCT_ROWS = 4096
+#: Queries that look at the same keys at once: most of what causality masks is never multiplied. In low precision
+#: products are so cheap that fewer of them are worth more.
+ATTENTION_BLOCK, LOW_ATTENTION_BLOCK = 128, 256
 
 #: On a CPU samples are computed in low precision at multiples of this length: oneDNN prepares its products for each
 #: length anew, which takes longer than the padding, and keeps what it prepared.
@@ -122,14 +123,9 @@ class GPT2Step:
                 self.gradients.split([p.numel() for p in self._parameters]), self._parameters, strict=True
             )
         ]
-        self._weights = [p.detach() for p in self._parameters]
-        self._copies = self._low_precision_copies()
+        self._weights = Weights(self._parameters, self._low, seldom_changed, max_length)
         place = {id(p): index for index, p in enumerate(self._parameters)}
         self._place = lambda parameter: place[id(parameter)]
-        # The version that the copy of a parameter is of; None: copied before every step.
-        self._versions: list[int | None] = [None] * len(self._parameters)
-        for parameter in seldom_changed:
-            self._versions[self._place(parameter)] = -1
         # Squared norms of gradients that the last backward took on its way, by place, and the version they are of.
         self._squares: dict[int, torch.Tensor] = {}
         self._squares_version = -1
@@ -144,30 +140,10 @@ class GPT2Step:
         self._graph: _Graph | None = None
         self._graph_failed = self._device.type != "cuda"
 
-    def _low_precision_copies(self) -> list[torch.Tensor]:
-        if self._low is None:
-            return self._weights
-        return [torch.empty_like(weight, dtype=self._low) for weight in self._weights]
-
-    def _cast_weights(self) -> None:
-        if self._low is None:
-            return
-        versions = [
-            None if known is None else weight._version
-            for known, weight in zip(self._versions, self._weights, strict=True)
-        ]
-        changed = [
-            place
-            for place, (known, now) in enumerate(zip(self._versions, versions, strict=True))
-            if now is None or now != known
-        ]
-        torch._foreach_copy_([self._copies[place] for place in changed], [self._weights[place] for place in changed])
-        self._versions = versions
-
     def __call__(self, input_ids: torch.Tensor) -> Result:
         """One sample, `input_ids` (T,) on the model's device with 2 <= T <= max_length. Leaves `.grad` set."""
         with torch.no_grad():
-            self._cast_weights()
+            self._weights.refresh()
             result = self._captured(input_ids) if not self._graph_failed else None
             if result is None:
                 tokens, length = input_ids.numel(), self._padded(input_ids.numel())
@@ -183,7 +159,7 @@ class GPT2Step:
         if not self._graph_failed:
             return self(input_ids).loss
         with torch.no_grad():
-            self._cast_weights()
+            self._weights.refresh()
             tokens, length = input_ids.numel(), self._padded(input_ids.numel())
             padded = F.pad(input_ids, (0, length - tokens)) if length > tokens else input_ids
             return self._run(padded, self._shares(tokens, length), backward=False).loss
@@ -202,7 +178,7 @@ class GPT2Step:
         if self._device.type != "cpu":
             return torch.stack(torch._foreach_norm(pieces)).square()
         there = self._squares if row is None and self.gradients._version == self._squares_version else {}
-        return torch.stack([there[place] if place in there else _square(piece) for place, piece in enumerate(pieces)])
+        return torch.stack([there[place] if place in there else square(piece) for place, piece in enumerate(pieces)])
 
     # ---- a graph of CUDA ----
 
@@ -231,26 +207,19 @@ class GPT2Step:
 
     def _linear(self, module: Any, inputs: torch.Tensor) -> torch.Tensor:
         """`inputs @ W + b` of a Conv1D, W of shape (in, out)."""
-        return torch.addmm(self._copies[self._place(module.bias)], inputs, self._copies[self._place(module.weight)])
+        return self._weights.linear(inputs, self._place(module.weight), self._place(module.bias))
 
     def _linear_backward(self, module: Any, inputs: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Gradients of W and b into their places; returns that of the inputs."""
         weight = self._place(module.weight)
-        self._product(inputs.t(), gradient, self._views[weight])
-        if self._device.type == "cpu":
-            self._squares[weight] = _square(self._views[weight])
+        self._gradient_product(weight, inputs.t(), gradient)
         torch.sum(gradient, 0, dtype=torch.float32, out=self._views[self._place(module.bias)])
-        return torch.mm(gradient, self._copies[weight].t())
+        return self._weights.linear_backward(gradient, weight)
 
-    def _product(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-        if self._low is None:
-            torch.mm(left, right, out=out)
-        elif self._device.type != "cpu":
-            out.copy_(torch.mm(left, right))
-        else:
-            for first in range(0, len(out), PRODUCT_ROWS):
-                rows = slice(first, first + PRODUCT_ROWS)
-                out[rows].copy_(torch.mm(left[rows], right))
+    def _gradient_product(self, weight: int, left: torch.Tensor, right: torch.Tensor) -> None:
+        squared = product_into(self._views[weight], left, right)
+        if squared is not None:
+            self._squares[weight] = squared
 
     def _norm(self, module: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return torch.native_layer_norm(inputs, (self._width,), module.weight, module.bias, self._epsilon)
@@ -268,8 +237,8 @@ class GPT2Step:
     def _run(self, input_ids: torch.Tensor, shares: torch.Tensor, backward: bool = True) -> Result:
         """Forward and backward of (T,) ids with the weight of each position in the loss, `shares` (T,)."""
         length = input_ids.numel()
-        x = torch.embedding(self._weights[self._wte], input_ids)  # (T, D)
-        x += self._weights[self._wpe][:length]
+        x = torch.embedding(self._parameters[self._wte], input_ids)  # (T, D)
+        x += self._parameters[self._wpe][:length]
         kept = []
         for block, scaling in zip(self._blocks, self._scaling, strict=True):
             entered = x
@@ -312,13 +281,18 @@ class GPT2Step:
         if self._device.type != "cpu" or length > LONGEST_EXPLICIT_ATTENTION:
             return _fused_attention(qkv, scaling, self._heads)
         # As the fused kernel: products of `low`, softmax and its sums in float32.
-        low = qkv.dtype
-        query, key, value = qkv.view(length, 3, self._heads, size).permute(1, 2, 0, 3)  # (H, T, d) each
-        attended = torch.empty(length, self._width, dtype=low)
-        by_head = attended.view(length, self._heads, size).transpose(0, 1)  # (H, T, d)
-        # Queries in blocks, each with the keys that it may see: most of what causality masks is never multiplied.
-        blocks = [(first, min(first + ATTENTION_BLOCK, length)) for first in range(0, length, ATTENTION_BLOCK)]
-        kept = []
+        low, block = qkv.dtype, ATTENTION_BLOCK
+
+        def by_head(values: torch.Tensor) -> torch.Tensor:
+            parts = values.view(length, -1, self._heads, size).permute(1, 2, 0, 3)  # (parts, H, T, d)
+            # Products in low precision would copy every piece of what does not lie close together.
+            return parts if low == torch.float32 else parts.contiguous()
+
+        if low != torch.float32:
+            block = LOW_ATTENTION_BLOCK
+        query, key, value = by_head(qkv)  # (H, T, d) each
+        blocks = [(first, min(first + block, length)) for first in range(0, length, block)]
+        kept, outputs = [], []
         for first, last in blocks:
             mask = self._causal(length)[:, first:last, :last]
             if low == torch.float32:
@@ -328,11 +302,12 @@ class GPT2Step:
                 weights = torch.add(mask, scores, alpha=scaling)
             torch.softmax(weights, -1, out=weights)
             lowered = weights.to(low)
-            by_head[:, first:last] = torch.bmm(lowered, value[:, :last])
+            outputs.append(torch.bmm(lowered, value[:, :last]))
             kept.append((weights, lowered))
+        attended = torch.cat(outputs, 1).transpose(0, 1).reshape(length, self._width)
 
         def back(gradient: torch.Tensor) -> torch.Tensor:
-            of_attended = gradient.view(length, self._heads, size).transpose(0, 1)  # (H, T, d)
+            (of_attended,) = by_head(gradient)  # (H, T, d)
             of_qkv = torch.empty_like(qkv)
             of_query, of_key, of_value = of_qkv.view(length, 3, self._heads, size).permute(1, 2, 0, 3)
             keys = values = None
@@ -342,8 +317,10 @@ class GPT2Step:
                 scores = torch._softmax_backward_data(of_weights, weights, -1, torch.float32).mul_(scaling).to(low)
                 of_query[:, first:last] = torch.bmm(scores, key[:, :last])
                 if keys is None or values is None:
-                    keys = torch.bmm(scores.transpose(1, 2), query[:, first:last]).float()
-                    values = torch.bmm(lowered.transpose(1, 2), part).float()
+                    keys = torch.bmm(scores.transpose(1, 2), query[:, first:last])
+                    values = torch.bmm(lowered.transpose(1, 2), part)
+                    if len(blocks) > 1:
+                        keys, values = keys.float(), values.float()
                 elif low == torch.float32:
                     keys[:, :last].baddbmm_(scores.transpose(1, 2), query[:, first:last])
                     values[:, :last].baddbmm_(lowered.transpose(1, 2), part)
@@ -368,24 +345,24 @@ class GPT2Step:
         """Logits, loss and the gradient of `x` (T, D), the head's in its place; without `backward` the loss alone."""
         hidden, mean, rstd = self._norm(self._final, x)
         hidden = self._lowered(hidden)
-        head = self._copies[self._head]
-        logits = torch.mm(hidden, head.t()).float()  # (T, V), the largest thing of the step: worked on in place
+        head = self._weights[self._head]
+        logits = product(hidden, head.t()).float()  # (T, V), the largest thing of the step: worked on in place
         targets = input_ids.roll(-1).unsqueeze(1)  # (T, 1); the last one is not predicted and has no share
         highest = logits.amax(1, keepdim=True)
         of_target = logits.gather(1, targets)
         correct = self._guessed(logits, highest, of_target, targets, shares)
-        logits.sub_(highest).exp_()
-        total = logits.sum(1, keepdim=True)
-        nats = (total.log() + highest - of_target).squeeze(1)  # (T,)
+        torch.softmax(logits, 1, out=logits)
+        # The sum of softmax is 1 over the probability of the highest, which no sample is too surprising for.
+        nats = (highest - of_target - logits.amax(1, keepdim=True).log()).squeeze(1)  # (T,)
         loss = torch.dot(nats, shares)
         if not backward:
             return Result(loss, correct, nats), x
         # Softmax minus one at the target, in the mean of the loss.
-        logits.mul_(shares.unsqueeze(1) / total)
+        logits.mul_(shares.unsqueeze(1))
         logits.scatter_add_(1, targets, -shares.unsqueeze(1))
         gradient = self._lowered(logits)
-        self._product(gradient.t(), hidden, self._views[self._head])
-        of_hidden = torch.mm(gradient, head)
+        self._gradient_product(self._head, gradient.t(), hidden)
+        of_hidden = product(gradient, head)
         return Result(loss, correct, nats), self._norm_backward(self._final, of_hidden.float(), x, mean, rstd)
 
     def _guessed(
@@ -405,10 +382,15 @@ class GPT2Step:
 
     def _embeddings_backward(self, input_ids: torch.Tensor, gradient: torch.Tensor) -> None:
         words, positions = self._views[self._wte], self._views[self._wpe]
-        if self._wte != self._head:
+        tied = self._wte == self._head
+        if not tied:
             words.zero_()
         if self._device.type == "cpu":
+            rows = torch.unique(input_ids)
+            before = square(words[rows]) if tied else 0.0
             words.index_add_(0, input_ids, gradient)
+            changed = square(words[rows]) - before
+            self._squares[self._wte] = self._squares[self._wte] + changed if tied else changed
         else:
             # Sorted, so that two runs add in the same order; `index_add_` is atomic there.
             words.index_put_((input_ids,), gradient, accumulate=True)
@@ -449,11 +431,6 @@ class _Graph:
         self._graph.replay()
         # The next replay overwrites these.
         return Result(self._result.loss.clone(), self._result.correct.clone(), self._result.nats.clone())
-
-
-def _square(values: torch.Tensor) -> torch.Tensor:
-    """Squared L2 norm of all elements, ()."""
-    return torch.dot(values.view(-1), values.view(-1))
 
 
 def _gelu(x: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:

@@ -143,6 +143,8 @@ def needs(
     model: PreTrainedModel, max_length: int, precision: str, averaged: bool = False, hidden_optim: str = "adamw"
 ) -> Needs:
     """Memory of a step of one sample of `max_length` tokens; `averaged`: with an average of the weights beside them."""
+    from slimpajama_hf import optimization
+
     config: GPT2Config | Any = model.config
     parameters = model.num_parameters()
     width = 2 if precision == "bfloat16" else 4
@@ -154,6 +156,9 @@ def needs(
     logits = config.vocab_size * (width + 4 + 4)
     # bfloat16 autocast keeps a cast copy of the weights between forward and backward.
     casts = 2 * parameters if precision == "bfloat16" else 0
+    if casts and model.device.type == "cpu":
+        # Packed twice (products.py).
+        casts += 2 * optimization.learn_by_muon(model, hidden_optim)
     state = 4 * parameters + checkpoint_bytes(model, averaged, hidden_optim)
     return Needs(parameters, state, max_length * (per_token + logits) + casts)
 

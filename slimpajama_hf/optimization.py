@@ -47,10 +47,14 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.ndim >= 2 and id(parameter) not in outside]
 
 
+def learn_by_muon(model: Any, hidden_optim: str) -> int:
+    """How many of the parameters do."""
+    return sum(each.numel() for each in hidden_matrices(model) if each.ndim == 2) if hidden_optim == "muon" else 0
+
+
 def moments_bytes(model: Any, hidden_optim: str) -> int:
     """Bytes of what the optimizer keeps: two moments of AdamW, of a matrix that learns by Muon one."""
-    one = sum(each.numel() for each in hidden_matrices(model) if each.ndim == 2) if hidden_optim == "muon" else 0
-    return 8 * model.num_parameters() - 4 * one
+    return 8 * model.num_parameters() - 4 * learn_by_muon(model, hidden_optim)
 
 
 def set_apart(optimizer: torch.optim.Optimizer, which: list[nn.Parameter], rate: float, **options: Any) -> None:

@@ -12,6 +12,7 @@ from slimpajama_hf import model as models
 from slimpajama_hf import optimization
 from slimpajama_hf.averaging import WeightAverage
 from slimpajama_hf.gpt2_step import GPT2Step, unsupported
+from slimpajama_hf.products import Weights
 from slimpajama_hf.tokenizer import load_tokenizer
 from tests.conftest import NANO, read_ledger, run_script
 
@@ -78,7 +79,7 @@ def test_norms_are_those_of_what_lies_in_the_buffer(tokenizer):
     taken = step.squared_norms()
     torch.testing.assert_close(taken, torch.stack([piece.square().sum() for piece in pieces]), rtol=5e-5, atol=0)
     step.gradients.div_(2.0)
-    assert torch.equal(step.squared_norms(), taken / 4)
+    torch.testing.assert_close(step.squared_norms(), taken / 4, rtol=5e-5, atol=0)
     step(ids_of(64, len(tokenizer), seed=7))
     torch.testing.assert_close(
         step.squared_norms(), torch.stack([piece.square().sum() for piece in pieces]), rtol=5e-5, atol=0
@@ -227,14 +228,15 @@ def test_what_is_seldom_changed_is_cast_when_it_has_changed_and_only_then(tokeni
     """To the bit as without, over updates of Muon, weights put aside and back, and weights loaded."""
     monkeypatch.setattr(optimization, "DOCUMENTS_BETWEEN", 4)
     models_of_both, losses, casts = [build(tokenizer), build(tokenizer)], ([], []), [0, 0]
-    foreach_copy = torch._foreach_copy_
+    refresh = Weights.refresh
     for which, model in enumerate(models_of_both):
 
-        def counted(copies, weights, which=which):
-            casts[which] += len(copies)
-            foreach_copy(copies, weights)
+        def counted(weights, which=which):
+            changed = refresh(weights)
+            casts[which] += len(changed)
+            return changed
 
-        monkeypatch.setattr(torch, "_foreach_copy_", counted)
+        monkeypatch.setattr(Weights, "refresh", counted)
         groups = [{"params": list(model.parameters())}]
         adamw = torch.optim.AdamW(groups, lr=1e-2, fused=True)
         optimizer = optimization.AdamWWithMuon.of(adamw, model, 0.5, torch.float32)
@@ -253,4 +255,4 @@ def test_what_is_seldom_changed_is_cast_when_it_has_changed_and_only_then(tokeni
                 model.load_state_dict(begun)
     assert losses[0] == losses[1]
     # Of 28 parameters 8 are matrices: cast at first, after each of 6 updates, after three changes by others.
-    assert casts[0] == 25 * 28 and casts[1] <= 25 * 20 + 8 * (1 + 6 + 3)
+    assert casts[0] == 25 * 28 and 25 * 20 + 8 * 6 <= casts[1] <= 25 * 20 + 8 * (1 + 6 + 3)

@@ -171,3 +171,7 @@ def test_needs_count_weights_gradients_and_moments(tokenizer):
     assert need.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert need.state_bytes == 16 * need.parameters
     assert need.total_bytes > need.state_bytes
+    low, packed = (models.needs(model, 256, "bfloat16", hidden_optim=how) for how in ("adamw", "muon"))
+    matrices = sum(weight.numel() for name, weight in model.named_parameters() if ".h." in name and weight.ndim == 2)
+    assert packed.activation_bytes - low.activation_bytes == 2 * matrices
+    assert low.state_bytes - packed.state_bytes == 4 * matrices
