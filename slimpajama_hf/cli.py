@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -31,6 +32,9 @@ TEST_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "test.yaml"
 
 #: A configuration is a page of flags; anything larger is a mistake (or an alias bomb).
 LARGEST_CONFIG_BYTES = 100_000
+
+#: So long the first of several processes may take to say what ends them all; then its launcher ends the others.
+SECONDS_FOR_THE_FIRST = 10.0
 
 
 @dataclasses.dataclass
@@ -339,3 +343,6 @@ def _say_error(error: UserError) -> None:
         screen.say(f"error: {error}")
     elif not isinstance(error, UsageError | SaidByTheFirst):
         screen.say(f"error: process {rank}: {error}")
+    else:
+        # A launcher ends all as soon as one ends badly: the first has to have said why.
+        time.sleep(SECONDS_FOR_THE_FIRST)

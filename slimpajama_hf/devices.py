@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import sys
+from pathlib import Path
 
 from slimpajama_hf.errors import UserError
 
@@ -129,3 +131,10 @@ def has_fast_bfloat16() -> bool:
     import torch
 
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def is_amd() -> bool:
+    """Whether this is an AMD processor (Linux or Windows on x86)."""
+    with contextlib.suppress(OSError):
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    return "AuthenticAMD" in platform.processor()

@@ -1,39 +1,50 @@
 """Matrix products of the step, each by the library that is fast at it, and weights laid out for them.
 
-On x86 processors `torch.mm` leaves float32 to MKL, which takes 2.2 times as long as oneDNN on an AMD processor with
-AVX-512 (docs/speed.md). And at each product the matrix on the right is rearranged anew to what the processor reads at
-once; a weight that many products share can be kept like that. Both are done by the operators that torch's own compiler
-emits for a linear layer on a CPU (torch/_inductor/mkldnn_ir.py). They are not documented, so tests/test_products.py
-holds them against `torch.mm`; where they are missing, `torch.mm` it is.
+`torch.mm` leaves float32 to MKL, which multiplies at half the speed of oneDNN on an AMD processor with AVX-512
+(docs/speed.md). And at each product the matrix on the right is rearranged anew to what the processor reads at once; a
+weight that many products share can be kept like that. Both are done by the operators that torch's own compiler emits
+for a linear layer on a CPU (torch/_inductor/mkldnn_ir.py). They are not documented, so tests/test_products.py holds
+them against `torch.mm`; where they are missing, `torch.mm` it is.
 """
 
 from __future__ import annotations
 
-import platform
+import functools
 from collections.abc import Iterable, Sequence
 
 import torch
+
+from slimpajama_hf import devices
 
 #: Rows of a gradient that a CPU multiplies at once: what is copied is then still in its cache, which halves the time of
 #: the head's.
 ROWS_AT_ONCE = 4096
 
 
+@functools.cache
 def _onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of `dtype` on this processor."""
-    there = (
-        platform.machine().lower() in ("x86_64", "amd64")
-        and torch.backends.mkldnn.is_available()
-        and all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
-    )
-    if not there or dtype not in (torch.float32, torch.bfloat16):
+    """Whether matrices of `dtype` are to be multiplied by oneDNN's own operators on this processor.
+
+    Which library it is must not hang on a stopwatch: a run that goes on shall round as it did.
+    """
+    if dtype == torch.float32 and not devices.is_amd():
+        # Of Intel's processors MKL leaves nothing idle.
         return False
-    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    one = torch.ones(2, 2, dtype=dtype)
+    try:
+        return bool((_by_onednn(one, _packed(one, 2)) == 2).all() and (_by_onednn(one, one) == 2).all())
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
 
 
 def _by_onednn(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`inputs @ weight.T + bias`; `weight` as it is, or packed."""
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
+def _packed(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """`weight` as oneDNN wants it for inputs of so many rows."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -122,8 +133,8 @@ class Weights:
         return changed
 
     def _pack(self, place: int) -> None:
-        low, pack = self._weights[place].to(self._low), torch.ops.mkldnn._reorder_linear_weight
-        for_linear, for_backward = pack(low.t(), self._rows), pack(low, self._rows)
+        low = self._weights[place].to(self._low)
+        for_linear, for_backward = _packed(low.t(), self._rows), _packed(low, self._rows)
         if place in self._packed:
             # Where the old ones lie: memory that is freed one matrix at a time is a heap full of holes.
             self._packed[place][0].copy_(for_linear)

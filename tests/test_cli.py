@@ -205,3 +205,16 @@ def test_a_pipe_that_nobody_reads_leaves_the_exit_code_alone():
     os.close(reader)
     process.communicate(b".", timeout=60)
     assert process.returncode == 3
+
+
+@pytest.mark.parametrize(("rank", "said", "waited"), [("0", 1, 0), ("1", 0, 1)])
+def test_the_first_of_several_processes_is_given_time_to_say_what_is_wrong(monkeypatch, capfd, rank, said, waited):
+    """A launcher ends all as soon as one ends badly, and the others may come to it sooner."""
+    slept = []
+    monkeypatch.setattr(cli.time, "sleep", slept.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("sys.argv", ["run_clm_slimpajama.py", "--max_steps", "ten"])
+    assert cli.run(cli.parse) == 2
+    assert capfd.readouterr().err.count("error: --max_steps") == said
+    assert len(slept) == waited

@@ -1,12 +1,13 @@
 """Products and packed weights are `torch.mm`'s: the operators behind them are torch's own, but not documented."""
 
 import platform
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from slimpajama_hf import products
+from slimpajama_hf import devices, products
 from slimpajama_hf.products import Weights, product, product_into
 
 #: Rows, inputs, outputs: of a step, of a short sample, of no multiple of anything.
@@ -31,12 +32,31 @@ def libraries(request, monkeypatch):
         monkeypatch.setattr(products, "_onednn", lambda dtype: False)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN multiplies on x86 processors only")
 def test_torch_has_the_operators_here():
     """A version of torch that takes them away shall be noticed."""
-    assert products._onednn(torch.float32)
-    assert products._onednn(torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if platform.machine() != "x86_64":
+        pytest.skip("oneDNN's operators are those of x86 processors")
+    assert products._onednn(torch.float32) == devices.is_amd()
+    assert products._onednn(torch.bfloat16) or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert not products._onednn(torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "amd"), [("vendor_id\t: AuthenticAMD\n", True), ("vendor_id\t: GenuineIntel\n", False), ("", False)]
+)
+def test_whose_processor_it_is(monkeypatch, cpuinfo, amd):
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: cpuinfo)
+    assert devices.is_amd() == amd
+
+
+def test_an_operator_that_fails_is_not_used(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("could not create a primitive descriptor")
+
+    products._onednn.cache_clear()
+    monkeypatch.setattr(products, "_packed", fails)
+    assert not products._onednn(torch.float32) and not products._onednn(torch.bfloat16)
+    products._onednn.cache_clear()
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
