@@ -37,11 +37,20 @@ def columns(rows: int) -> Any:
     made = Columns()
     made.domains = [f"domain {number}" for number in range(7)]
     loss = 3 + 5 * np.exp(-steps / 20_000) + 0.4 * draw.standard_normal(rows)
+    # What is measured at some steps only.
+    seldom = {
+        name: np.where(steps % every == 0, values, np.nan)
+        for name, every, values in (
+            ("grad_square", 500, 1 + 0 * loss), ("grad_agreement", 500, 0.1 + 0.02 * draw.standard_normal(rows)),
+            ("loss_after", 100, loss - 0.05), ("next_loss", 100, loss),
+        )
+    }  # fmt: skip
     made._store = {
         "step": steps, "loss": loss, "accuracy": np.clip(0.5 - loss / 20, 0, 1), "throughput": 3000 + 50 * loss,
         "learning_rate": np.minimum(1, (steps + 1) / 1000) * 1e-3, "grad_norm": np.exp(draw.standard_normal(rows)),
         "tokens": np.full(rows, 256), "text_bytes": np.full(rows, 1000), "code_bits": loss * 256 / 0.693,
-        "domain": draw.integers(0, 7, rows).astype(np.int16),
+        "domain": draw.integers(0, 7, rows).astype(np.int16), "samples": np.ones(rows, np.int32),
+        "predicted": np.full(rows, 255), **seldom,
     }  # fmt: skip
     made._size = rows
     return made
