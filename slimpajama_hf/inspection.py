@@ -199,8 +199,7 @@ def view_of(checkpoint: Path, step: int, ids: list[int], encoder: Encoder) -> Ch
         # Decoded behind a letter: SentencePiece drops the space of a token that begins a text.
         if token not in texts:
             own = encoder.decode([*before, token])[opening:]
-            spelled = encoder.tokenizer.convert_ids_to_tokens(token)
-            texts[token] = own if own and "\ufffd" not in own else str(spelled)
+            texts[token] = own if own and "\ufffd" not in own else encoder.piece(token)
         return texts[token]
 
     guesses = [
@@ -268,9 +267,7 @@ def complete(found: Inspection, predicted: int, checkpoint: int | None) -> None:
         found.tokens = reread.tokens_again(encoder, found.places, found.documents, mode)
         ids = [token.id for token in found.tokens]
         found.names = {
-            index: str(name)
-            for index, name in zip(ids, encoder.tokenizer.convert_ids_to_tokens(ids), strict=True)
-            if index in encoder.tokenizer.all_special_ids
+            index: encoder.piece(index) for index in sorted(set(ids) & set(encoder.tokenizer.all_special_ids))
         }
         _add_then(found, folder, predicted, ids, encoder, waiting)
         if now_folder is not None and checkpoint is not None:

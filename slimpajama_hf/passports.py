@@ -86,8 +86,8 @@ def pieces(encoder: Encoder, ids: Sequence[int]) -> list[str]:
 
 
 def _control_name(encoder: Encoder, token: int) -> str:
-    name = encoder.tokenizer.convert_ids_to_tokens(int(token))
-    return str(name) if name in encoder.tokenizer.all_special_tokens else ""
+    name = encoder.piece(token)
+    return name if name in encoder.tokenizer.all_special_tokens else ""
 
 
 class _Guesses:
@@ -103,7 +103,7 @@ class _Guesses:
     def text(self, token: int) -> str:
         if token not in self._known:
             text = self._encoder.decode([*self._before, token])[self._length :]
-            self._known[token] = text or str(self._encoder.tokenizer.convert_ids_to_tokens(token) or f"<{token}>")
+            self._known[token] = text or self._encoder.piece(token)
         return self._known[token]
 
 

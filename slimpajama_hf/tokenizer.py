@@ -384,6 +384,12 @@ class Encoder:
             return self._processor.decode(known)
         return str(self.tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def piece(self, token: int) -> str:
+        """What the vocabulary calls a token, `<id>` beyond it."""
+        if not 0 <= token < len(self.tokenizer):
+            return f"<{token}>"
+        return str(self.tokenizer.convert_ids_to_tokens(int(token)))
+
     def _whole(self, text: str, max_tokens: int) -> Opening:
         ids, ends = self.encode(text)
         if len(ids) <= max_tokens:

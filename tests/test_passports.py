@@ -159,3 +159,13 @@ def test_pieces_are_the_text(encoder, text):
 def test_the_beginning_is_dense():
     assert [step for step in range(100) if passports.is_early(step)] == [0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89]
     assert [step for step in range(4000) if passports.is_half_decade(step)] == [0, 10, 30, 100, 300, 1000, 3000]
+
+
+def test_a_guess_beyond_the_vocabulary_has_its_number(encoder):
+    """Embeddings that are padded have ids that the tokenizer does not know; before training they are guessed too."""
+    beyond = len(encoder.tokenizer) + 7
+    guesses = passports._Guesses(encoder)
+    assert guesses.text(beyond) == f"<{beyond}>"
+    assert guesses.text(encoder.encode(" the")[0][0]) == " the"
+    assert encoder.piece(beyond) == f"<{beyond}>" and encoder.piece(0) == "<unk>"
+    assert passports.pieces(encoder, [*encoder.encode("a dog")[0], beyond])[-1] == ""
