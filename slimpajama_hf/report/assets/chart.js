@@ -12,9 +12,11 @@ const decimals = (value) => (String(+value.toPrecision(10)).split(".")[1] || "")
 const FONT = '12px ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif';
 
 const AXIS = { font: FONT, stroke: () => ink.muted, ticks: { show: false } };
+// As wide as its longest label, and `least` pixels, so that charts of usual numbers begin in one line.
+const labelWidth = (least) => (u, labels) => Math.max(least, 11 + 6.6 * Math.max(0, ...(labels ?? []).map((label) => `${label ?? ""}`.length)));
 // `values(ticks, distance between two)`: their texts.
-const yAxis = (size, values = (ticks, step) => ticks.map((v) => (Math.abs(v) >= 10000 ? short(v) : fixed(v, decimals(step))))) =>
-  ({ ...AXIS, size, gap: 7, space: 46, grid: { stroke: () => ink.line, width: 1 }, values: (u, ticks, axis, space, step) => values(ticks, step) });
+const yAxis = (least, values = (ticks, step) => ticks.map((v) => (Math.abs(v) >= 10000 ? short(v) : fixed(v, decimals(step))))) =>
+  ({ ...AXIS, size: labelWidth(least), gap: 7, space: 46, grid: { stroke: () => ink.line, width: 1 }, values: (u, ticks, axis, space, step) => values(ticks, step) });
 // Texts that would run into each other or over the edge are left out.
 const xAxis = (more, text) => ({ ...AXIS, size: 22, gap: 7, grid: { show: false }, ...more, values: (u, ticks) => {
   let free = -Infinity;
