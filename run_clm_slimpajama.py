@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     settings = cli.parse(argv)
 
     # Heavy imports come after the flags are known to be right; the heaviest, the Trainer, after the corpus has opened.
-    from slimpajama_hf import model, processes, resume, run_folder, session
+    from slimpajama_hf import model, precision, processes, resume, run_folder, session
     from slimpajama_hf.hub import account
     from slimpajama_hf.screen import Waiting
     from slimpajama_hf.tokenizer import Encoder, load_tokenizer
@@ -48,8 +48,6 @@ def main(argv: list[str]) -> int:
             settings.model.model, settings.model.config_overrides, tokenizer, data.max_seq_length
         )
         gpt = model.build(config, training.seed)
-        precision = model.choose_precision(settings.model.precision, training.device)
-        training.bf16 = precision == "bfloat16"
         waiting("loading the Trainer")
         from slimpajama_hf import evaluation
         from slimpajama_hf import recorder as recorders
@@ -60,12 +58,14 @@ def main(argv: list[str]) -> int:
         from slimpajama_hf.trainer import SlimPajamaTrainer
         from slimpajama_hf.watchers import Watchers
 
+        chosen = resume.precision_of(settings, folder, gpt)
+        precision.settle(training, chosen)
         held_out = evaluation.during_training(settings, corpus, encoder, folder)
 
     # All is there: from here on the folder changes.
     point = team.first_does(lambda: resume.go_on(folder, checkpoint) if resuming else resume.begin(folder))
     record = team.first_does(
-        lambda: session.record_run(settings, folder, corpus, tokenizer_name, tokenizer, gpt, precision, point)
+        lambda: session.record_run(settings, folder, corpus, tokenizer_name, tokenizer, gpt, chosen, point)
     )
     stream = SampleStream(
         corpus,
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> int:
         watchers.look_at(trainer)
         uploads.trainer = trainer
         return session.Session(
-            settings, trainer, folder, point, signals, watchers, precision, tokenizer_name, uploads
+            settings, trainer, folder, point, signals, watchers, chosen, tokenizer_name, uploads
         ).run()
 
 

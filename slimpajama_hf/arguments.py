@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 SAMPLE_MODES = ("truncate", "window", "pack")
-PRECISIONS = ("auto", "float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 BACKWARDS = ("auto", "autograd")
 #: What the matrices in the blocks learn with, and at which share of the rate by default (docs/recipe.md).
 HIDDEN_RATES = {"muon": 0.2, "adamw": 0.1}
@@ -76,7 +76,10 @@ class ModelArguments:
         "builtin, a folder, tokenizer.json, SentencePiece .model or Hub id; auto: gpt2 for a Hub corpus, else builtin",
     )
     precision: str = _knob(
-        "auto", "auto (bfloat16 where the processor or GPU has it, else float32), float32, bfloat16", choices=PRECISIONS
+        "auto",
+        "auto (bfloat16 where the processor or GPU has it, float16 on older GPUs that have that, else float32), "
+        "float32, bfloat16, float16",
+        choices=PRECISIONS,
     )
     backward: str = _knob(
         "auto", "auto (GPT-2's forward and backward written out, faster; else autograd's), autograd", choices=BACKWARDS
@@ -161,7 +164,7 @@ TRAINING_DEFAULTS: dict[str, tuple[Any, str | None]] = {
     "per_device_train_batch_size": (1, None),
     "lr_scheduler_type": ("constant_with_warmup", None),
     "logging_strategy": ("no", None),
-    # The ledger keeps every loss; the filter would show a NaN as 0 (trainer.py of transformers 5.23, line 1911).
+    # The ledger keeps every loss; the filter would show a NaN as 0.
     "logging_nan_inf_filter": (False, None),
     # The stream is resumed by its cursor; the Trainer would read everything again (same file, line 1843).
     "ignore_data_skip": (True, None),

@@ -122,8 +122,8 @@ class GenerateSamples(TrainerCallback):
             ],
         }
         try:
-            model = trainer.accelerator.unwrap_model(trainer.model)
-            written = generation.write_after(model, prompt)
+            with trainer.seeing() as model:
+                written = generation.write_after(model, prompt)
             sample["output_ids"] = written
             # Decoded behind its prompt, so that the space between the two is right.
             sample["output"] = self._encoder.decode(prompt + written)[len(sample["input"]) :]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from slimpajama_hf import devices, screen
+from slimpajama_hf import devices, precision, screen
 from slimpajama_hf.arguments import (
     OLD_FLAGS,
     OURS,
@@ -208,11 +208,12 @@ def parse(argv: Sequence[str]) -> Settings:
     own = RunFolder(run).config
     if not own.is_file():
         return settings
-    begun_with = [*resume.flags_of_older_runs(read_config(str(own))), "--config", str(own)]
-    settings = _parse([*begun_with, *argv])
+    begun_with = resume.flags_of_run(read_config(str(own)), str(own))
+    recorded = _parse(begun_with)
+    settings = _parse([*begun_with, f"--warmup_steps={recorded.training.warmup_steps}", *argv])
     training: Any = settings.training
     training.output_dir = str(run)
-    resume.refuse_changes(settings, _parse(begun_with))
+    resume.refuse_changes(settings, recorded)
     return settings
 
 
@@ -262,8 +263,11 @@ def beta2_of_half_life(half_life_tokens: float, tokens_per_step: int) -> float:
 
 
 def complete(settings: Settings) -> None:
-    """What one argument says about another."""
+    """What one argument says about another, and what the launcher says of them in the environment."""
     training: Any = settings.training
+    devices.refuse_launchers_wishes()
+    flags = {name: value for name, value in training.precision_flags.items() if value or name in settings.typed}
+    settings.model.precision = precision.asked(settings.model.precision, flags)
     if settings.run.no_checkpoint:
         training.save_strategy = type(training.save_strategy)("no")
     half_life = settings.model.beta2_half_life_tokens
@@ -283,6 +287,8 @@ def complete(settings: Settings) -> None:
         training.output_dir = str(Path("runs") / f"{corpus}-{model}")
     if settings.run.lr_find:
         _make_range_test(settings)
+    # A share of the steps becomes a number now: more steps later are no reason to warm up again.
+    training.warmup_steps = training.get_warmup_steps(training.max_steps)
 
 
 def _make_range_test(settings: Settings) -> None:

@@ -8,7 +8,7 @@ import platform
 import sys
 from pathlib import Path
 
-from slimpajama_hf.errors import UserError
+from slimpajama_hf.errors import UsageError, UserError
 
 
 def is_distributed() -> bool:
@@ -19,6 +19,29 @@ def is_distributed() -> bool:
 def is_sharded() -> bool:
     """Whether a launcher asked for FSDP: each process then holds a part of the model."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
+def launcher_compiles() -> bool:
+    """Whether a launcher asked for torch.compile (`accelerate launch --dynamo_backend`)."""
+    return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("", "no")
+
+
+def refuse_launchers_wishes() -> None:
+    """Raise UsageError for what a launcher asked for in the environment and this program does not do."""
+    for variable, name in (
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config"),
+    ):
+        if os.environ.get(variable, "").lower() in ("1", "true"):
+            raise UsageError(
+                f"the launcher asks for {name}, which is not supported; start it with one of configs/accelerate/"
+            )
+    if is_sharded() and not is_distributed():
+        raise UsageError(
+            "the launcher asks for FSDP and started one process, which has nothing to shard; add --num_processes 2 or "
+            "more, or leave FSDP out"
+        )
 
 
 def prepare_processes() -> None:

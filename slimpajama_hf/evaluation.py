@@ -22,10 +22,9 @@ from slimpajama_hf.run_folder import RunFolder
 from slimpajama_hf.samples import Sample, SampleStream
 
 if TYPE_CHECKING:
-    from transformers import Trainer
-
     from slimpajama_hf.cli import Settings
     from slimpajama_hf.tokenizer import Encoder
+    from slimpajama_hf.trainer import SlimPajamaTrainer
 
 
 @dataclasses.dataclass
@@ -173,16 +172,16 @@ class HeldOutScores:
         self.file = GrowingFile(folder.evaluations)
         self._metric: Any = None
 
-    def __call__(self, trainer: Trainer) -> dict[str, float]:
+    def __call__(self, trainer: SlimPajamaTrainer) -> dict[str, float]:
         if self._metric is None:
             self._metric = next_token_accuracy()
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        table = self._table(model)
         averaged = None
         average = getattr(trainer, "average", None)
-        if average is not None and average.is_there:
-            with average.applied():
-                averaged = self._table(model)
+        with trainer.seeing() as model:
+            table = self._table(model)
+            if average is not None and average.is_there:
+                with average.applied():
+                    averaged = self._table(model)
         if trainer.is_world_process_zero():
             entry = {"step": trainer.state.global_step, "corpus": self._documents.mirror, "scores": table}
             self.file.append(entry | ({"averaged": averaged} if averaged is not None else {}))

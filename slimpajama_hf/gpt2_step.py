@@ -153,6 +153,13 @@ class GPT2Step:
             parameter.grad = view
         return result
 
+    def computes_in(self) -> str:
+        """The precision of its products, as `bfloat16`: seen in the first one of a step."""
+        with torch.no_grad():
+            self._weights.refresh()
+            hidden = self._lowered(torch.zeros(2, self._width, device=self._device))
+            return str(self._linear(self._blocks[0].attn.c_attn, hidden).dtype).removeprefix("torch.")
+
     def loss_alone(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The loss of a step on `input_ids`, to the bit, (), by its forward alone; a captured step is replayed whole,
         and its gradients are overwritten."""

@@ -1,4 +1,4 @@
-"""The model: presets, overrides, precision, and what a run of it needs.
+"""The model: presets, overrides, and what a run of it needs.
 
 To add a preset: a row in `PRESETS`.
 """
@@ -10,11 +10,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimpajama_hf import devices
 from slimpajama_hf.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import GPT2Config, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 #: Sizes of GPT-2 (Radford et al. 2019, table 2), and one that learns visibly on a CPU. Parameters with GPT-2's
@@ -110,18 +108,6 @@ def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     # (transformers trainer.py, 5.23, lines 543 and 2327).
     model.loss_type = "ForCausalLM"
     return model
-
-
-def choose_precision(asked: str, device: torch.device) -> str:
-    """`float32` or `bfloat16` for what `--precision` asks on a device."""
-    import torch
-
-    if asked != "auto":
-        return asked
-    # Emulated bfloat16 (GPUs before Ampere, processors without it) is slower than float32.
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bfloat16" if device.type == "cpu" and devices.has_fast_bfloat16() else "float32"
 
 
 @dataclasses.dataclass

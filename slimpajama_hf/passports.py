@@ -149,7 +149,7 @@ class _Keeper(TrainerCallback):
         if trainer is None or not trainer.is_world_process_zero():
             return False
         # A forward of a sharded model needs all ranks, and only this one is here.
-        return not (getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False))
+        return not getattr(trainer, "is_fsdp_enabled", False)
 
     def _affordable(self) -> bool:
         assert self.trainer is not None
@@ -169,7 +169,8 @@ class _Keeper(TrainerCallback):
         before = trainer.clock._now()
         with trainer.clock.paused():
             try:
-                act()
+                with trainer.seeing():
+                    act()
             except Exception as error:
                 self._say(f"the {what} of step {step} failed ({type(error).__name__}: {error}); training goes on")
         self._last_seconds = trainer.clock._now() - before

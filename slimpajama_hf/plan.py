@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slimpajama_hf import checkpoints, devices, ledger, noise, screen, teaching
+from slimpajama_hf import precision as precisions
 from slimpajama_hf.model import format_bytes, needs
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def show(
         "sample": modes[data.sample_mode],
         "tokenizer": f"{tokenizer_name}, {model.config.vocab_size:,} tokens",
         "model": f"{settings.model.model}, {need.parameters / 1e6:.1f}M parameters",
-        "device": f"{trainer.args.device}, {precision}, about {format_bytes(need.total_bytes)} of memory",
+        "device": f"{trainer.args.device}, {precision}{_emulated(precision, trainer.args.device)}, about "
+        f"{format_bytes(need.total_bytes)} of memory",
         "steps": f"{training.max_steps:,}, {_documents(trainer)}; learning rate {training.learning_rate:g} after "
         f"{training.get_warmup_steps(training.max_steps):,} steps of warm-up" + _matrices(trainer),
         **({"shards": _SHARDED} if devices.is_sharded() else {}),
@@ -49,6 +51,11 @@ def show(
     }
     for name, value in rows.items():
         screen.say(f"{name:>10}  {value}")
+
+
+def _emulated(name: str, device: Any) -> str:
+    """A warning where the device has no arithmetic of its own for this precision."""
+    return " (which it computes by way of float32: slow)" if precisions.emulated(name, device) else ""
 
 
 def _matrices(trainer: SlimPajamaTrainer) -> str:

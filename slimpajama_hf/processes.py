@@ -144,7 +144,9 @@ def join(training: Any) -> Processes:
     if not devices.is_distributed():
         return Processes()
     # GPT-2 uses all of its weights and has no buffers that training changes: nothing to look for, nothing to send.
-    training.ddp_find_unused_parameters = training.ddp_broadcast_buffers = False
+    for name in ("ddp_find_unused_parameters", "ddp_broadcast_buffers"):
+        if getattr(training, name) is None:
+            setattr(training, name, False)
     # torch has a new name for the second; transformers knows the old one.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=training.ddp_timeout))

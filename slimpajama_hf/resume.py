@@ -88,11 +88,23 @@ def _newest_good(run: Path) -> Path | None:
     return None
 
 
-def flags_of_older_runs(config: Mapping[str, Any]) -> list[str]:
-    """What a run was begun with that its `config` does not say, because there was no flag for it yet."""
+def flags_of_run(config: Mapping[str, Any], path: str) -> list[str]:
+    """What a run was begun with, as flags, from its `run_config.yaml` at `path`.
+
+    A run of an older version may say nothing of a flag that it had not yet, and may name one that had no effect and is
+    refused today: that is left out, with a word.
+    """
+    from slimpajama_hf.cli import config_to_argv
+    from slimpajama_hf.training_arguments import REFUSED
+
+    without_effect = sorted(REFUSED.keys() & config.keys())
+    if without_effect:
+        screen.say(f"{path}: {', '.join(without_effect)} never had an effect on this run; left out")
+    known = {name: value for name, value in config.items() if name not in REFUSED}
+    flags = config_to_argv(known, path)
     if "hidden_optim" in config:
-        return []
-    return ["--hidden_optim", "adamw", *([] if "hidden_rate" in config else ["--hidden_rate", "1"])]
+        return flags
+    return ["--hidden_optim", "adamw", *([] if "hidden_rate" in config else ["--hidden_rate", "1"]), *flags]
 
 
 def refuse_changes(settings: Settings, recorded: Settings) -> None:
@@ -142,6 +154,27 @@ def corpus_of(settings: Settings, folder: RunFolder, waiting: Callable[[str], No
         skip_broken_shards=data.skip_broken_shards,
         waiting=waiting,
     )
+
+
+def precision_of(settings: Settings, folder: RunFolder, model: Any) -> str:
+    """The precision of a run that starts, or the one that a run which goes on has computed in.
+
+    `auto` is what the run began with, on whatever device it goes on.
+    """
+    from slimpajama_hf import precision
+    from slimpajama_hf.trainer import why_autograd
+
+    training, run = settings.training, settings.run
+    goes_on = is_asked(training.resume_from_checkpoint) and folder.record.is_file()
+    if not goes_on or "precision" in (run.allow_changes or "").split(","):
+        return precision.choose(settings.model.precision, training.device)
+    described = folder.read_record()["model"]
+    # Versions that did not look said bfloat16 and computed in float32 where autograd made the step.
+    looked = "computed_in" in described
+    if looked or described["precision"] == "float32" or why_autograd(training, model, settings.model.backward) is None:
+        return described["precision"]
+    screen.say("this run was computed in float32, whatever its plan said, and goes on in float32")
+    return "float32"
 
 
 def begin(folder: RunFolder) -> ResumePoint:

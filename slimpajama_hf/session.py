@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import TrainerCallback
 
 from slimpajama_hf import devices, files, plan, run_folder, screen
 from slimpajama_hf.corpora import Corpus
@@ -73,6 +74,8 @@ def record_run(
         "checkpoint_bytes": checkpoint_bytes(model, settings.model.average_weights > 0, settings.model.hidden_optim),
         "vocab_size": model.config.vocab_size,
         "precision": precision,
+        # Seen when training begins.
+        "computed_in": None,
         "max_seq_length": settings.data.max_seq_length,
         "sample_mode": settings.data.sample_mode,
         "sha256": _digest(
@@ -129,6 +132,20 @@ def record_run(
     return record
 
 
+class _SayPrecision(TrainerCallback):
+    """Says and records, when training begins, the precision that was seen in the model."""
+
+    def __init__(self, trainer: SlimPajamaTrainer, folder: RunFolder) -> None:
+        self._trainer, self._folder = trainer, folder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seen = self._trainer.computes_in
+        screen.say(f"{'computes':>10}  in {seen}, seen in the layers of the model")
+        record = self._folder.read_record()
+        record["model"]["computed_in"] = seen
+        files.write_json(self._folder.record, record, indent=1)
+
+
 @dataclasses.dataclass
 class Session:
     """One start of the program, from its plan to its summary."""
@@ -167,6 +184,7 @@ class Session:
         """What the first process does, or the only one."""
         trainer, point = self.trainer, self.point
         self.watchers.listen_to(trainer.recorder)
+        trainer.add_callback(_SayPrecision(trainer, self.folder))
         plan.show(self.settings, trainer, self.precision, self.tokenizer_name, self.folder)
         self.uploads.announce()
         if point.checkpoint is not None:

@@ -20,13 +20,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from slimpajama_hf import checkpoints, noise, optimization, range_test, teaching
+from slimpajama_hf import checkpoints, devices, noise, optimization, precision, range_test, teaching
 from slimpajama_hf.arguments import HIDDEN_RATES
 from slimpajama_hf.averaging import WeightAverage
 from slimpajama_hf.errors import SaidByTheFirst, UserError
 from slimpajama_hf.evaluation import HeldOutScores
 from slimpajama_hf.gpt2_step import GPT2Step, unsupported
-from slimpajama_hf.model import choose_precision
 from slimpajama_hf.processes import News, OthersLost, Processes, Step, Told, is_about_others
 from slimpajama_hf.recorder import StepRecorder, TrainingClock
 from slimpajama_hf.samples import Sample, SampleStream
@@ -47,6 +46,26 @@ PRIVATE_HOOKS = {
 def get_learning_rate(step: int, learning_rate: float, warmup_steps: int) -> float:
     """The rate that optimizer step `step` (from 0) trains at: `lr * min(1, (step + 1) / warmup)`, never 0."""
     return learning_rate * min(1.0, (step + 1) / max(warmup_steps, 1))
+
+
+def why_autograd(args: Any, model: Any, backward: str) -> str | None:
+    """Why the step of `model` is left to autograd, in words; None where it is written out (`gpt2_step.py`).
+
+    `args`: the training arguments. `backward`: what `--backward` is.
+    """
+    if backward == "autograd":
+        return "--backward autograd"
+    if args.world_size > 1 or devices.is_sharded():
+        return "several processes, whose gradients meet while autograd still works on the others"
+    if args.gradient_accumulation_steps > 1 or args.gradient_checkpointing:
+        return "gradient accumulation or checkpointing"
+    if args.torch_compile or devices.launcher_compiles():
+        return "torch.compile"
+    if args.neftune_noise_alpha is not None:
+        return "NEFTune noise"
+    if args.fp16:
+        return "float16"
+    return unsupported(model)
 
 
 def _whole(norm: torch.Tensor) -> torch.Tensor:
@@ -170,6 +189,10 @@ class SlimPajamaTrainer(Trainer):
         """Why training stopped by itself, if it did."""
         self.save_failure: str | None = None
         """Why the last save did not succeed, if it did not."""
+        self.computes_in = "unknown"
+        """The precision of the step's products, as seen when training began."""
+        self._rate = 0.0
+        """The learning rate of the step that is on, from the optimizer."""
         self._staging: Path | None = None
         super().__init__(
             train_dataset=_Samples(stream),
@@ -236,7 +259,7 @@ class SlimPajamaTrainer(Trainer):
         if self.args.optim not in ("adamw_torch", "adamw_torch_fused"):
             return self.args.optim
         # Orthogonal is a matrix as a whole, which no process has of a sharded model.
-        return "adamw" if self.is_fsdp_enabled or self.is_deepspeed_enabled else self._hidden_optim
+        return "adamw" if self.is_fsdp_enabled else self._hidden_optim
 
     @property
     def hidden_rate(self) -> float:
@@ -255,7 +278,7 @@ class SlimPajamaTrainer(Trainer):
         if self.hidden_optim == "muon":
             assert isinstance(optimizer, torch.optim.AdamW)
             # Orthogonal is a matrix up to a factor of 2 here: that is not where `--precision float32` is exact.
-            fast = choose_precision("auto", self.args.device)
+            fast = precision.choose("auto", self.args.device)
             dtype = torch.bfloat16 if fast == "bfloat16" else torch.float32
             documents = self.args.world_size * self.args.gradient_accumulation_steps
             optimizer = optimization.AdamWWithMuon.of(optimizer, network, self.hidden_rate, dtype, documents)
@@ -277,24 +300,19 @@ class SlimPajamaTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def learning_rate_of(self, step: int, steps: int) -> float:
-        """The rate that step `step` of a run of `steps` trains at."""
-        if self._lr_find:
-            return range_test.rate(step, steps)
-        return get_learning_rate(step, self.args.learning_rate, self.args.get_warmup_steps(steps))
-
     def why_autograd(self) -> str | None:
         """Why the step is left to autograd, in words; None where it is written out (`gpt2_step.py`)."""
-        if self._backward == "autograd":
-            return "--backward autograd"
-        args = self.args
-        if args.world_size > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return "several processes, whose gradients meet while autograd still works on the others"
-        if args.gradient_accumulation_steps > 1 or args.gradient_checkpointing or args.torch_compile:
-            return "gradient accumulation, checkpointing or torch.compile"
-        if args.fp16 or self.label_smoother is not None:
-            return "float16 or label smoothing"
-        return unsupported(self.accelerator.unwrap_model(self.model))
+        return why_autograd(self.args, self.accelerator.unwrap_model(self.model), self._backward)
+
+    @contextlib.contextmanager
+    def seeing(self) -> Iterator[Any]:
+        """The model as samples, passports and scores compute it: float32. A sharded one computes as it trains."""
+        model = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled:
+            yield model
+        else:
+            with precision.of_the_weights(model):
+                yield model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; a path goes on with the average of the weights too."""
@@ -325,6 +343,29 @@ class SlimPajamaTrainer(Trainer):
                 self.recorder.trouble,
                 optimizer.matrices if isinstance(optimizer, optimization.AdamWWithMuon) else (),
             )
+        self.computes_in = self._observe_precision()
+
+    def _observe_precision(self) -> str:
+        """The precision that the step computes in, seen in the model as it is now. Raises UserError when it is not the
+        one that was asked for."""
+        if self._written_out is not None:
+            seen = self._written_out.computes_in()
+        else:
+            model: Any = self.model
+            input_ids = torch.zeros((1, min(8, self.stream.max_length)), dtype=torch.long, device=self.args.device)
+            training = model.training
+            model.eval()
+            try:
+                with torch.no_grad():
+                    seen = precision.seen_by_a_hook(model, lambda: model(input_ids=input_ids, use_cache=False))
+            finally:
+                model.train(training)
+        asked = next(name for name, short in precision.ACCELERATE.items() if short == self.args.mixed_precision)
+        if seen != "unknown" and asked not in seen.split(" and "):
+            raise UserError(
+                f"--precision {asked}: this model computes in {seen} here; type --precision {seen.split(' and ')[0]}"
+            )
+        return seen
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward on one sample; returns its loss, nats per token, on the device."""
@@ -477,6 +518,8 @@ class SlimPajamaTrainer(Trainer):
         if grad_norm is None and self._written_out is not None:
             grad_norm = self._written_out.squared_norms().sum().sqrt()
         norm = super()._get_grad_norm(model, grad_norm)
+        # Read before the update: after it the scheduler has moved on.
+        self._rate = float(self._plain_optimizer().param_groups[0]["lr"])
         self._grad_norm = norm if isinstance(norm, torch.Tensor) else torch.tensor(float(norm))
         self._grad_norm = _whole(self._grad_norm)
         self._skip_update_unless_finite()
@@ -521,8 +564,7 @@ class SlimPajamaTrainer(Trainer):
             self._look_back(self.sample)
         if self.average is not None:
             self.average.step(step + 1)
-        # The scheduler has moved on already: this is the rate that the step used.
-        rate = self.learning_rate_of(step, self.state.max_steps)
+        rate = self._rate
         if self.news is not None:
             places = range(self.team.rank, len(self.sample.together), self.team.world_size)
             # What only filled a place is another's.

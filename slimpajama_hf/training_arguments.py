@@ -21,10 +21,128 @@ def _with_our_defaults() -> type:
     return dataclasses.dataclass(type("_Defaults", (TrainingArguments,), namespace))
 
 
+#: Fields of transformers' that do here what its documentation says. A field that is neither here, nor in
+#: `TRAINING_DEFAULTS`, nor in `REFUSED` is new: tests/test_training_arguments.py fails until somebody decides.
+PASSED_ON = frozenset(
+    {
+        "optim", "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+        "max_grad_norm", "gradient_accumulation_steps", "neftune_noise_alpha",
+        # `--precision` in transformers' words (precision.py).
+        "bf16", "fp16",
+        "tf32", "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
+        "gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+        "use_liger_kernel", "liger_kernel_config", "full_determinism", "use_cpu",
+        "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+        "eval_strategy", "eval_delay", "eval_on_start", "save_only_model", "hub_token", "hub_revision",
+        "auto_find_batch_size", "do_train",
+        # Of several processes.
+        "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",
+        "ddp_timeout", "local_rank",
+    }
+)  # fmt: skip
+
+_READ = "documents are read by this program's own reader, one step ahead"
+_ROWS = "every step is a row of the ledger, and --report_to TRACKER sends each of them on"
+_SCORED = "held-out documents are scored one at a time, in float32, and every score is written down"
+_SAVED = "a checkpoint is saved every --save_steps N, at the end, on Ctrl-C and on SIGTERM"
+_SHARDS = "use accelerate launch --config_file configs/accelerate/fsdp2.yaml"
+
+#: Fields that would have no effect here, or a wrong one, and what to use. They are refused unless at their default
+#: (ours, where `TRAINING_DEFAULTS` has one).
+REFUSED: dict[str, str] = {
+    "num_train_epochs": "a run learns --max_steps N documents; for several passes over the corpus add --epochs N",
+    "lr_scheduler_kwargs": "the schedule is linear warm-up, then constant; choose --learning_rate and --warmup_steps",
+    "average_tokens_across_devices": "the loss is always the mean over all tokens of a step",
+    "label_smoothing_factor": "the loss is the plain code length of the next token, which every figure here counts on",
+    "bf16_full_eval": _SCORED,
+    "fp16_full_eval": _SCORED,
+    "use_cache": "training never fills a cache, and writing samples always does",
+    "torch_empty_cache_steps": "a step allocates the same memory every time, so there is nothing to give back",
+    "logging_strategy": _ROWS,
+    "logging_steps": _ROWS,
+    "logging_first_step": _ROWS,
+    "logging_nan_inf_filter": "a loss that is no number stands in the ledger as what it is, and its update is skipped",
+    "log_on_each_node": "one process speaks for all",
+    "log_level": "set TRANSFORMERS_VERBOSITY in the environment to see what transformers says",
+    "log_level_replica": "one process speaks for all",
+    "include_num_input_tokens_seen": "the ledger has the tokens of every step",
+    "disable_tqdm": "the progress bar is this program's own; into a pipe or a file it writes lines",
+    "per_device_eval_batch_size": _SCORED,
+    "prediction_loss_only": _SCORED,
+    "eval_do_concat_batches": _SCORED,
+    "eval_use_gather_object": _SCORED,
+    "eval_accumulation_steps": _SCORED,
+    "include_for_metrics": _SCORED,
+    "batch_eval_metrics": _SCORED,
+    "save_on_each_node": "the first process writes each checkpoint; let all machines see one --output_dir",
+    "enable_jit_checkpoint": _SAVED,
+    "load_best_model_at_end": "every checkpoint is kept with its scores in evaluations.jsonl; load the one you want",
+    "metric_for_best_model": "every checkpoint is kept with its scores in evaluations.jsonl; load the one you want",
+    "greater_is_better": "every checkpoint is kept with its scores in evaluations.jsonl; load the one you want",
+    "hub_always_push": "a push that finds another one under way waits for it, and none is left out",
+    "ignore_data_skip": "a run goes on at the next document by itself",
+    "restore_callback_states_from_checkpoint": "what callbacks keep lies in files of the run and goes on by itself",
+    "data_seed": "the order of --shuffle_buffer is drawn from --seed",
+    "accelerator_config": _READ,
+    "parallelism_config": "a model is copied (DDP) or sharded (FSDP2) by configs/accelerate/, in no other way",
+    "dataloader_drop_last": _READ,
+    "dataloader_num_workers": _READ,
+    "dataloader_pin_memory": _READ,
+    "dataloader_persistent_workers": _READ,
+    "dataloader_prefetch_factor": _READ,
+    "dataloader_multiprocessing_context": _READ,
+    "dataloader_in_order": _READ,
+    "remove_unused_columns": _READ,
+    "label_names": "the labels are the document's own next tokens",
+    "train_sampling_strategy": "documents come in the corpus' order, or shuffled by --shuffle_buffer N",
+    "length_column_name": "documents come in the corpus' order, or shuffled by --shuffle_buffer N",
+    "fsdp": _SHARDS,
+    "fsdp_config": _SHARDS,
+    "deepspeed": f"DeepSpeed is not supported; to share out a model {_SHARDS}",
+    "debug": "a step whose loss or gradient is no number is named with its document without it",
+    "skip_memory_metrics": "the most memory of a run stands in its run.json",
+    "do_eval": "held-out scores come with --eval_steps N",
+    "do_predict": "use python -m slimpajama_hf evaluate RUN",
+}
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
     """Training arguments of this project. Batch size 1: a step is a document of each process."""
 
     def __post_init__(self) -> None:
+        self._refuse()
+        self.precision_flags = {name: bool(getattr(self, name)) for name in ("bf16", "fp16")}
+        """What `--bf16` and `--fp16` were set to. Which precision it is comes out when the device is known
+        (precision.py); transformers, which would fix it now, is told then."""
+        self.bf16 = self.fp16 = False
+        if self.eval_steps is not None:
+            self.eval_strategy = "steps"
+        report_to: Any = self.report_to  # type: ignore[has-type]
+        if report_to not in (None, "none", ["none"], []):
+            from slimpajama_hf import trackers
+
+            if isinstance(report_to, str):
+                report_to = [name.strip() for name in report_to.split(",")]
+            # Before anything is opened: one that is unknown or not installed is said now.
+            self.report_to = trackers.asked(report_to)
+        # None stays None until the corpus and the model are known (cli.complete); transformers wants a name meanwhile.
+        output_dir = self.output_dir  # type: ignore[has-type]
+        super().__post_init__()
+        if output_dir is None:
+            self.output_dir = None
+
+    def _refuse(self) -> None:
+        """Raise ValueError for what would have no effect or a wrong one."""
+        for field in dataclasses.fields(self):
+            if field.name in REFUSED and not _is_usual(getattr(self, field.name), _default_of(field)):
+                raise ValueError(
+                    f"--{field.name} {_as_typed(getattr(self, field.name))}: it would have no effect here: "
+                    f"{REFUSED[field.name]}"
+                )
         if self.max_steps < 1:
             raise ValueError(f"--max_steps {self.max_steps}: expected the number of documents to learn, 1 or more")
         if self.per_device_train_batch_size != 1:
@@ -41,8 +159,8 @@ class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
             raise ValueError("--auto_find_batch_size: there is nothing below a batch of 1; leave it out")
         if self.lr_scheduler_type != "constant_with_warmup":
             raise ValueError(
-                f"--lr_scheduler_type {self.lr_scheduler_type}: the schedule is linear warm-up, then constant; "
-                "leave it out and choose --learning_rate and --warmup_steps"
+                f"--lr_scheduler_type {_as_typed(self.lr_scheduler_type)}: the schedule is linear warm-up, then "
+                "constant; leave it out and choose --learning_rate and --warmup_steps"
             )
         if self.warmup_steps < 0 or self.learning_rate <= 0:
             raise ValueError(
@@ -51,21 +169,31 @@ class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
             )
         if self.save_steps <= 0:
             raise ValueError(f"--save_steps {self.save_steps}: expected a number of steps above 0, or --no-checkpoint")
-        if self.eval_steps is not None and self.eval_strategy == "no":  # type: ignore[has-type]
-            self.eval_strategy = "steps"
-        report_to: Any = self.report_to  # type: ignore[has-type]
-        if report_to not in (None, "none", ["none"], []):
-            from slimpajama_hf import trackers
+        if _as_typed(self.save_strategy) not in ("steps", "no"):
+            raise ValueError(f"--save_strategy {_as_typed(self.save_strategy)}: {_SAVED}; leave it out")
+        if self.eval_steps is None and (_as_typed(self.eval_strategy) != "no" or self.eval_on_start or self.eval_delay):
+            raise ValueError("held-out documents are scored every --eval_steps N: add it, or leave the other flags out")
+        if _as_typed(self.eval_strategy) not in ("steps", "no"):
+            raise ValueError(
+                f"--eval_strategy {_as_typed(self.eval_strategy)}: held-out documents are scored every --eval_steps N; "
+                "leave it out"
+            )
+        if (self.optim_args or self.optim_target_modules) and _as_typed(self.optim).startswith("adamw_torch"):
+            raise ValueError(
+                f"--optim {_as_typed(self.optim)} takes no --optim_args and no --optim_target_modules; leave them out, "
+                "or choose another --optim"
+            )
 
-            if isinstance(report_to, str):
-                report_to = [name.strip() for name in report_to.split(",")]
-            # Before anything is opened: one that is unknown or not installed is said now.
-            self.report_to = trackers.asked(report_to)
-        # None stays None until the corpus and the model are known (cli.complete); transformers wants a name meanwhile.
-        output_dir = self.output_dir  # type: ignore[has-type]
-        super().__post_init__()
-        if output_dir is None:
-            self.output_dir = None
+
+def _is_usual(value: Any, default: Any) -> bool:
+    """Whether a field is at its default. argparse turns some defaults that say "off" into others."""
+    off: tuple[Any, ...] = (None, False, "", "no", "none", [], {})
+    return value == default or (value in off and default in off)
+
+
+def _as_typed(value: Any) -> str:
+    """An enumeration as the word that is typed for it."""
+    return str(getattr(value, "value", value))
 
 
 def changed_fields(arguments: TrainingArguments) -> dict[str, Any]:
@@ -76,9 +204,7 @@ def changed_fields(arguments: TrainingArguments) -> dict[str, Any]:
     for name, field in defaults.items():
         if not field.init or name.endswith("_token") or name not in plain:
             continue
-        default = field.default
-        if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
+        default = _default_of(field)
         value = plain[name]
         if name == "report_to" and isinstance(value, list):
             # As it is typed.
@@ -94,7 +220,7 @@ def changed_fields(arguments: TrainingArguments) -> dict[str, Any]:
 #: Filled in by transformers from the machine or from other fields: not part of what was asked for.
 _DERIVED = frozenset(
     {
-        "local_rank", "logging_dir", "run_name", "bf16", "accelerator_config", "eval_strategy",
+        "local_rank", "logging_dir", "run_name", "bf16", "fp16", "accelerator_config", "eval_strategy",
         "parallelism_config",
         "lr_scheduler_kwargs", "fsdp_config", "hub_token", "ddp_backend", "per_device_train_batch_size",
         "trackio_space_id", "fsdp", "project", "do_eval",
