@@ -86,6 +86,13 @@ def problem(folder: Path) -> str | None:
     return None
 
 
+def lacks(folder: Path) -> list[str]:
+    """What a checkpoint has not that a run needs to go on exactly; empty when it has all."""
+    optimizer = any(path.name.startswith("optimizer") for path in folder.iterdir())
+    schedule = (folder / "scheduler.pt").is_file()
+    return ["the optimizer's state"] * (not optimizer) + ["scheduler.pt"] * (not schedule)
+
+
 def steps(run: Path) -> list[int]:
     """Steps of the checkpoints in a run folder, ascending."""
     found = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in run.glob("checkpoint-*") if path.is_dir())

@@ -233,7 +233,7 @@ def _parse(argv: Sequence[str]) -> Settings:
     devices.wait_politely()
     devices.take_huge_pages()
     with screen.Waiting("loading torch and transformers"):
-        from slimpajama_hf.training_arguments import SlimPajamaTrainingArguments, make_parser
+        from slimpajama_hf.training_arguments import SlimPajamaTrainingArguments, make_parser, refuse_typed
 
     parser = make_parser([*OURS, SlimPajamaTrainingArguments])
     known = sorted({action[2:] for action in parser._option_string_actions if action.startswith("--")})
@@ -252,6 +252,7 @@ def _parse(argv: Sequence[str]) -> Settings:
     if unknown:
         _refuse_unknown(unknown, known, origin)
     data, model, run, training = groups
+    refuse_typed(typed, training)
     settings = Settings(data, model, run, training, typed)
     complete(settings)
     return settings

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from slimpajama_hf.trainer import SlimPajamaTrainer
 
 
+_MODEL_ALONE = "the model alone (--save_only_model): this run cannot go on from its checkpoints"
 _SHARDED = "of one model, one in each process (FSDP): no samples, passports and prompts, which one alone cannot compute"
 
 
@@ -47,6 +48,7 @@ def show(
         f"{training.get_warmup_steps(training.max_steps):,} steps of warm-up" + _matrices(trainer),
         **({"shards": _SHARDED} if devices.is_sharded() else {}),
         "backward": f"autograd's ({why})" if (why := trainer.why_autograd()) else "written out for GPT-2",
+        **({"saves": _MODEL_ALONE} if training.save_only_model else {}),
         "folder": str(folder.path),
     }
     for name, value in rows.items():

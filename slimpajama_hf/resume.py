@@ -59,7 +59,10 @@ def checkpoint_of(asked: str | bool | None, output_dir: str) -> Path | None:
     if not is_asked(asked):
         return None
     if str(asked).lower() == "true":
-        return _newest_good(Path(output_dir))
+        newest = _newest_good(Path(output_dir))
+        if newest is not None:
+            _refuse_model_alone(newest)
+        return newest
     folder = Path(str(asked))
     if not folder.is_dir():
         raise UserError(f"--resume_from_checkpoint {asked}: no such folder; expected true or a checkpoint-N of a run")
@@ -70,7 +73,18 @@ def checkpoint_of(asked: str | bool | None, output_dir: str) -> Path | None:
         raise UserError(
             f"--resume_from_checkpoint {asked}: it is of the run in {folder.parent}; add --output_dir {folder.parent}"
         )
+    _refuse_model_alone(folder)
     return folder
+
+
+def _refuse_model_alone(folder: Path) -> None:
+    """Raise UserError for a checkpoint from which Adam and warm-up would begin anew without a word."""
+    lacking = checkpoints.lacks(folder)
+    if lacking:
+        raise UserError(
+            f"{folder}: it lacks {' and '.join(lacking)} (--save_only_model true saves the model alone), so the run "
+            "cannot go on from it; name an older whole checkpoint, or start anew in another --output_dir"
+        )
 
 
 def _newest_good(run: Path) -> Path | None:

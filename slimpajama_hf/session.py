@@ -262,7 +262,8 @@ class Session:
             return code
         for line in self.uploads.finish(done=outcome in ("done", "the corpus ended")):
             screen.say(line)
-        if outcome != "done" and trainer.args.save_strategy != "no" and steps:
+        saved_whole = trainer.args.save_strategy != "no" and not trainer.args.save_only_model
+        if outcome != "done" and saved_whole and steps:
             screen.say(f"         go on  {plan.resume_command(self.folder.path, self.folder.read_record())}")
         if failure is not None:
             raise failure

@@ -139,10 +139,7 @@ class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
         """Raise ValueError for what would have no effect or a wrong one."""
         for field in dataclasses.fields(self):
             if field.name in REFUSED and not _is_usual(getattr(self, field.name), _default_of(field)):
-                raise ValueError(
-                    f"--{field.name} {_as_typed(getattr(self, field.name))}: it would have no effect here: "
-                    f"{REFUSED[field.name]}"
-                )
+                raise ValueError(_refusal(field.name, getattr(self, field.name)))
         if self.max_steps < 1:
             raise ValueError(f"--max_steps {self.max_steps}: expected the number of documents to learn, 1 or more")
         if self.per_device_train_batch_size != 1:
@@ -183,6 +180,20 @@ class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
                 f"--optim {_as_typed(self.optim)} takes no --optim_args and no --optim_target_modules; leave them out, "
                 "or choose another --optim"
             )
+
+
+def refuse_typed(typed: frozenset[str], arguments: TrainingArguments) -> None:
+    """Raise UsageError for a flag without effect that was typed with a number or a word, were it the default: who types
+    `--num_train_epochs 3` expects three epochs."""
+    fields = {field.name: field for field in dataclasses.fields(arguments)}
+    for name in sorted(typed & REFUSED.keys() & fields.keys() - TRAINING_DEFAULTS.keys()):
+        default = _default_of(fields[name])
+        if isinstance(default, int | float | str) and not isinstance(default, bool) and default not in (0, "", "no"):
+            raise UsageError(_refusal(name, getattr(arguments, name)))
+
+
+def _refusal(name: str, value: Any) -> str:
+    return f"--{name} {_as_typed(value)}: it would have no effect here: {REFUSED[name]}"
 
 
 def _is_usual(value: Any, default: Any) -> bool:
