@@ -218,6 +218,7 @@ def parse(argv: Sequence[str]) -> Settings:
 
 
 def _parse(argv: Sequence[str]) -> Settings:
+    devices.refuse_launchers_wishes()
     configs, flags = split_config(argv)
     flags = rename(flags)
     if "--test" in flags or any(token.lower() in ("--test=true", "--test=1") for token in flags):
@@ -264,9 +265,8 @@ def beta2_of_half_life(half_life_tokens: float, tokens_per_step: int) -> float:
 
 
 def complete(settings: Settings) -> None:
-    """What one argument says about another, and what the launcher says of them in the environment."""
+    """What one argument says about another, and what the launcher says of them."""
     training: Any = settings.training
-    devices.refuse_launchers_wishes()
     flags = {name: value for name, value in training.precision_flags.items() if value or name in settings.typed}
     settings.model.precision = precision.asked(settings.model.precision, flags)
     if settings.run.no_checkpoint:
