@@ -33,6 +33,16 @@ DOCUMENTS_BETWEEN = 32
 _POLYNOMIAL, _ITERATIONS = (3.4445, -4.7750, 2.0315), 4
 
 
+#: Devices whose fused kernels look at `grad_scale` and `found_inf`. That of MPS takes both and looks at neither
+#: (aten/src/ATen/native/mps/operations/FusedAdamWKernelImpl.mm).
+SCALE_IN_KERNEL = ("cpu", "cuda", "xpu")
+
+
+def scales_in_kernel(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    """Whether a step divides gradients by `grad_scale`, and is none where `found_inf` is 1, on the device itself."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and device.type in SCALE_IN_KERNEL
+
+
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """Parameters of two dimensions or more that are neither an embedding nor the output head."""
     outside = {
@@ -165,7 +175,7 @@ class AdamWWithMuon(torch.optim.AdamW):
 
     def _take_in(self, averages: list[torch.Tensor], gradients: list[torch.Tensor], share: float) -> None:
         """Move each average by `share` of its way to the gradient, scaled as AdamW scales it."""
-        if not self.defaults["fused"]:
+        if not (self.defaults["fused"] and scales_in_kernel(self, averages[0].device)):
             torch._foreach_lerp_(averages, gradients, share)
             return
         # An exponential average is gradient ascent with a decay of the weights: written like this it is one pass.

@@ -17,6 +17,7 @@ from slimpajama_hf import noise, screen
 from slimpajama_hf.ledger import Ledger, Row
 from slimpajama_hf.samples import Sample
 from slimpajama_hf.surprisals import Surprisals
+from slimpajama_hf.transfers import Reading
 
 if TYPE_CHECKING:
     from slimpajama_hf.processes import Processes, Told
@@ -59,30 +60,6 @@ class TrainingClock:
         self._lap_start, self._paused_in_lap = now, 0.0
         self.training_seconds += seconds
         return seconds
-
-
-class _Reading:
-    """Numbers on their way from the device: what `StepRecorder.add` takes."""
-
-    def __init__(self, values: torch.Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        if values.is_cuda:
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._values = values
-
-    def here(self) -> bool:
-        return self._event is None or self._event.query()
-
-    def numbers(self) -> tuple[list[float], np.ndarray]:
-        """The eight numbers of the step, and what follows them."""
-        if self._event is not None:
-            self._event.synchronize()
-        values = self._values.numpy()
-        return values[:8].tolist(), values[8:]
 
 
 def shortest(value: float) -> float:
@@ -147,7 +124,7 @@ class StepRecorder:
         self._world_size = world_size
         self._surprisals = surprisals
         self._uniform_nats = math.log(vocab_size)
-        self._waiting: deque[tuple[int, Sample, _Reading, float, float, str]] = deque()
+        self._waiting: deque[tuple[int, Sample, Reading, float, float, str]] = deque()
         self._unwritten: deque[tuple[Row, np.ndarray]] = deque()
         self._spikes = LossSpikes(row["loss"] for row in remembered if row["loss"] is not None)
         self.not_finite: list[dict[str, Any]] = []
@@ -184,7 +161,7 @@ class StepRecorder:
         product of some gradients (NaN where noise was not measured), loss of its document after the update and of the
         next one before it (NaN where that was not looked at); the surprisal of each predicted token, nats,
         (tokens - 1,); where noise was measured, mean squares and mean products by parameter, (2 x parameters,)."""
-        self._waiting.append((step, sample, _Reading(values), learning_rate, seconds, update_skipped))
+        self._waiting.append((step, sample, Reading(values), learning_rate, seconds, update_skipped))
         while self._waiting and (self._waiting[0][2].here() or len(self._waiting) > MOST_BEHIND):
             self._write(*self._waiting.popleft())
 
@@ -201,9 +178,10 @@ class StepRecorder:
         )  # fmt: skip
 
     def _write(
-        self, step: int, sample: Sample, reading: _Reading, learning_rate: float, seconds: float, update_skipped: str
+        self, step: int, sample: Sample, reading: Reading, learning_rate: float, seconds: float, update_skipped: str
     ) -> None:
-        (loss, correct, *of_step), rest = reading.numbers()
+        values = reading.values().numpy()
+        (loss, correct, *of_step), rest = values[:8].tolist(), values[8:]
         nats, of_parameters = rest[: sample.predicted], rest[sample.predicted :].reshape(2, -1)
         self._record(
             step, sample, [loss], [correct], [nats], of_step, learning_rate, seconds,

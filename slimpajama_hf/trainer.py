@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from slimpajama_hf import checkpoints, devices, noise, optimization, precision, range_test, teaching
+from slimpajama_hf import checkpoints, devices, noise, optimization, precision, range_test, teaching, transfers
 from slimpajama_hf.arguments import HIDDEN_RATES
 from slimpajama_hf.averaging import WeightAverage
 from slimpajama_hf.errors import SaidByTheFirst, UserError
@@ -464,8 +464,7 @@ class SlimPajamaTrainer(Trainer):
         model that does not fit, and UserError stops the run before anything of the step is applied."""
         self._out_of_memory += 1
         self.model.zero_grad(set_to_none=True)  # type: ignore[union-attr]
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        transfers.release_cached(self.args.device)
         document = sample.document
         if self._out_of_memory > 1 or self.news is not None:
             raise UserError(
@@ -504,7 +503,7 @@ class SlimPajamaTrainer(Trainer):
         norm = self._written_out.squared_norms().sum().sqrt()
         too_long_by = ((norm + 1e-6) / self.args.max_grad_norm).clamp(min=1.0)
         optimizer = self._plain_optimizer()
-        if getattr(optimizer, "_step_supports_amp_scaling", False):
+        if optimization.scales_in_kernel(optimizer, norm.device):
             optimizer.grad_scale = too_long_by
         else:
             self._written_out.gradients.div_(too_long_by)
@@ -528,8 +527,8 @@ class SlimPajamaTrainer(Trainer):
     def _skip_update_unless_finite(self) -> None:
         """Leave the weights as they are when the loss or the gradient is no number; the device is not waited for.
 
-        Fused optimizers take a flag for it on the device, made for gradient scaling (`found_inf`, torch/optim/adam.py);
-        others, and a CPU, are told by having no gradients.
+        Fused optimizers take a flag for it on the device, made for gradient scaling (`found_inf`, torch/optim/adam.py),
+        where its kernels look at it; others, and a CPU, are told by having no gradients.
         """
         self._grad_norm = self._grad_norm.detach().to(self._loss.device)
         finite = torch.isfinite(self._grad_norm)
@@ -538,7 +537,8 @@ class SlimPajamaTrainer(Trainer):
             finite = finite & torch.isfinite(self._loss)
         self._not_finite = 1.0 - finite.float()
         optimizer = self._plain_optimizer()
-        if self._loss.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
+        device = self._not_finite.device
+        if device.type != "cpu" and optimization.scales_in_kernel(optimizer, device):
             optimizer.found_inf = self._not_finite
         elif self._not_finite.item():
             optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,66 @@
+"""Between host and device: copies that neither waits for, where the device has streams and events; plain ones elsewhere.
+
+CUDA and XPU copy beside the program what lies in pinned memory, and an event says when it is there. MPS has events but
+no streams, a CPU needs neither: there a copy is there when it returns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def streams(device: torch.device) -> Any | None:
+    """The module of torch that has the streams and events of a device (`torch.cuda`, `torch.xpu`); None: it has none."""
+    if device.type == "cpu":
+        return None
+    module = getattr(torch, device.type, None)
+    return module if all(hasattr(module, name) for name in ("Event", "current_stream", "synchronize")) else None
+
+
+def wait_for(device: torch.device) -> None:
+    """Until all that was asked of `device` is done."""
+    module = getattr(torch, device.type, None)
+    if device.type != "cpu" and hasattr(module, "synchronize"):
+        module.synchronize()
+
+
+def release_cached(device: torch.device) -> None:
+    """Memory that PyTorch keeps for later, back to `device`."""
+    module = getattr(torch, device.type, None)
+    if hasattr(module, "empty_cache"):
+        module.empty_cache()
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`values` on `device`; what is there already as it is."""
+    if values.device == device or values.device.type != "cpu" or streams(device) is None:
+        return values.to(device)
+    # torch gives pinned memory to somebody else only after the copies out of it are done, so it is safe to let go.
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+class Reading:
+    """Numbers on their way from a device to the host."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._event: Any = None
+        module = streams(values.device)
+        if module is None:
+            self._values = values.to("cpu")
+            return
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._values.copy_(values, non_blocking=True)
+        self._event = module.Event()
+        self._event.record()
+
+    def here(self) -> bool:
+        """Whether `values` would return at once."""
+        return self._event is None or self._event.query()
+
+    def values(self) -> torch.Tensor:
+        """On the host, in the shape in which they were given; waits for the device."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values
