@@ -1,4 +1,4 @@
-"""Between host and device: copies that neither waits for, where the device has streams and events; plain ones elsewhere.
+"""Between host and device: copies that neither waits for where the device has streams and events, plain ones elsewhere.
 
 CUDA and XPU copy beside the program what lies in pinned memory, and an event says when it is there. MPS has events but
 no streams, a CPU needs neither: there a copy is there when it returns.
@@ -12,7 +12,7 @@ import torch
 
 
 def streams(device: torch.device) -> Any | None:
-    """The module of torch that has the streams and events of a device (`torch.cuda`, `torch.xpu`); None: it has none."""
+    """The module of torch with the streams and events of a device (`torch.cuda`, `torch.xpu`); None: it has none."""
     if device.type == "cpu":
         return None
     module = getattr(torch, device.type, None)
@@ -21,14 +21,14 @@ def streams(device: torch.device) -> Any | None:
 
 def wait_for(device: torch.device) -> None:
     """Until all that was asked of `device` is done."""
-    module = getattr(torch, device.type, None)
+    module: Any = getattr(torch, device.type, None)
     if device.type != "cpu" and hasattr(module, "synchronize"):
         module.synchronize()
 
 
 def release_cached(device: torch.device) -> None:
     """Memory that PyTorch keeps for later, back to `device`."""
-    module = getattr(torch, device.type, None)
+    module: Any = getattr(torch, device.type, None)
     if hasattr(module, "empty_cache"):
         module.empty_cache()
 

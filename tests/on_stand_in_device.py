@@ -3,7 +3,7 @@ run of the Trainer on a device that is neither a CPU nor CUDA (`stand_in_device.
 
     python -m tests.on_stand_in_device
 
-Prints one JSON: each check's name, and what went wrong with it ("" where nothing did).
+Writes one JSON: each check's name, and what went wrong with it ("" where nothing did).
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from typing import Any
 
 import torch
 
-from slimpajama_hf import model as models
-from slimpajama_hf import optimization
 from slimpajama_hf.corpora import Cursor, Document
-from slimpajama_hf.gpt2_step import GPT2Step
 from slimpajama_hf.ledger import Ledger, last_rows
 from slimpajama_hf.recorder import StepRecorder
 from slimpajama_hf.samples import Sample
 from tests import stand_in_device
-from tests.stand_in_device import NAME, OnDevice, StandIn, moved
+from tests.conftest import read_ledger, run_script
+from tests.stand_in_device import NAME, StandIn
 
 CHECKS: dict[str, Callable[[StandIn], None]] = {}
 
@@ -95,14 +93,59 @@ def numbers_leave_a_device_with_streams_without_a_wait(device: StandIn) -> None:
 
 @check
 def numbers_leave_a_device_without_streams_by_a_plain_copy(device: StandIn) -> None:
-    kept = stand_in_device.Module.current_stream
-    del stand_in_device.Module.current_stream
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            rows = rows_of(device, Path(folder))
-    finally:
-        stand_in_device.Module.current_stream = staticmethod(kept)  # type: ignore[assignment]
+    with stand_in_device.like_mps(), tempfile.TemporaryDirectory() as folder:
+        rows = rows_of(device, Path(folder))
     assert [row["loss"] for row in rows] == [2.5, 3.5, 4.5] and rows[0]["accuracy"] == 0.75
+
+
+# ---- the program as a whole ----
+
+FLAGS = ["--model", "tiny", "--config_overrides", "n_layer=1,n_embd=32,n_head=2,n_positions=64", "--max_seq_length", "64",
+         "--tokenizer", "builtin", "--dataset", "embedded", "--viz_interval", "1000", "--display_samples", "1000",
+         "--warmup_steps", "5", "--report_to", "none"]  # fmt: skip
+
+
+def run(folder: str, *flags: str) -> list[dict[str, Any]]:
+    """Rows of the ledger of a run into `folder`, on the device where that is taken for the program's own."""
+    import run_clm_slimpajama
+
+    assert run_clm_slimpajama.main([*FLAGS, "--output_dir", folder, *flags]) == 0
+    return [json.loads(line) for line in (Path(folder) / "ledger.jsonl").read_text().splitlines()]
+
+
+def on_the_cpu(folder: str, *flags: str) -> list[dict[str, Any]]:
+    done = run_script(*FLAGS, "--output_dir", folder, *flags)
+    assert done.returncode == 0, done.stderr
+    return read_ledger(Path(folder))
+
+
+def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """The numbers of two runs, to float32's rounding."""
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["text_sha1"] == other["text_sha1"] and mine["update_skipped"] == other["update_skipped"] == ""
+        for name in ("loss", "grad_norm", "grad_square", "loss_after", "next_loss"):
+            assert (mine[name] is None) == (other[name] is None), (name, mine, other)
+            if mine[name] is not None:
+                assert abs(mine[name] - other[name]) <= 1e-3 * abs(other[name]), (
+                    mine["step"],
+                    name,
+                    mine[name],
+                    other[name],
+                )
+
+
+@check
+def a_run_on_a_device_without_streams_whose_optimizer_scales_nothing(device: StandIn) -> None:
+    """As on MPS: clipped and skipped by other means, with the numbers of a CPU."""
+    flags = ("--max_steps", "24", "--save_steps", "12", "--precision", "float32", "--max_grad_norm", "0.5")
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = on_the_cpu(f"{folder}/cpu", *flags)
+        with stand_in_device.like_mps(), stand_in_device.whole_programs():
+            ours = run(f"{folder}/there", *flags)
+        compare(ours, theirs)
+        assert (Path(folder) / "there/checkpoint-24/model.safetensors").is_file()
+        assert max(row["grad_norm"] for row in ours) > 0.5, "clipping was at work"
 
 
 def main() -> int:
@@ -110,12 +153,15 @@ def main() -> int:
     asked = sys.argv[1:] or list(CHECKS)
     for name in asked:
         try:
-            with StandIn() as device:
-                CHECKS[name](device)
+            if name.startswith("a_run_"):
+                CHECKS[name](StandIn())
+            else:
+                with StandIn() as device:
+                    CHECKS[name](device)
             found[name] = ""
         except Exception:
             found[name] = traceback.format_exc()
-    print(json.dumps(found))
+    sys.stdout.write(json.dumps(found) + "\n")
     return 0
 
 

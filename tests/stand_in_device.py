@@ -15,14 +15,18 @@ It registers PyTorch's backend for devices of others, once in a process and for 
 from __future__ import annotations
 
 import collections
+import contextlib
+import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+from slimpajama_hf import optimization
 
 NAME = "stand_in"
 
@@ -44,6 +48,9 @@ class OnDevice(torch.Tensor):
         )  # fmt: skip
         made.inner = inner
         return made
+
+    def tolist(self) -> Any:
+        return self.to("cpu").tolist()
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"OnDevice({self.inner})"
@@ -107,6 +114,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name in READS:
         _wait(name)
     plain_args, plain_kwargs = pytree.tree_map(_inner, (args, kwargs))
+    if name.startswith("_fused_") and not Module.scales_in_kernel:
+        plain_kwargs = plain_kwargs | {"grad_scale": None, "found_inf": None}
     if "device" in plain_kwargs:
         plain_kwargs["device"] = torch.device("cpu")
     out = func(*plain_args, **plain_kwargs)
@@ -115,7 +124,6 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "_local_scalar_dense":
         return out
     known = {id(each.inner): each for each in tensors if isinstance(each, OnDevice)}
-
 
     def wrapped(each: Any) -> Any:
         if not isinstance(each, torch.Tensor):
@@ -195,6 +203,8 @@ class Module(_DummyBackendModule):
     """`torch.stand_in`: what `torch.cuda` is to CUDA."""
 
     Event = _Event
+    #: Whether its fused optimizers look at `grad_scale` and `found_inf`; those of MPS do not.
+    scales_in_kernel = True
 
     @staticmethod
     def current_stream(device: Any = None) -> str:
@@ -279,6 +289,30 @@ class Recording:
                         old.copy_(new)
 
 
+@contextlib.contextmanager
+def like_mps() -> Iterator[None]:
+    """Without streams, and with fused optimizers that take no notice of `grad_scale` and `found_inf`."""
+    kept = Module.current_stream
+    del Module.current_stream
+    Module.scales_in_kernel = False
+    try:
+        yield
+    finally:
+        Module.current_stream = staticmethod(kept)  # type: ignore[method-assign, assignment]
+        Module.scales_in_kernel = True
+
+
+@contextlib.contextmanager
+def like_cuda() -> Iterator[None]:
+    """What the optimizers are told is obeyed in their kernels."""
+    kept = optimization.SCALE_IN_KERNEL
+    optimization.SCALE_IN_KERNEL = (*kept, NAME)
+    try:
+        yield
+    finally:
+        optimization.SCALE_IN_KERNEL = kept
+
+
 def moved(model: torch.nn.Module) -> torch.nn.Module:
     """`model` on the device, tied weights tied; call it inside `StandIn()`."""
     there: dict[int, torch.nn.Parameter] = {}
@@ -294,11 +328,51 @@ def moved(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+@contextlib.contextmanager
+def whole_programs() -> Iterator[StandIn]:
+    """The program takes this device for its own. Its weights leave for files as a CPU's, and models are moved with
+    their ties, which `Module.to` would cut between two kinds of tensors."""
+    module = torch.nn.Module
+    kept = (module.to, module.state_dict, torch.save)
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        device = args[0] if args else kwargs.get("device")
+        wanted = isinstance(device, str | torch.device) and _is_of_device(device)
+        return moved(self) if wanted else kept[0](self, *args, **kwargs)
+
+    def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = kept[1](self, *args, **kwargs)
+        for name, value in found.items():
+            found[name] = _inner(value)
+        return found
+
+    def save(what: Any, *args: Any, **kwargs: Any) -> None:
+        kept[2](pytree.tree_map(_inner, what), *args, **kwargs)
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = NAME
+    module.to, module.state_dict, torch.save = to, state_dict, save  # type: ignore[assignment, method-assign]
+    try:
+        with StandIn() as device:
+            yield device
+    finally:
+        module.to, module.state_dict, torch.save = kept  # type: ignore[assignment, method-assign]
+        del os.environ["ACCELERATE_TORCH_DEVICE"]
+
+
 def _pin_memory(values: torch.Tensor, device: Any = None) -> torch.Tensor:
     copy = values.clone()
     _State.pinned.add(copy.untyped_storage().data_ptr())
     return copy
 
 
+_tensor = torch.tensor
+
+
+def _tensor_of(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
+    """`torch.tensor` makes its tensor past all that a mode sees, and then sends it."""
+    return _tensor(data, **options).to(device) if _is_of_device(device) else _tensor(data, device=device, **options)
+
+
+torch.tensor = _tensor_of  # type: ignore[assignment]
 torch.Tensor.pin_memory = _pin_memory  # type: ignore[method-assign]
 _setup_privateuseone_for_python_backend(NAME, Module())
