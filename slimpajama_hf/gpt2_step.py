@@ -31,6 +31,9 @@ from torch import nn
 
 from slimpajama_hf.products import Weights, product, product_into, square
 
+#: What products are made in, by the name of the precision; None: as the weights are.
+LOW_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 #: Beyond so many tokens the (heads, T, T) attention weights are worth avoiding.
 LONGEST_EXPLICIT_ATTENTION = 512
 #: Queries that look at the same keys at once: most of what causality masks is never multiplied. In low precision
@@ -90,7 +93,9 @@ class Result:
 class GPT2Step:
     """Forward and backward of a `GPT2LMHeadModel`; every call overwrites the gradients of all of its parameters.
 
-    `precision`: `float32` or `bfloat16` (products in bfloat16; weights, norms, residual stream and loss in float32).
+    `precision`: `float32`, `bfloat16` or `float16` (products in that; weights, norms, residual stream and loss in
+    float32). `scale`: what gradients are multiplied by while float16 holds them, (), on the model's device, read at
+    every step; `gradients` stay multiplied by it, and nothing else that is told of them is.
     `max_length`: tokens of the longest sample. On CUDA samples are padded to it and the step is captured as a graph;
     `trouble` is told in words when that fails, and it runs uncaptured. `seldom_changed`: parameters that most updates
     leave alone, and that nothing changes behind autograd's back (`.data`): they are cast only when they have changed.
@@ -103,6 +108,7 @@ class GPT2Step:
         max_length: int,
         trouble: Callable[[str], None] = lambda text: None,
         seldom_changed: Iterable[nn.Parameter] = (),
+        scale: torch.Tensor | None = None,
     ) -> None:
         reason = unsupported(model)
         if reason is not None:
@@ -110,13 +116,14 @@ class GPT2Step:
         config = model.config
         self._parameters = list(model.parameters())
         self._device = self._parameters[0].device
-        self._low = torch.bfloat16 if precision == "bfloat16" else None
+        self._low = LOW_PRECISIONS[precision]
+        self.scale = scale
         self._max_length = max_length
         self._trouble = trouble
         self._width, self._heads = config.hidden_size, config.num_attention_heads
         self._epsilon = config.layer_norm_epsilon
         self.gradients = torch.zeros(sum(p.numel() for p in self._parameters), device=self._device)
-        """All gradients in one row, in the order of `model.parameters()`."""
+        """All gradients in one row, in the order of `model.parameters()`, times `scale`."""
         self._views = [
             piece.view_as(p)
             for piece, p in zip(
@@ -180,7 +187,12 @@ class GPT2Step:
 
     def squared_norms(self, row: torch.Tensor | None = None) -> torch.Tensor:
         """Squared L2 norm of the gradient of each parameter, (parameters,), on the device; or of its part of a `row` of
-        the shape of `gradients`."""
+        the shape of `gradients`, which is not scaled."""
+        if row is None and self.scale is not None:
+            return self._squared_norms_as_they_lie(None) / self.scale.square()
+        return self._squared_norms_as_they_lie(row)
+
+    def _squared_norms_as_they_lie(self, row: torch.Tensor | None) -> torch.Tensor:
         pieces = self._views if row is None else list(row.split([view.numel() for view in self._views]))
         if self._device.type != "cpu":
             return torch.stack(torch._foreach_norm(pieces)).square()
@@ -365,6 +377,7 @@ class GPT2Step:
         if not backward:
             return Result(loss, correct, nats), x
         # Softmax minus one at the target, in the mean of the loss.
+        shares = shares if self.scale is None else shares * self.scale
         logits.mul_(shares.unsqueeze(1))
         logits.scatter_add_(1, targets, -shares.unsqueeze(1))
         gradient = self._lowered(logits)

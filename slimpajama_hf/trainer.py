@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections import Counter, deque
@@ -20,12 +21,23 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from slimpajama_hf import checkpoints, devices, noise, optimization, precision, range_test, teaching, transfers
+from slimpajama_hf import (
+    checkpoints,
+    devices,
+    loss_scale,
+    noise,
+    optimization,
+    precision,
+    range_test,
+    teaching,
+    transfers,
+)
 from slimpajama_hf.arguments import HIDDEN_RATES
 from slimpajama_hf.averaging import WeightAverage
 from slimpajama_hf.errors import SaidByTheFirst, UserError
 from slimpajama_hf.evaluation import HeldOutScores
 from slimpajama_hf.gpt2_step import GPT2Step, unsupported
+from slimpajama_hf.loss_scale import LossScale
 from slimpajama_hf.processes import News, OthersLost, Processes, Step, Told, is_about_others
 from slimpajama_hf.recorder import StepRecorder, TrainingClock
 from slimpajama_hf.samples import Sample, SampleStream
@@ -38,6 +50,7 @@ PRIVATE_HOOKS = {
     "_clip_grad_norm": "(self, model)",
     "_get_grad_norm": "(self, model, grad_norm=None)",
     "_get_output_dir": "(self, trial)",
+    "_load_scaler": "(self, checkpoint)",
     "_save": "(self, output_dir=None, state_dict=None)",
     "_save_checkpoint": "(self, model, trial)",
 }
@@ -63,8 +76,6 @@ def why_autograd(args: Any, model: Any, backward: str) -> str | None:
         return "torch.compile"
     if args.neftune_noise_alpha is not None:
         return "NEFTune noise"
-    if args.fp16:
-        return "float16"
     return unsupported(model)
 
 
@@ -177,6 +188,8 @@ class SlimPajamaTrainer(Trainer):
         """Loss of the step's document after its update, and of the next one before it; NaN where nobody looked."""
         self.measuring_seconds = 0.0
         """Time that measuring noise, and what steps teach, has taken."""
+        self._loss_scale: LossScale | None = None
+        """In float16 what the loss is multiplied by."""
         self._out_of_memory = 0
         self._lr_find = lr_find
         self._average_half_life = average_half_life
@@ -204,6 +217,9 @@ class SlimPajamaTrainer(Trainer):
             ],
             **trainer_arguments,
         )
+        if self.args.fp16 and self.args.device.type == "cpu" and self.accelerator.scaler is None:
+            # Else it would be float32 there, without a word.
+            self.accelerator.scaler, self.accelerator.native_amp = loss_scale.for_a_cpu(), True
         # The bar and the lines are ours; the dictionary that this one prints is noise.
         self.remove_callback(PrinterCallback)
         self.run_path = Path(str(self.args.output_dir))
@@ -332,16 +348,21 @@ class SlimPajamaTrainer(Trainer):
         self.stream.say = self.recorder.trouble
         self._unmeasured = self._noise = (torch.full((), float("nan"), device=self.args.device),) * 2
         self._begin_average()
+        if self.accelerator.scaler is not None:
+            self._loss_scale = LossScale(self.accelerator.scaler, self.args.device)
+            # What accelerate would do round the optimizer's step is done here (loss_scale.py says why).
+            self.optimizer.scaler = None  # type: ignore[union-attr]
         if self.why_autograd() is None:
             model = self.accelerator.unwrap_model(self.model)
             self.recorder.layers = [noise.layer_of(name) for name, _ in model.named_parameters()]
             optimizer = self._plain_optimizer()
             self._written_out = GPT2Step(
                 model,
-                "bfloat16" if self.args.bf16 else "float32",
+                "float16" if self.args.fp16 else "bfloat16" if self.args.bf16 else "float32",
                 self.stream.max_length,
                 self.recorder.trouble,
                 optimizer.matrices if isinstance(optimizer, optimization.AdamWWithMuon) else (),
+                self._loss_scale.factor if self._loss_scale is not None else None,
             )
         self.computes_in = self._observe_precision()
 
@@ -417,7 +438,8 @@ class SlimPajamaTrainer(Trainer):
         squares = self._written_out.squared_norms()
         limit = self.args.max_grad_norm or float("inf")
         share = (limit / (squares.sum().sqrt() + 1e-6)).clamp(max=1.0)
-        total.addcmul_(self._written_out.gradients, share)
+        scaled = share if self._loss_scale is None else share / self._loss_scale.factor
+        total.addcmul_(self._written_out.gradients, scaled)
         return squares * share * share
 
     def _compare(self, total: torch.Tensor, squares: torch.Tensor, others: int) -> None:
@@ -502,12 +524,17 @@ class SlimPajamaTrainer(Trainer):
             return super()._clip_grad_norm(model)
         norm = self._written_out.squared_norms().sum().sqrt()
         too_long_by = ((norm + 1e-6) / self.args.max_grad_norm).clamp(min=1.0)
-        optimizer = self._plain_optimizer()
-        if optimization.scales_in_kernel(optimizer, norm.device):
-            optimizer.grad_scale = too_long_by
-        else:
-            self._written_out.gradients.div_(too_long_by)
+        self._divide_gradients(too_long_by if self._loss_scale is None else too_long_by * self._loss_scale.factor)
         return norm
+
+    def _divide_gradients(self, by: torch.Tensor) -> None:
+        """Of the step that is written out; without a pass over them where the optimizer does it as it reads."""
+        assert self._written_out is not None
+        optimizer = self._plain_optimizer()
+        if optimization.scales_in_kernel(optimizer, by.device):
+            optimizer.grad_scale = by
+        else:
+            self._written_out.gradients.div_(by)
 
     def _plain_optimizer(self) -> Any:
         """The optimizer without accelerate's wrapping."""
@@ -516,6 +543,9 @@ class SlimPajamaTrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if grad_norm is None and self._written_out is not None:
             grad_norm = self._written_out.squared_norms().sum().sqrt()
+            if self._loss_scale is not None:
+                # A scale that is learned before the optimizer's step is the next step's.
+                self._divide_gradients(self._loss_scale.factor.clone())
         norm = super()._get_grad_norm(model, grad_norm)
         # Read before the update: after it the scheduler has moved on.
         self._rate = float(self._plain_optimizer().param_groups[0]["lr"])
@@ -542,6 +572,9 @@ class SlimPajamaTrainer(Trainer):
             optimizer.found_inf = self._not_finite
         elif self._not_finite.item():
             optimizer.zero_grad(set_to_none=True)
+        if self._loss_scale is not None:
+            # Nothing was computed in a step that did not fit.
+            self._loss_scale.learn(None if self._update_skipped else self._not_finite)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 x tokens x parameters, counted without walking over the modules at every step."""
@@ -599,13 +632,18 @@ class SlimPajamaTrainer(Trainer):
 
     def _look_at_what_is_not_finite(self) -> None:
         bad = self.recorder.not_finite
-        if len(bad) >= MOST_NOT_FINITE_IN_A_ROW and self.failure is None:
+        most, scale = MOST_NOT_FINITE_IN_A_ROW, self._loss_scale
+        if scale is not None and len(bad) >= most and scale.may_be_too_large():
+            # A gradient beyond float16's range is no sign of lost weights while the scale still comes down.
+            bad = [row for row in bad if row["loss"] is None or not math.isfinite(row["loss"])]
+        if len(bad) >= most and self.failure is None:
             places = ", ".join(f"{row['shard']} row {row['row']} (step {row['step']})" for row in bad)
             good = checkpoints.newest_before_trouble(self.run_path)
             advice = f"go on from {good} " if good else "no checkpoint is older than this; start again "
             self.failure = UserError(
                 f"{len(bad)} steps in a row had a loss or a gradient that is no number and were skipped; the "
                 f"documents were {places}; {advice}with a smaller --learning_rate"
+                f"{' or with --precision float32' if self._loss_scale is not None else ''}"
             )
 
     # ---- evaluation ----
@@ -625,6 +663,11 @@ class SlimPajamaTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        # Of a run that began in float16 and goes on in another precision there is one in the checkpoint, and none here.
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Stage, write, add the manifest, rename. The ledger is on the disk before the checkpoint that counts on it."""
