@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from slimpajama_hf import loss_scale, noise
+from slimpajama_hf import loss_scale
 from slimpajama_hf import trainer as trainers
 from slimpajama_hf.gpt2_step import GPT2Step
 from slimpajama_hf.loss_scale import LossScale
-from tests.conftest import read_ledger, run_command, run_script
+from tests.conftest import ROOT, environment, read_ledger
 from tests.test_gpt2_step import build, ids_of, reference, tokenizer  # noqa: F401
 
 FLOAT16 = ["--precision", "float16"]
@@ -96,18 +101,43 @@ def test_a_step_without_a_gradient_changes_no_scale_and_lets_the_next_be_unscale
     assert scale.factor.item() == 2.0**16
 
 
-def run(folder, shards, *flags, **variables):
-    done = run_script(*SMALLEST, "--dataset", f"{shards}/*.jsonl.zst", "--output_dir", str(folder), *flags, **variables)
+#: The program with measurements often enough for a short run.
+PROGRAM = """import sys
+from slimpajama_hf import noise, teaching
+noise.STEPS_BETWEEN, teaching.STEPS_BETWEEN = 9, 7
+import run_clm_slimpajama
+raise SystemExit(run_clm_slimpajama.main(sys.argv[1:]))"""
+
+
+def run(folder: Path, *flags: str) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "--output_dir", str(folder), *flags],
+        capture_output=True, text=True, env=environment(), cwd=ROOT,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return read_ledger(folder)
 
 
+@pytest.fixture(scope="module")
+def runs(shards, tmp_path_factory):
+    """The same 24 steps in float32, in float16 written out, and in float16 by autograd: folder and ledger."""
+    flags = [*SMALLEST, "--dataset", f"{shards}/*.jsonl.zst", "--max_steps", "24", "--save_steps", "12", "--max_grad_norm",
+             "0.5"]  # fmt: skip
+    found = {}
+    for name, more in (
+        ("float32", ["--precision", "float32"]),
+        ("auto", FLOAT16),
+        ("autograd", [*FLOAT16, "--backward", "autograd"]),
+    ):
+        folder = tmp_path_factory.mktemp("runs") / name
+        found[name] = folder, run(folder, *flags, *more)
+    return found
+
+
 @pytest.mark.parametrize("backward", ["auto", "autograd"])
-def test_a_run_in_float16_learns_as_in_float32_and_what_it_skips_is_counted(shards, tmp_path, backward):
-    """Ten steps at the start are scaled too high for their gradients' range: skipped, and the run goes on."""
-    flags = ["--max_steps", "30", "--no-checkpoint", "--backward", backward, "--max_grad_norm", "0.5"]
-    exact = run(tmp_path / "float32", shards, *flags, "--precision", "float32")
-    low = run(tmp_path / "float16", shards, *flags, *FLOAT16)
+def test_a_run_in_float16_learns_as_in_float32_and_what_it_skips_is_counted(runs, backward):
+    """What the first scale is too high for is skipped, and the run goes on at the rate of its step."""
+    low, exact = runs[backward][1], runs["float32"][1]
     skipped = [row["step"] for row in low if row["update_skipped"]]
     assert {row["update_skipped"] for row in low} <= {"", "not finite"} and skipped == list(range(len(skipped)))
     assert all(row["loss"] is not None for row in low)
@@ -120,19 +150,34 @@ def test_a_run_in_float16_learns_as_in_float32_and_what_it_skips_is_counted(shar
     assert low[-1]["loss"] < low[0]["loss"] - 0.2
 
 
+def test_noise_and_teaching_are_those_of_unscaled_gradients(runs):
+    low, exact = runs["auto"][1], runs["float32"][1]
+    for mine, theirs in zip(low, exact, strict=True):
+        for name in ("grad_square", "grad_agreement", "loss_after", "next_loss"):
+            assert (mine[name] is None) == (theirs[name] is None), name
+            if mine[name] is not None:
+                assert mine[name] == pytest.approx(theirs[name], rel=0.1)
+    assert sum(row["grad_square"] is not None for row in low) == 2
+    assert sum(row["loss_after"] is not None for row in low) == 3
+
+
 @pytest.mark.parametrize("backward", ["auto", "autograd"])
-def test_it_goes_on_to_the_bit_with_its_scale(shards, tmp_path, backward):
-    flags = [*FLOAT16, "--save_steps", "6", "--backward", backward]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run(whole, shards, *flags, "--max_steps", "12")
-    run(cut, shards, *flags, "--max_steps", "6")
-    kept = torch.load(cut / "checkpoint-6/scaler.pt", weights_only=True)
-    assert kept["_growth_tracker"] == 6 - sum(row["update_skipped"] != "" for row in read_ledger(cut))
-    assert run_script("--resume_from_checkpoint", "true", "--output_dir", str(cut), "--max_steps", "12").returncode == 0
-    same = run_command("verify", str(whole), str(cut))
-    assert same.returncode == 0, same.stdout + same.stderr
-    first, second = (torch.load(each / "checkpoint-12/scaler.pt", weights_only=True) for each in (whole, cut))
-    assert first == second
+def test_it_goes_on_to_the_bit_with_its_scale(runs, tmp_path, backward):
+    whole, rows = runs[backward]
+    kept = torch.load(whole / "checkpoint-12/scaler.pt", weights_only=True)
+    assert kept["_growth_tracker"] == 12 - sum(row["update_skipped"] != "" for row in rows[:12])
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoint-24")
+    again = run(cut, "--resume_from_checkpoint", "true")
+    times = ("throughput", "step_seconds", "chain")
+    assert [{k: v for k, v in row.items() if k not in times} for row in again] == [
+        {k: v for k, v in row.items() if k not in times} for row in rows
+    ]
+    first, second = (torch.load(each / "checkpoint-24/scaler.pt", weights_only=True) for each in (whole, cut))
+    assert first == second and first["_growth_tracker"] == kept["_growth_tracker"] + 12
+    first, second = (load_file(each / "checkpoint-24/model.safetensors") for each in (whole, cut))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 class _Recorder:
@@ -143,7 +188,7 @@ def failing(losses, scale) -> str | None:
     """What stops a trainer whose latest rows, all skipped, had these losses."""
     trainer = object.__new__(trainers.SlimPajamaTrainer)
     trainer.recorder, trainer.failure, trainer._loss_scale = _Recorder(), None, scale
-    trainer.run_path = __import__("pathlib").Path("nowhere")
+    trainer.run_path = Path("nowhere")
     trainer.recorder.not_finite = [
         {"loss": loss, "shard": "a", "row": step, "step": step, "update_skipped": "not finite"}
         for step, loss in enumerate(losses)
@@ -161,35 +206,3 @@ def test_a_scale_that_comes_down_ends_no_run_and_lost_weights_do():
     for _ in range(26):
         scale.learn(scale_of(1.0))
     assert "--precision float32" in failing([2.0] * 26, scale)
-
-
-def test_noise_is_that_of_unscaled_gradients(shards, tmp_path, monkeypatch):
-    """Measured at the same weights in float32 and in float16."""
-    assert noise.STEPS_BETWEEN == 500
-    code = (
-        "import sys; from slimpajama_hf import noise, teaching\n"
-        "noise.STEPS_BETWEEN, teaching.STEPS_BETWEEN = 9, 7\n"
-        "import run_clm_slimpajama; raise SystemExit(run_clm_slimpajama.main(sys.argv[1:]))"
-    )
-    import subprocess
-    import sys
-
-    from tests.conftest import ROOT, environment
-
-    found = {}
-    for name, precision in (("float32", ["--precision", "float32"]), ("float16", FLOAT16)):
-        folder = tmp_path / name
-        done = subprocess.run(
-            [sys.executable, "-c", code, *SMALLEST, "--dataset", f"{shards}/*.jsonl.zst", "--output_dir", str(folder),
-             "--max_steps", "20", "--no-checkpoint", *precision],
-            capture_output=True, text=True, env=environment(), cwd=ROOT,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        found[name] = read_ledger(folder)
-    for mine, theirs in zip(found["float16"], found["float32"], strict=True):
-        for name in ("grad_square", "grad_agreement", "loss_after", "next_loss"):
-            assert (mine[name] is None) == (theirs[name] is None), (name, json.dumps(mine))
-            if mine[name] is not None:
-                assert mine[name] == pytest.approx(theirs[name], rel=0.1)
-    assert sum(row["grad_square"] is not None for row in found["float16"]) == 2
-    assert sum(row["loss_after"] is not None for row in found["float16"]) == 2
