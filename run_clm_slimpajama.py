@@ -15,6 +15,7 @@ from slimpajama_hf import cli, devices
 
 def main(argv: list[str]) -> int:
     devices.prepare_processes()
+    devices.choose_gpu(*cli.gpu_asked(argv))
     settings = cli.parse(argv)
 
     # Heavy imports come after the flags are known to be right; the heaviest, the Trainer, after the corpus has opened.
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
 
     training, data = settings.training, settings.data
     session.quiet_libraries()
-    devices.choose_gpu(settings.run.gpu)
+    devices.use_one_gpu(training, settings.run.gpu)
     team = processes.join(training)
     destination = team.first_keeps(lambda: account.destination(settings))
     devices.keep_freed_memory()

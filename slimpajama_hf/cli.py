@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import dataclasses
 import difflib
@@ -217,8 +218,29 @@ def parse(argv: Sequence[str]) -> Settings:
     return settings
 
 
-def _parse(argv: Sequence[str]) -> Settings:
-    devices.refuse_launchers_wishes()
+def gpu_asked(argv: Sequence[str]) -> tuple[int | None, bool]:
+    """What `--gpu` and `--use_cpu` say, read before all the rest: parsing that wakes CUDA, which then sees no other.
+
+    A value that cannot be understood is left to `parse`, which says so.
+    """
+    flags, from_files, _ = _tokens(argv)
+    asked = _DeviceFlags(add_help=False, allow_abbrev=False)
+    asked.add_argument("--gpu", type=int)
+    asked.add_argument("--use_cpu", nargs="?", const="true", default="false")
+    try:
+        found, _ = asked.parse_known_args([*from_files, *flags])
+    except UsageError:
+        return None, True
+    return found.gpu, found.use_cpu.lower() in ("yes", "true", "t", "y", "1")
+
+
+class _DeviceFlags(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def _tokens(argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, str]]:
+    """The flags typed, those of configuration files in their order, and of each of the latter the file."""
     configs, flags = split_config(argv)
     flags = rename(flags)
     if "--test" in flags or any(token.lower() in ("--test=true", "--test=1") for token in flags):
@@ -229,6 +251,12 @@ def _parse(argv: Sequence[str]) -> Settings:
         tokens = rename(config_to_argv(read_config(path), path))
         origin |= dict.fromkeys(_typed_names(tokens), path)
         from_files += tokens
+    return flags, from_files, origin
+
+
+def _parse(argv: Sequence[str]) -> Settings:
+    devices.refuse_launchers_wishes()
+    flags, from_files, origin = _tokens(argv)
     typed = _typed_names([*from_files, *flags])
 
     devices.wait_politely()

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
+from slimpajama_hf import screen
 from slimpajama_hf.errors import UsageError, UserError
 
 
 def is_distributed() -> bool:
     """Whether a launcher started several processes; it then assigns the devices."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    # What is no number is refused by `prepare_processes`, in a sentence that has to come out here too.
+    size = os.environ.get("WORLD_SIZE", "1").strip()
+    return size.isdecimal() and int(size) > 1
 
 
 def is_sharded() -> bool:
@@ -44,11 +49,22 @@ def refuse_launchers_wishes() -> None:
         )
 
 
+#: What launchers number their processes with; torch, accelerate and transformers take each for a whole number.
+LAUNCHER_NUMBERS = (
+    "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT",
+    "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE",
+)  # fmt: skip
+
+
 def prepare_processes() -> None:
-    """Have accelerate join the processes of a launcher over CPUs where there is no GPU; before anything asks it.
+    """What has to be set before torch is imported, and have accelerate join the processes of a launcher over CPUs where
+    there is no GPU; before anything asks it. Raises UserError for a launcher's variables that cannot be understood.
 
     It takes them for one each otherwise (accelerate state.py, `_prepare_backend`: a CPU only where it was asked for).
     """
+    _check_launcher()
+    wait_politely()
+    take_huge_pages()
     if not is_distributed():
         return
     import torch
@@ -57,10 +73,45 @@ def prepare_processes() -> None:
         os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
-def choose_gpu(gpu: int | None) -> None:
-    """Leave only GPU `gpu` visible (None: GPU 0 if there is any). Raises UserError for one that is not there.
+def _check_launcher() -> None:
+    for name in LAUNCHER_NUMBERS:
+        value = os.environ.get(name)
+        if value is None:
+            continue
+        try:
+            int(value)
+        except ValueError:
+            raise UserError(
+                f"{name}={value} (an environment variable): expected a whole number, as a launcher sets it; "
+                f"unset {name} to train in one process"
+            ) from None
+    if not is_distributed():
+        return
+    size, rank = int(os.environ["WORLD_SIZE"]), os.environ.get("RANK")
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE={size} (an environment variable) without {', '.join(missing)}: several processes are started "
+            "by accelerate launch or torchrun; unset WORLD_SIZE to train in one"
+        )
+    if rank is not None and not 0 <= int(rank) < size:
+        raise UserError(f"RANK={rank} (an environment variable): expected 0 to {size - 1}, for WORLD_SIZE={size}")
 
-    Called before CUDA wakes up, so that accelerate sees that one only.
+
+#: What the CUDA driver reads, once, when it is woken: the GPUs that a process sees.
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+#: The GPU that this process computes on, as `--gpu` would name it, once CUDA is awake.
+_chosen: int | None = None
+
+
+def choose_gpu(gpu: int | None, use_cpu: bool = False) -> None:
+    """Leave only GPU `gpu` visible (None: GPU 0 if there is any), and wake CUDA to it. Raises UserError for one that is
+    not there. Numbers are those of the GPUs that the user left visible.
+
+    Called before anything else may wake CUDA, as making `TrainingArguments` does: CUDA_VISIBLE_DEVICES is read once. So
+    it is set first, without asking what there is (NVML knows without waking CUDA, but is not everywhere), and what came
+    of it is looked at afterwards.
 
     Without this a single process on a machine with several GPUs becomes `nn.DataParallel` with a batch of several
     documents (transformers training_args.py, 5.23, line 1820).
@@ -69,24 +120,124 @@ def choose_gpu(gpu: int | None) -> None:
         if gpu is not None:
             raise UserError(f"--gpu {gpu}: with several processes the launcher assigns the GPUs; leave --gpu out")
         return
+    if gpu is not None and use_cpu:
+        raise UserError(f"--gpu {gpu}, --use_cpu: one or the other; leave one of them out")
+    if gpu is not None and gpu < 0:
+        raise UserError(f"--gpu {gpu}: expected the number of a GPU, 0 or more")
+    if launcher_asks_for_cpu():
+        if gpu:
+            raise UserError(
+                f"--gpu {gpu}: the launcher asks for the CPU (ACCELERATE_USE_CPU); leave one of the two out"
+            )
+        # accelerate obeys it, but `TrainingArguments.device` names a GPU that is there all the same.
+        os.environ[VISIBLE] = ""
+        return
+    if use_cpu:
+        return
+    global _chosen
+    with screen.Waiting("loading torch"):
+        import torch
+
+    number = gpu or 0
+    if torch.cuda.is_initialized():
+        if _chosen is not None and _chosen != number:
+            raise UserError(
+                f"--gpu {number}: an earlier run in this process took GPU {_chosen}, and CUDA shows it no other; "
+                "start a new process"
+            )
+        if _chosen is None and number:
+            raise _awake(number)
+        return
+    visible = os.environ.get(VISIBLE)
+    names = _names(visible)
+    if names is not None and number >= len(names):
+        if number:
+            shown = f"{len(names)} GPU{'s' * (len(names) > 1)}" if names else "no GPU"
+            raise UserError(f"--gpu {gpu}: {VISIBLE}={visible} shows {shown}; {_instead(len(names))}")
+        return
+    os.environ[VISIBLE] = str(number) if names is None else names[number]
+    if torch.cuda.is_available():
+        # Awake now, and counted by the driver itself from here on.
+        torch.cuda.init()
+        if torch.cuda.device_count() == 1:
+            _chosen = number
+            return
+    available = torch.cuda.is_initialized()
+    if visible is None:
+        del os.environ[VISIBLE]
+    else:
+        os.environ[VISIBLE] = visible
+    if available:
+        # Somebody had woken it before, to several: the first of them is this one.
+        if number:
+            raise _awake(number)
+        return
+    _refuse_gpu_that_is_not_there(gpu, visible)
+
+
+def _names(visible: str | None) -> list[str] | None:
+    """The GPUs of a CUDA_VISIBLE_DEVICES, up to the first that is none; None: all that there are."""
+    if visible is None:
+        return None
+    names = [name.strip() for name in visible.split(",")]
+    return list(itertools.takewhile(lambda name: name and not name.startswith("-"), names))
+
+
+def _instead(count: int) -> str:
+    if count > 1:
+        return f"name one of 0 to {count - 1}"
+    return "leave --gpu out to train on GPU 0" if count else "leave --gpu out to train on the CPU"
+
+
+def _awake(gpu: int) -> UserError:
+    return UserError(
+        f"--gpu {gpu}: CUDA was in use in this process before the run, and shows it no other GPU than the first; start "
+        f"a new process (a notebook: restart its kernel), or set {VISIBLE}={gpu} before CUDA is used"
+    )
+
+
+def _refuse_gpu_that_is_not_there(gpu: int | None, visible: str | None) -> None:
+    """After CUDA found none where GPU `gpu` was left visible alone: raise UserError, unless there is none at all."""
     import torch
 
-    count = torch.cuda.device_count()
-    if gpu is not None and not 0 <= gpu < count:
-        there = (
-            f"there are GPUs 0 to {count - 1}"
-            if count > 1
-            else "there is GPU 0 only"
-            if count
-            else "there is no GPU here"
+    # NVML's word where there is NVML, else that of the driver, which is awake by now and saw nothing.
+    there = torch.cuda.device_count()
+    if there > (gpu or 0):
+        name = torch.version.cuda or "the GPU"
+        fault = f"PyTorch cannot use it (its CUDA is {name}; nvidia-smi says which one the driver has)"
+        if gpu is not None:
+            raise UserError(f"--gpu {gpu}: it is there, but {fault}; mend that, or leave --gpu out to train on the CPU")
+        screen.say(f"there is a GPU here, but {fault}; training on the CPU")
+    elif gpu:
+        if visible is not None:
+            raise UserError(f"--gpu {gpu}: {VISIBLE}={visible} names a GPU that is not there; mend or unset it")
+        found = {0: f"there is no GPU {gpu} here", 1: "there is GPU 0 only"}
+        if not torch.backends.cuda.is_built():
+            found[0] = "there is no GPU here, or this PyTorch is built without CUDA"
+        said = found.get(there, f"there are GPUs 0 to {there - 1}")
+        raise UserError(f"--gpu {gpu}: {said}; {_instead(there)}")
+
+
+def launcher_asks_for_cpu() -> bool:
+    """Whether `accelerate launch` was told to use no GPU."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
+def use_one_gpu(training: Any, gpu: int | None) -> None:
+    """Of the flags as parsed (`TrainingArguments`): no `DataParallel`, and the word that `--gpu 0` found no GPU."""
+    if is_distributed():
+        return
+    if training.n_gpu > 1:
+        # CUDA was awake before this run and shows several: `cuda:0` is the one.
+        training._n_gpu = 1
+    if gpu is not None and training.device.type != "cuda":
+        why = (
+            "the launcher asks for the CPU (ACCELERATE_USE_CPU)" if launcher_asks_for_cpu() else "there is no GPU here"
         )
-        raise UserError(
-            f"--gpu {gpu}: {there}; " + ("name one of them" if count else "leave --gpu out to train on the CPU")
-        )
-    if count > 1 or gpu is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(number) for number in range(count)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[gpu or 0]
+        name = "the CPU" if training.device.type == "cpu" else training.device.type
+        if name != "the CPU":
+            why = "there is no CUDA GPU here"
+        screen.say(f"--gpu {gpu}: {why}; training on {name}")
 
 
 def wait_politely() -> None:
