@@ -245,7 +245,7 @@ class StepRecorder:
             self._unwritten.append((row, nats[0] if len(nats) == 1 else np.concatenate(nats)))
             record = self._drain() or dict(vars(row))
             self._watch(record)
-            for listener in self.listeners:
+            for listener in tuple(self.listeners):
                 listener(record)
 
     def _samples(self, together: list[Sample], losses: list[float], correct: list[float]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from slimpajama_hf import checkpoints, corpora, files, ledger, screen, surprisals
 from slimpajama_hf.corpora import Corpus, Cursor
 from slimpajama_hf.errors import UserError
-from slimpajama_hf.run_folder import RunFolder, delete_run
+from slimpajama_hf.run_folder import RunFolder, put_aside
 
 if TYPE_CHECKING:
     from slimpajama_hf.cli import Settings
@@ -192,9 +192,9 @@ def precision_of(settings: Settings, folder: RunFolder, model: Any) -> str:
 
 
 def begin(folder: RunFolder) -> ResumePoint:
-    """The very start of a run in its folder; a run that was there is deleted (`--overwrite_output_dir`)."""
+    """The very start of a run in its folder; a run that was there makes room (`--overwrite_output_dir`)."""
     if folder.holds_a_run():
-        delete_run(folder)
+        put_aside(folder)
     return ResumePoint()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,7 +14,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from slimpajama_hf import __version__, checkpoints, files, ledger, surprisals
+from slimpajama_hf import __version__, checkpoints, files, ledger, screen, surprisals
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.lock import FolderLock
 from slimpajama_hf.screen import redacted
@@ -87,30 +88,43 @@ class RunFolder:
             raise UserError(f"{self.record}: cannot be read ({error})") from None
 
 
-def prepare(path: str, *, resume: bool, overwrite: bool) -> RunFolder:
-    """The folder of a run that starts, made, tried and locked.
+def prepare(path: str, at_end: contextlib.ExitStack, *, resume: bool, overwrite: bool) -> RunFolder:
+    """The folder of a run that starts, made, tried and locked; `at_end` leaves it to others again.
 
     Raises UserError when it holds a run, when another run is on in it, or when it cannot be written.
     """
     folder = RunFolder(Path(path).expanduser())
-    if folder.path.is_dir() and folder.holds_a_run() and not resume and not overwrite:
+    try:
+        if not resume and not overwrite:
+            _refuse_a_run(folder, path)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        files.write_whole(folder.path / "_writable", b"")
+        (folder.path / "_writable").unlink()
+        lock = FolderLock(folder.path)
+        at_end.callback(lock.release)
+        lock.take()
+        # Left by a start that was killed while it replaced a run.
+        settle_replaced(folder)
+        if not resume and not overwrite:
+            _refuse_a_run(folder, path)
+        folder.viz.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: cannot be written ({error.strerror}); choose another folder") from None
+    at_end.callback(settle_replaced, folder)
+    return folder
+
+
+def _refuse_a_run(folder: RunFolder, path: str) -> None:
+    if folder.path.is_dir() and folder.holds_a_run():
         raise UserError(
             f"{path} holds a run already; go on with it: --resume_from_checkpoint true, "
             "or delete it and start anew: --overwrite_output_dir"
         )
-    try:
-        folder.viz.mkdir(parents=True, exist_ok=True)
-        files.write_whole(folder.path / "_writable", b"")
-        (folder.path / "_writable").unlink()
-        FolderLock(folder.path).take()
-    except OSError as error:
-        raise UserError(f"--output_dir {path}: cannot be written ({error.strerror}); choose another folder") from None
-    return folder
 
 
 def refuse_full_disk(folder: RunFolder, checkpoint_bytes: int) -> None:
     """Raise UserError when not even one checkpoint fits on the disk."""
-    free = shutil.disk_usage(folder.path).free
+    free = shutil.disk_usage(folder.path).free + _bytes_of(folder.path / REPLACED)
     if free < 1.1 * checkpoint_bytes:
         raise UserError(
             f"{folder.path}: {free / 1e6:,.0f} MB free, a checkpoint is {checkpoint_bytes / 1e6:,.0f} MB; "
@@ -118,18 +132,71 @@ def refuse_full_disk(folder: RunFolder, checkpoint_bytes: int) -> None:
         )
 
 
-def delete_run(folder: RunFolder) -> None:
-    """Remove what a run wrote, and nothing else that lies in its folder."""
-    for step in checkpoints.steps(folder.path):
-        shutil.rmtree(checkpoints.path_of(folder.path, step))
-    for made in (folder.viz, folder.path / "_index", folder.path / "tensorboard"):
-        shutil.rmtree(made, ignore_errors=True)
-    for path in (
-        folder.ledger, folder.surprisals, folder.samples, folder.passports, folder.prompts, folder.evaluations,
-        folder.record, folder.config, folder.report,
-    ):  # fmt: skip
-        path.unlink(missing_ok=True)
+#: Where the run lies that another replaces, until that has made its first step. One rename takes it from one state to
+#: the next, so that a kill at any moment loses nothing. The underscores keep all of them out of uploads.
+REPLACED, MOVING, DELETED = "_replaced", "_moving", "_deleted"
+
+
+def _written(folder: RunFolder) -> list[Path]:
+    """What a run has written, and nothing else that lies in its folder."""
+    made = [checkpoints.path_of(folder.path, step) for step in checkpoints.steps(folder.path)]
+    made += [
+        folder.viz, folder.path / "_index", folder.path / "tensorboard", folder.ledger, folder.surprisals,
+        folder.samples, folder.passports, folder.prompts, folder.evaluations, folder.record, folder.config,
+        folder.report,
+    ]  # fmt: skip
+    return [path for path in made if path.exists()]
+
+
+def put_aside(folder: RunFolder) -> None:
+    """Make room for a new run. Once that has a row in its ledger, `settle_replaced` deletes the old one, else it brings
+    it back."""
+    moving = folder.path / MOVING
+    moving.mkdir(exist_ok=True)
+    for path in _written(folder):
+        path.rename(moving / path.name)
+    moving.rename(folder.path / REPLACED)
     folder.viz.mkdir()
+
+
+def settle_replaced(folder: RunFolder) -> None:
+    """Of a run and the one that it was to replace, keep one: the new one if it has made a step."""
+    replaced, moving, deleted = (folder.path / name for name in (REPLACED, MOVING, DELETED))
+    try:
+        shutil.rmtree(deleted, ignore_errors=True)
+        if replaced.exists() and _has_a_row(folder.ledger):
+            replaced.rename(deleted)
+            shutil.rmtree(deleted)
+        elif replaced.exists() or moving.exists():
+            _put_back(folder)
+            screen.say(f"{folder.path}: the run that was to be replaced is back; the new one did not make a step")
+    except OSError as error:
+        screen.say(f"{folder.path}: the run that was to be replaced lies in {replaced.name} still ({error.strerror})")
+
+
+def _put_back(folder: RunFolder) -> None:
+    replaced, moving = folder.path / REPLACED, folder.path / MOVING
+    if replaced.exists():
+        for path in _written(folder):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        replaced.rename(moving)
+    for path in moving.iterdir():
+        place = folder.path / path.name
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
+        path.rename(place)
+    moving.rmdir()
+
+
+def _has_a_row(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        return file.readline().endswith(b"\n")
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def new_record(corpus: dict[str, Any]) -> dict[str, Any]:

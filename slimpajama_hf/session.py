@@ -177,6 +177,12 @@ class Session:
         trainer.team.leave()
         return code
 
+    def _on_first_row(self, row: dict[str, Any]) -> None:
+        """The run is on: from here on there is something in the place of the run that was here before."""
+        self.trainer.recorder.listeners.remove(self._on_first_row)
+        with self.trainer.clock.paused():
+            run_folder.settle_replaced(self.folder)
+
     def _refuse_full_disk(self) -> None:
         run_folder.refuse_full_disk(self.folder, self.folder.read_record()["model"]["checkpoint_bytes"])
 
@@ -193,6 +199,7 @@ class Session:
             screen.say(f"nothing left to do: the run has its {point.step:,} steps; raise --max_steps to go on")
             trainer.state.global_step = point.step
             return self._finish(None)
+        trainer.recorder.listeners.append(self._on_first_row)
         failure = self._train()
         trainer.recorder.flush()
         self.watchers.progress.close()

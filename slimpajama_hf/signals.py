@@ -6,14 +6,23 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from types import FrameType, TracebackType
 from typing import Any
 
 from slimpajama_hf import screen
 
 
+def can_be_caught() -> bool:
+    """Whether this thread may say what a signal does: only the main one may (`signal` of Python)."""
+    return threading.current_thread() is threading.main_thread()
+
+
 class StopSignals:
-    """While entered, SIGINT, SIGTERM and SIGHUP are noted in `received`; a second one of the first two ends at once."""
+    """While entered, SIGINT, SIGTERM and SIGHUP are noted in `received`; a second one of the first two ends at once.
+
+    In a thread they are left alone, and the screen says so.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -28,6 +37,12 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
+        if not can_be_caught():
+            screen.say(
+                "this run is in a thread: Ctrl-C and SIGTERM are not caught, so they save nothing; after them "
+                "--resume_from_checkpoint true goes on from the last checkpoint"
+            )
+            return self
         for number in self.SIGNALS:
             self._before[number] = signal.signal(number, self._note)
         self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._note_save)

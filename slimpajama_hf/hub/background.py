@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from slimpajama_hf import checkpoints, priority, screen
+from slimpajama_hf import checkpoints, priority, screen, signals
 from slimpajama_hf.hub.account import Destination
 from slimpajama_hf.hub.outbox import Outbox
 from slimpajama_hf.hub.upload_process import fields
@@ -54,8 +54,7 @@ class Uploads(TrainerCallback):
         self._outbox: Outbox | None = None
         if destination is not None:
             self._outbox = Outbox(folder.path, destination.most)
-            with contextlib.suppress(OSError):
-                self._outbox.keep_up_to(step)
+            self._begins_at = step
 
     def announce(self) -> None:
         """A line of the plan."""
@@ -66,6 +65,9 @@ class Uploads(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._destination is not None and state.is_world_process_zero:
+            assert self._outbox is not None
+            with contextlib.suppress(OSError):
+                self._outbox.keep_up_to(self._begins_at)
             self._start()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -236,7 +238,7 @@ class Uploads(TrainerCallback):
 def _ctrl_c(interrupted: threading.Event) -> Any:
     """While entered, Ctrl-C and SIGTERM set `interrupted`, and nothing else: the run itself is done."""
     before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM) if signals.can_be_caught() else ():
         before[number] = signal.signal(number, lambda *_: interrupted.set())
     try:
         yield
