@@ -10,20 +10,12 @@ This page is the table of contents: each line names the module where the thing i
 
 from __future__ import annotations
 
-import contextlib
-
 from slimpajama_hf import cli, devices
 
 
-def main(argv: list[str]) -> int:
-    """One session of training; its exit code. Raises UserError. Behind it the run's folder is free for the next."""
-    with contextlib.ExitStack() as at_end:
-        return train(argv, at_end)
-
-
-def train(argv: list[str], at_end: contextlib.ExitStack) -> int:
-    devices.prepare_processes()
-    devices.choose_gpu(*cli.gpu_asked(argv))
+@cli.with_an_end
+def main(argv: list[str], at_end: cli.ExitStack) -> int:
+    devices.prepare(*cli.gpu_asked(argv))
     settings = cli.parse(argv)
 
     # Heavy imports come after the flags are known to be right; the heaviest, the Trainer, after the corpus has opened.
@@ -42,9 +34,7 @@ def train(argv: list[str], at_end: contextlib.ExitStack) -> int:
     # Where the run lives, and where it goes on if it goes on.
     resuming = resume.is_asked(training.resume_from_checkpoint)
     folder = team.first_does(
-        lambda: run_folder.prepare(
-            settings.output_dir, at_end, resume=resuming, overwrite=settings.run.overwrite_output_dir
-        )
+        lambda: run_folder.prepare(settings.output_dir, at_end, resuming, settings.run.overwrite_output_dir)
     )
     checkpoint = team.first_does(lambda: resume.checkpoint_of(training.resume_from_checkpoint, settings.output_dir))
 

@@ -10,10 +10,11 @@ import io
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+
+from slimpajama_hf.agg import Figure, FigureCanvasAgg, matplotlib
+
+# isort: split
 from matplotlib.lines import Line2D
 from PIL import Image
 

@@ -6,11 +6,13 @@ import argparse
 import atexit
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -333,6 +335,20 @@ def _make_range_test(settings: Settings) -> None:
     settings.run.no_checkpoint = settings.run.overwrite_output_dir = True
     settings.run.viz_interval = settings.run.display_samples = 10**9
     settings.model.average_weights = 0.0
+
+
+def with_an_end(main: Callable[[list[str], ExitStack], int]) -> Callable[[list[str]], int]:
+    """`main(argv)` out of `main(argv, at_end)`: what it leaves to `at_end` is done behind it, however it ends.
+
+    So a program or a notebook can call it again.
+    """
+
+    @functools.wraps(main)
+    def whole(argv: list[str]) -> int:
+        with ExitStack() as at_end:
+            return main(argv, at_end)
+
+    return whole
 
 
 def run(main: Any, if_stopped: str = "stopped before the first step; nothing to save") -> int:

@@ -286,11 +286,8 @@ _RUNS_SHOWN, _PARTINGS_SHOWN = 14, 3  # in the table and below it
 
 def draw(comparison: Comparison) -> Figure:
     """Loss by step, by tokens and by training time, one line a run, and the table below."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     from slimpajama_hf import charts, palette
+    from slimpajama_hf.agg import Figure, FigureCanvasAgg, matplotlib
 
     width = _WIDTH
     said = min(len(comparison.courses), _RUNS_SHOWN + 1) + min(len(comparison.partings), _PARTINGS_SHOWN + 1)
@@ -419,9 +416,8 @@ def _two_lines(title: str) -> str:
 
 def render(comparison: Comparison) -> bytes:
     """The chart as PNG."""
-    import matplotlib
-
     from slimpajama_hf import charts, palette
+    from slimpajama_hf.agg import matplotlib
 
     content = io.BytesIO()
     with matplotlib.rc_context(charts.STYLE):  # ticks and texts are laid out only now

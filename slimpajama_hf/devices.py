@@ -73,6 +73,12 @@ def prepare_processes() -> None:
         os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
+def prepare(gpu: int | None, use_cpu: bool) -> None:
+    """All that has to be settled before the flags are parsed: `prepare_processes`, then `choose_gpu`."""
+    prepare_processes()
+    choose_gpu(gpu, use_cpu)
+
+
 def _check_launcher() -> None:
     for name in LAUNCHER_NUMBERS:
         value = os.environ.get(name)

@@ -111,15 +111,16 @@ def summary(folder: RunFolder, trainer: SlimPajamaTrainer, outcome: str, seeing_
     if skipped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
         lines.append(f"        skipped  {sum(skipped.values()):,} records: {reasons}")
-    lines += [
-        f"          chart  {folder.latest_chart}",
-        *([f"         report  {folder.report}"] if folder.report.exists() else []),
-        f"        metrics  {folder.viz / 'metrics_history.json'}",
-        f"        samples  {folder.viz / 'text_samples.json'}",
-        f"         ledger  {folder.ledger}",
-        f"     checkpoint  {saved[-1] if saved else 'none'}",
-    ]
-    return lines
+    left = {
+        "chart": folder.latest_chart,
+        "report": folder.report,
+        "metrics": folder.viz / "metrics_history.json",
+        "samples": folder.viz / "text_samples.json",
+        "ledger": folder.ledger,
+    }
+    # What could not be written was said; here stands what is there.
+    lines += [f"{name:>15}  {path}" for name, path in left.items() if path.is_file()]
+    return [*lines, f"     checkpoint  {saved[-1] if saved else 'none'}"]
 
 
 def resume_command(folder: Path, record: dict[str, Any]) -> str:

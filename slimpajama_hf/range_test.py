@@ -70,10 +70,8 @@ def read(rates: np.ndarray, losses: np.ndarray) -> Found:
 
 def draw(found: Found, losses: np.ndarray, path: Path) -> None:
     """The curve: loss over rate, what was found marked."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     from slimpajama_hf import palette
+    from slimpajama_hf.agg import Figure, FigureCanvasAgg
 
     figure = Figure(figsize=(10, 6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

@@ -88,7 +88,7 @@ class RunFolder:
             raise UserError(f"{self.record}: cannot be read ({error})") from None
 
 
-def prepare(path: str, at_end: contextlib.ExitStack, *, resume: bool, overwrite: bool) -> RunFolder:
+def prepare(path: str, at_end: contextlib.ExitStack, resume: bool, overwrite: bool) -> RunFolder:
     """The folder of a run that starts, made, tried and locked; `at_end` leaves it to others again.
 
     Raises UserError when it holds a run, when another run is on in it, or when it cannot be written.

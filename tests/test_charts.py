@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -20,6 +22,7 @@ from PIL import Image
 
 from slimpajama_hf import charts, palette
 from slimpajama_hf.ledger import NUMBERS, Columns
+from tests.conftest import NANO, run_command, run_script
 
 CAPTION = charts.Caption("A run", "a model · a corpus", 20_000)
 DOMAINS = ["RedPajamaCommonCrawl", "RedPajamaC4", "RedPajamaGithub"]
@@ -432,3 +435,39 @@ def test_domain_colours_are_fixed_and_readable() -> None:
     for colour in (*known, palette.domain_colour("")):
         dark = palette._luminance(palette._rgb(palette.text_colour(colour))) + 0.05
         assert (palette._luminance(palette._rgb(palette.PAPER)) + 0.05) / dark >= 4.4
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no_such_backend"])
+def test_the_backend_of_a_notebook_stops_no_chart(finished, tmp_path, backend):
+    """MPLBACKEND as Colab sets it for all that is started from it, in a Python that does not have that backend."""
+    run = Path(shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "*.png")))
+    for words in (["views", str(run)], ["compare", str(run), str(finished), "--output", str(tmp_path / "both.png")]):
+        done = run_command(*words, MPLBACKEND=backend)
+        assert done.returncode == 0, done.stderr
+    assert (run / "training_viz/training_latest.png").is_file() and (tmp_path / "both.png").is_file()
+
+
+def test_a_run_draws_under_a_foreign_backend_and_the_summary_names_what_is_there_alone(shards, tmp_path):
+    flags = [
+        *NANO,
+        "--dataset",
+        f"{shards}/*.jsonl.zst",
+        "--max_steps",
+        "2",
+        "--max_seq_length",
+        "16",
+        "--no-checkpoint",
+    ]
+    run = tmp_path / "run"
+    done = run_script(*flags, "--output_dir", str(run), MPLBACKEND="module://matplotlib_inline.backend_inline")
+    assert done.returncode == 0 and "not drawn" not in done.stderr, done.stderr
+    named = re.findall(r"^ +(chart|report|metrics|samples|ledger)  (.*)$", done.stderr, re.M)
+    assert [name for name, _ in named] == ["chart", "report", "metrics", "samples", "ledger"]
+    assert all(Path(path).is_file() for _, path in named)
+    # What stands in the way of the views: none of them is drawn, and none is promised.
+    other = tmp_path / "other"
+    (other / "training_viz/metrics_history.json/in the way").mkdir(parents=True)
+    done = run_script(*flags, "--output_dir", str(other))
+    assert "the final chart was not drawn" in done.stderr, done.stderr
+    named = re.findall(r"^ +(chart|report|metrics|samples|ledger)  (.*)$", done.stderr, re.M)
+    assert [name for name, _ in named] == ["ledger"]

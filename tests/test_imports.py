@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,15 @@ def imported(path: Path, everywhere: bool = True) -> set[str]:
     return found - {"__version__"}
 
 
+def test_matplotlib_is_imported_by_one_module_first():
+    """It refuses to be imported where MPLBACKEND names what is not installed (`agg.py`)."""
+    for path in modules():
+        text = path.read_text(encoding="utf-8")
+        text = text.replace(text.partition("if TYPE_CHECKING:\n")[2].partition("\n\n")[0], "")
+        first = re.search(r"^ *(import|from) matplotlib\b", text, re.M)
+        assert first is None or name_of(path) == "agg" or "from slimpajama_hf.agg import" in text[: first.start()], path
+
+
 def test_there_is_no_circle():
     """At import time every module stands on modules below it."""
     graph = {name_of(path): imported(path, everywhere=False) for path in modules()}
@@ -80,8 +90,8 @@ def test_there_is_no_circle():
 def test_views_and_charts_stand_on_the_ledger_alone():
     # `terminal` stands on nothing: it says what a text is that cannot be seen.
     allowed = {"ledger", "files", "palette", "charts", "run_folder", "checkpoints", "errors", "views",
-               "noise", "terminal"}  # fmt: skip
-    assert not imported(PACKAGE / "terminal.py")
+               "noise", "terminal", "agg"}  # fmt: skip
+    assert not imported(PACKAGE / "terminal.py") and not imported(PACKAGE / "agg.py")
     for name in ("ledger", "charts", "palette", "views", "files"):
         assert imported(PACKAGE / f"{name}.py") <= allowed, name
 

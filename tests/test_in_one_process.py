@@ -119,9 +119,9 @@ def test_a_start_that_was_killed_while_it_replaced_a_run(run, killed, overwrite,
     if not overwrite and killed != "half deleted":
         # What came back is no run to be replaced unasked.
         with ExitStack() as at_end, pytest.raises(UserError, match="holds a run already"):
-            run_folder.prepare(str(run), at_end, resume=False, overwrite=False)
+            run_folder.prepare(str(run), at_end, False, False)
     with ExitStack() as at_end:
-        run_folder.prepare(str(run), at_end, resume=not overwrite, overwrite=overwrite)
+        run_folder.prepare(str(run), at_end, not overwrite, overwrite)
     if killed == "half deleted":
         assert sorted(content(run)) == ["ledger.jsonl", "run.json"]
     else:
