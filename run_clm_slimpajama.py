@@ -86,7 +86,7 @@ def main(argv: list[str], at_end: cli.ExitStack) -> int:
     stream.start = point.cursor
 
     # What is kept of every step, and what watches; of several processes the first does.
-    recorder = recorders.of_run(folder, point, config.vocab_size, team)
+    recorder = recorders.of_run(folder, point, model.vocabulary(tokenizer), team)
     watchers = Watchers(settings, folder, encoder, record)
     uploads = Uploads(settings, folder, destination, point.step)
 

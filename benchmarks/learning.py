@@ -197,6 +197,7 @@ def score_parts(network: Any, folder: str) -> dict[str, dict[str, float]]:
     """Loss (nats per predicted token) and bits per byte of a model on both parts of the held-out documents."""
     from slimpajama_hf import corpora
     from slimpajama_hf.evaluation import score
+    from slimpajama_hf.model import vocabulary
     from slimpajama_hf.samples import SampleStream
     from slimpajama_hf.tokenizer import Encoder, load_tokenizer
 
@@ -204,7 +205,7 @@ def score_parts(network: Any, folder: str) -> dict[str, dict[str, float]]:
     scores = {}
     for part in ("select", "report"):
         corpus = corpora.open_corpus(str(Path(folder) / f"{part}.jsonl"))
-        found = score(network, SampleStream(corpus, encoder, "truncate", 256))["all"]
+        found = score(network, SampleStream(corpus, encoder, "truncate", 256), vocabulary(encoder.tokenizer))["all"]
         scores[part] = {"loss": found.loss, "bits_per_byte": found.bits_per_byte, "documents": found.samples}
     return scores
 

@@ -18,6 +18,7 @@ from slimpajama_hf import averaging, corpora
 from slimpajama_hf.corpora import Corpus, Cursor
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.files import GrowingFile
+from slimpajama_hf.model import vocabulary as size_of_vocabulary
 from slimpajama_hf.run_folder import RunFolder
 from slimpajama_hf.samples import Sample, SampleStream
 
@@ -103,14 +104,17 @@ def next_token_accuracy() -> Any:
 
 
 def score(
-    model: Any, samples: Iterable[Sample], on_sample: Callable[[int], None] = lambda done: None
+    model: Any, samples: Iterable[Sample], vocabulary: int, on_sample: Callable[[int], None] = lambda done: None
 ) -> dict[str, Scores]:
-    """Scores of `model` on samples, by domain, and over all under `all`. The model's mode is restored after."""
+    """Scores of `model` on samples, by domain, and over all under `all`. The model's mode is restored after.
+
+    `vocabulary`: tokens that a text may begin with; the model may have more, to pad its matrices.
+    """
     by_domain: dict[str, Scores] = {}
     total = Scores()
     training = model.training
     model.eval()
-    first_nats = math.log(model.config.vocab_size)
+    first_nats = math.log(vocabulary)
     try:
         with torch.no_grad():
             for done, sample in enumerate(samples, 1):
@@ -166,8 +170,9 @@ class HeldOutScores:
     """What `--eval_steps` calls: scores on the same held-out documents each time, of the weights and of their average,
     appended to `evaluations.jsonl`."""
 
-    def __init__(self, documents: Corpus, samples: list[Sample], folder: RunFolder) -> None:
+    def __init__(self, documents: Corpus, samples: list[Sample], folder: RunFolder, vocabulary: int) -> None:
         self.samples = samples
+        self._vocabulary = vocabulary
         self._documents = documents
         self.file = GrowingFile(folder.evaluations)
         self._metric: Any = None
@@ -191,7 +196,9 @@ class HeldOutScores:
         return metrics
 
     def _table(self, model: Any) -> dict[str, dict[str, Any]]:
-        return {domain: each.to_dict(self._metric) for domain, each in score(model, self.samples).items()}
+        return {
+            domain: each.to_dict(self._metric) for domain, each in score(model, self.samples, self._vocabulary).items()
+        }
 
 
 def during_training(settings: Settings, corpus: Corpus, encoder: Encoder, folder: RunFolder) -> HeldOutScores | None:
@@ -203,7 +210,7 @@ def during_training(settings: Settings, corpus: Corpus, encoder: Encoder, folder
     samples = list(itertools.islice(stream, settings.data.eval_documents))
     if not samples:
         raise UserError(f"--eval_dataset {documents.name}: no document in it that can be scored")
-    return HeldOutScores(documents, samples, folder)
+    return HeldOutScores(documents, samples, folder, size_of_vocabulary(encoder.tokenizer))
 
 
 def of_checkpoint(
@@ -244,12 +251,12 @@ def of_checkpoint(
             waiting(f"scoring: {done} of {documents} documents")
 
         samples = list(itertools.islice(stream, documents))
-        scores = score(model, samples, on_sample)
+        scores = score(model, samples, size_of_vocabulary(encoder.tokenizer), on_sample)
         averaged = None
         if (folder / averaging.FOLDER / "config.json").is_file():
             waiting("scoring the averaged weights")
             model = AutoModelForCausalLM.from_pretrained(str(folder / averaging.FOLDER)).to(model.device)
-            averaged = score(model, samples, on_sample)
+            averaged = score(model, samples, size_of_vocabulary(encoder.tokenizer), on_sample)
     if not scores["all"].samples:
         raise UserError(f"{corpus.name}: no document in it that can be scored")
     return {

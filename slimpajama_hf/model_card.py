@@ -190,7 +190,8 @@ def _numbers(about: About) -> str:
         ["bits per byte, prequential (all documents)", _number(columns.prequential_bits_per_byte(), ".4f")],
         ["tokens of a document", f"the first {model['max_seq_length']:,}" if model["sample_mode"] == "truncate"
          else f"{escaped(model['sample_mode'])}, {model['max_seq_length']:,}"],
-        ["vocabulary", f"{model['vocab_size']:,} ({escaped(str(about.record['tokenizer']))})"],
+        ["vocabulary", f"{about.record.get('tokenizer_size', model['vocab_size']):,} "
+         f"({escaped(str(about.record['tokenizer']))})"],
     ]  # fmt: skip
     for name, shown in (("learning_rate", "learning rate"), ("warmup_steps", "warm-up steps"), ("seed", "seed")):
         if name in about.config:

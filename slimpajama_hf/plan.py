@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slimpajama_hf import checkpoints, devices, ledger, noise, screen, teaching
+from slimpajama_hf import checkpoints, devices, ledger, memory, noise, screen, teaching
 from slimpajama_hf import precision as precisions
-from slimpajama_hf.model import format_bytes, needs
+from slimpajama_hf.model import vocabulary
 
 if TYPE_CHECKING:
     from slimpajama_hf.cli import Settings
@@ -29,7 +29,10 @@ def show(
     training, data = settings.training, settings.data
     corpus = trainer.stream.corpus
     model = trainer.accelerator.unwrap_model(trainer.model)
-    need = needs(model, data.max_seq_length, precision, settings.model.average_weights > 0, trainer.hidden_optim)
+    why = trainer.why_autograd()
+    need = _needs(settings, trainer, precision)
+    tokenizer: Any = trainer.processing_class
+    tokens, rows_of_model = vocabulary(tokenizer), model.config.vocab_size
     start = trainer.stream.start
     where = f", from {start.shard} row {start.row}" if start.shard is not None else ""
     modes = {
@@ -40,19 +43,41 @@ def show(
     rows = {
         "corpus": f"{corpus.name} ({corpus.mirror}){where}",
         "sample": modes[data.sample_mode],
-        "tokenizer": f"{tokenizer_name}, {model.config.vocab_size:,} tokens",
-        "model": f"{settings.model.model}, {need.parameters / 1e6:.1f}M parameters",
+        "tokenizer": f"{tokenizer_name}, {tokens:,} tokens",
+        "model": f"{settings.model.model}, {need.parameters / 1e6:.1f}M parameters"
+        + (f", its vocabulary padded to {rows_of_model:,}" if rows_of_model != tokens else ""),
         "device": f"{trainer.args.device}, {precision}{_emulated(precision, trainer.args.device)}, about "
-        f"{format_bytes(need.total_bytes)} of memory",
+        f"{memory.format_bytes(need.total_bytes)} of memory",
         "steps": f"{training.max_steps:,}, {_documents(trainer)}; learning rate {training.learning_rate:g} after "
         f"{training.get_warmup_steps(training.max_steps):,} steps of warm-up" + _matrices(trainer),
         **({"shards": _SHARDED} if devices.is_sharded() else {}),
-        "backward": f"autograd's ({why})" if (why := trainer.why_autograd()) else "written out for GPT-2",
+        "backward": f"autograd's ({why})" if why else "written out for GPT-2",
         **({"saves": _MODEL_ALONE} if training.save_only_model else {}),
         "folder": str(folder.path),
     }
     for name, value in rows.items():
         screen.say(f"{name:>10}  {value}")
+    warning = memory.warning(model, trainer.args.device, need, settings, memory.processes_here())
+    if warning is not None:
+        screen.say(f"{'warning':>10}  {warning}")
+
+
+def _needs(settings: Settings, trainer: SlimPajamaTrainer, precision: str) -> memory.Needs:
+    """Memory of this run in each of its processes."""
+    args, sharded = trainer.args, devices.is_sharded()
+    written_out = trainer.why_autograd() is None
+    return memory.needs(
+        trainer.accelerator.unwrap_model(trainer.model),
+        settings.data.max_seq_length,
+        precision,
+        settings.model.average_weights > 0 and not sharded,
+        trainer.hidden_optim,
+        written_out=written_out,
+        measures_noise=written_out and args.max_steps >= noise.STEPS_BETWEEN,
+        device=args.device.type,
+        processes=args.world_size,
+        sharded=sharded,
+    )
 
 
 def _emulated(name: str, device: Any) -> str:

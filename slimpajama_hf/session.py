@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from slimpajama_hf import devices, files, plan, run_folder, screen
 from slimpajama_hf.corpora import Corpus
 from slimpajama_hf.errors import SaidByTheFirst, UserError
-from slimpajama_hf.model import checkpoint_bytes
+from slimpajama_hf.model import checkpoint_bytes, vocabulary
 from slimpajama_hf.patience import StopRequested
 from slimpajama_hf.processes import OthersLost, is_about_others, lost
 from slimpajama_hf.resume import is_asked
@@ -122,6 +122,8 @@ def record_run(
         "max_steps": settings.training.max_steps,
         "tokenizer": tokenizer_name,
         "tokenizer_sha256": tokenizer_sha256,
+        # What the first token of a text is coded with; the model may be padded to more (`model.vocab_size`).
+        "tokenizer_size": vocabulary(tokenizer),
         "model": described,
         # Sums come out in another order with another number of threads: bit for bit needs the same.
         "torch_threads": torch.get_num_threads(),

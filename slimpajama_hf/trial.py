@@ -121,7 +121,7 @@ def _its_error(text: str) -> str:
 
 def report(settings: Settings, trial: Trial) -> list[str]:
     """The plan in lines: memory, time and disk of the whole run."""
-    from slimpajama_hf.model import format_bytes
+    from slimpajama_hf.memory import format_bytes
 
     training = settings.training
     steps = training.max_steps

@@ -459,7 +459,8 @@ def _first_repetition(*columns: array) -> tuple[int, int, int] | None:
 def code_bits(run: Run) -> Watch:
     """`code_bits` is `(loss * predicted + samples * ln V) / ln 2`, to 1e-9."""
     problems, count = Problems(), 0
-    vocabulary = run.record.get("model", {}).get("vocab_size")
+    # Runs before this had a name of its own had a model of just as many tokens.
+    vocabulary = run.record.get("tokenizer_size") or run.record.get("model", {}).get("vocab_size")
     uniform = math.log(vocabulary or 1)
     while (row := (yield)) is not None:
         count += 1
@@ -472,7 +473,7 @@ def code_bits(run: Run) -> Watch:
         if expected is None or bits is None or not math.isclose(bits, expected, rel_tol=1e-9):
             problems.add(f"step {row['step']}: code_bits {_shown(bits)}, loss and tokens make {_shown(expected)}")
     if not vocabulary:
-        return Finding(True, "not looked at: run.json has no model.vocab_size")
+        return Finding(True, "not looked at: run.json has no tokenizer_size")
     return problems.finding(f"{count:,} rows, as loss and tokens make them")
 
 

@@ -163,15 +163,3 @@ def test_a_file_that_is_no_configuration_is_refused(tokenizer, tmp_path, content
     path.write_text(content)
     with pytest.raises(UserError, match="not a model configuration"):
         models.model_config(str(path), None, tokenizer, 64)
-
-
-def test_needs_count_weights_gradients_and_moments(tokenizer):
-    model = models.build(models.model_config("tiny", None, tokenizer, 256), seed=0)
-    need = models.needs(model, 256, "float32")
-    assert need.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert need.state_bytes == 16 * need.parameters
-    assert need.total_bytes > need.state_bytes
-    low, packed = (models.needs(model, 256, "bfloat16", hidden_optim=how) for how in ("adamw", "muon"))
-    matrices = sum(weight.numel() for name, weight in model.named_parameters() if ".h." in name and weight.ndim == 2)
-    assert packed.activation_bytes - low.activation_bytes == 2 * matrices
-    assert low.state_bytes - packed.state_bytes == 4 * matrices

@@ -14,7 +14,7 @@ from slimpajama_hf.errors import UserError
 from slimpajama_hf.hub import account
 from slimpajama_hf.hub.outbox import Outbox
 from slimpajama_hf.hub.upload_process import Pusher, quiet_and_bounded
-from slimpajama_hf.model import format_bytes
+from slimpajama_hf.memory import format_bytes
 from slimpajama_hf.run_folder import RunFolder
 
 if TYPE_CHECKING:

@@ -646,7 +646,12 @@ def _about(record: dict[str, Any]) -> list[list[str]]:
         ("revision", corpus.get("revision")),
         ("model", f"{model.get('name')}, {parameters:,} parameters" if isinstance(parameters, int) else None),
         ("precision", model.get("precision")),
-        ("tokenizer", f"{record.get('tokenizer')}, {model['vocab_size']:,} tokens" if "vocab_size" in model else None),
+        (
+            "tokenizer",
+            f"{record.get('tokenizer')}, {record.get('tokenizer_size', model['vocab_size']):,} tokens"
+            if "vocab_size" in model
+            else None,
+        ),
         (
             "sample",
             f"{model.get('sample_mode')}, {model.get('max_seq_length')} tokens" if "sample_mode" in model else None,
