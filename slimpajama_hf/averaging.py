@@ -21,6 +21,13 @@ FOLDER = "averaged"
 _STATE = "averaging.json"
 #: An average is touched every so many steps, or more often where its half-life is short.
 MOST_STEPS_BETWEEN = 10
+#: Elements that change places with their average at once.
+_PIECE = 2**22
+
+
+def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Views of a weight, as one row, of at most `_PIECE` elements each; one that does not lie in one piece as it is."""
+    return weight.view(-1).split(_PIECE) if weight.is_contiguous() else (weight,)
 
 
 class WeightAverage:
@@ -70,9 +77,16 @@ class WeightAverage:
             self._swap()
 
     def _swap(self) -> None:
-        # One at a time: a third set of weights need not fit the device.
-        for weight, average in zip(self._weights, self._average, strict=True):
-            own = weight.clone()
+        pairs = [
+            pair
+            for weight, average in zip(self._weights, self._average, strict=True)
+            for pair in zip(_pieces(weight), _pieces(average), strict=True)
+        ]
+        # Piece by piece, for a third set of weights need not fit the device. Taken before anything is changed: a lack
+        # of memory on the way would leave weights of which some are averaged and some are not.
+        scratch = torch.empty(max((piece.numel() for piece, _ in pairs), default=0), device=self._average[0].device)
+        for weight, average in pairs:
+            own = scratch[: weight.numel()].view(weight.shape).copy_(weight)
             weight.copy_(average)
             average.copy_(own)
 

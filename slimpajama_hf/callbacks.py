@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from slimpajama_hf import budget, generation, screen, terminal
+from slimpajama_hf import budget, generation, memory, screen, terminal
 from slimpajama_hf.files import GrowingFile
 from slimpajama_hf.run_folder import RunFolder
 from slimpajama_hf.screen import TrainingBar
@@ -131,7 +131,7 @@ class GenerateSamples(TrainerCallback):
                 _one_line(terminal.written(sample[part]), width) for part, width in (("input", 60), ("output", 100))
             )
         except Exception as error:
-            sample["error"] = f"{type(error).__name__}: {error}"
+            sample["error"] = memory.in_words(error)
             self.failures.append(f"step {step}: {sample['error']}")
             shown = f"{_one_line(terminal.written(sample['input']), 60)} → failed: {sample['error']}"
         self._progress.say(f"sample @ {step}: {shown}")

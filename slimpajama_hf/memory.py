@@ -34,13 +34,21 @@ def is_out(error: BaseException | None) -> bool:
     return False
 
 
+def in_words(error: BaseException) -> str:
+    """An error in half a line; a lack of memory without the allocator's advice."""
+    return "out of memory" if is_out(error) else f"{type(error).__name__}: {error}"
+
+
 def give_back() -> None:
     """Hand what is held but not used back to the device. What an exception still refers to is used."""
     import torch
 
+    from slimpajama_hf import transfers
+
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is not None:
+        transfers.release_cached(device)
 
 
 @contextlib.contextmanager
@@ -50,7 +58,7 @@ def said(what: str, cure: str = "close what else uses the device, or start with 
     try:
         yield
     except Exception as error:
-        if not is_out(error):
+        if isinstance(error, UserError) or not is_out(error):
             raise
         # Said outside: what the exception refers to is freed first.
         out = True

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from slimpajama_hf import budget, generation, ledger
+from slimpajama_hf import budget, generation, ledger, memory
 from slimpajama_hf.files import GrowingFile
 from slimpajama_hf.recorder import LossSpikes
 
@@ -172,7 +172,7 @@ class _Keeper(TrainerCallback):
                 with trainer.seeing():
                     act()
             except Exception as error:
-                self._say(f"the {what} of step {step} failed ({type(error).__name__}: {error}); training goes on")
+                self._say(f"the {what} of step {step} failed ({memory.in_words(error)}); training goes on")
         self._last_seconds = trainer.clock._now() - before
         self.seconds += self._last_seconds
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -11,7 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from slimpajama_hf import (
     checkpoints,
     devices,
     loss_scale,
+    memory,
     noise,
     optimization,
     precision,
@@ -44,6 +46,14 @@ from slimpajama_hf.samples import Sample, SampleStream
 
 #: So many updates in a row that cannot be made mean that the weights are lost, not that a document is odd.
 MOST_NOT_FINITE_IN_A_ROW = 10
+
+#: What is only measured, in words.
+_MEASURED = {
+    "noise": "the gradients of other documents (the noise scale)",
+    "teaching": "the loss of a document before or after another's update (what documents teach)",
+    "evaluation": "scores on held-out documents",
+}
+_Found = TypeVar("_Found")
 
 #: Private methods of Trainer that we override or call: a test fails when their signature moves.
 PRIVATE_HOOKS = {
@@ -106,14 +116,25 @@ class _AfterEachStep(TrainerCallback):
     """Hands the finished step to the recorder before any other callback sees it."""
 
     def __init__(
-        self, clock: TrainingClock, begin: Callable[[], None], record: Callable[[], bool], end: Callable[[], None]
+        self,
+        clock: TrainingClock,
+        begin: Callable[[], None],
+        record: Callable[[], bool],
+        end: Callable[[], None],
+        update: Callable[[bool], None],
     ) -> None:
         self._clock = clock
-        self._begin, self._record, self._end = begin, record, end
+        self._begin, self._record, self._end, self._update = begin, record, end, update
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begin()
         self._clock.start()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._update(True)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._update(False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The Trainer counts it from the start of the session (ignore_data_skip); a resume must not show.
@@ -190,7 +211,11 @@ class SlimPajamaTrainer(Trainer):
         """Time that measuring noise, and what steps teach, has taken."""
         self._loss_scale: LossScale | None = None
         """In float16 what the loss is multiplied by."""
+        self.left_out: Counter[str] = Counter()
+        """What was not measured in this session because the device had no memory for it, how often."""
         self._out_of_memory = 0
+        self._updating = False
+        """Whether the optimizer is at work: what stops it leaves weights of which some have moved and some have not."""
         self._lr_find = lr_find
         self._average_half_life = average_half_life
         self._hidden_optim, self._hidden_rate = hidden_optim, hidden_rate
@@ -207,16 +232,17 @@ class SlimPajamaTrainer(Trainer):
         self._rate = 0.0
         """The learning rate of the step that is on, from the optimizer."""
         self._staging: Path | None = None
-        super().__init__(
-            train_dataset=_Samples(stream),
-            eval_dataset=held_out.samples if held_out is not None else None,
-            data_collator=collate,
-            callbacks=[
-                _AfterEachStep(self.clock, self._begin_training, self._record_step, self.tell_now),
-                *(callbacks or []),
-            ],
-            **trainer_arguments,
+        after_each_step = _AfterEachStep(
+            self.clock, self._begin_training, self._record_step, self.tell_now, self._note_update
         )
+        with memory.said("the model was moved to its device"):
+            super().__init__(
+                train_dataset=_Samples(stream),
+                eval_dataset=held_out.samples if held_out is not None else None,
+                data_collator=collate,
+                callbacks=[after_each_step, *(callbacks or [])],
+                **trainer_arguments,
+            )
         if self.args.fp16 and self.args.device.type == "cpu" and self.accelerator.scaler is None:
             # Else it would be float32 there, without a word.
             self.accelerator.scaler, self.accelerator.native_amp = loss_scale.for_a_cpu(), True
@@ -331,16 +357,38 @@ class SlimPajamaTrainer(Trainer):
                 yield model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; a path goes on with the average of the weights too."""
+        """As transformers'; a path goes on with the average of the weights too. Raises UserError where a lack of memory
+        ends it."""
         self._resumed_from = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except Exception as error:
+            if isinstance(error, UserError) or not memory.is_out(error):
+                raise
+        # Outside: what the exception refers to is freed by now.
+        memory.give_back()
+        raise UserError(self._where_memory_ended())
+
+    def _note_update(self, begins: bool) -> None:
+        self._updating = begins
+
+    def _where_memory_ended(self) -> str:
+        step = self.state.global_step
+        cure = "close what else uses the device, or take a smaller --max_seq_length or --model"
+        if not self._updating:
+            return f"out of memory at step {step}; {cure}"
+        newest = max(checkpoints.steps(self.run_path), default=None)
+        where = f"go on from checkpoint-{newest}" if newest is not None else "start again"
+        return f"out of memory in the update of step {step}: it is half made, and not saved; {where}: {cure}"
 
     def _begin_average(self) -> None:
         # Of a sharded model no process has the weights.
         if not self._average_half_life or not self.team.is_first or self.is_fsdp_enabled:
             return
-        self.average = WeightAverage(self.accelerator.unwrap_model(self.model), self._average_half_life)
-        if self._resumed_from is not None and not self.average.load(self._resumed_from):
+        with memory.said("the average of the weights was made", "--average_weights 0 trains without it"):
+            self.average = WeightAverage(self.accelerator.unwrap_model(self.model), self._average_half_life)
+            loaded = self._resumed_from is not None and self.average.load(self._resumed_from)
+        if self._resumed_from is not None and not loaded:
             self.recorder.trouble(f"{self._resumed_from} has no averaged weights: their average begins here")
 
     def _begin_training(self) -> None:
@@ -356,14 +404,15 @@ class SlimPajamaTrainer(Trainer):
             model = self.accelerator.unwrap_model(self.model)
             self.recorder.layers = [noise.layer_of(name) for name, _ in model.named_parameters()]
             optimizer = self._plain_optimizer()
-            self._written_out = GPT2Step(
-                model,
-                "float16" if self.args.fp16 else "bfloat16" if self.args.bf16 else "float32",
-                self.stream.max_length,
-                self.recorder.trouble,
-                optimizer.matrices if isinstance(optimizer, optimization.AdamWWithMuon) else (),
-                self._loss_scale.factor if self._loss_scale is not None else None,
-            )
+            with memory.said("the buffer of the gradients was made"):
+                self._written_out = GPT2Step(
+                    model,
+                    "float16" if self.args.fp16 else "bfloat16" if self.args.bf16 else "float32",
+                    self.stream.max_length,
+                    self.recorder.trouble,
+                    optimizer.matrices if isinstance(optimizer, optimization.AdamWWithMuon) else (),
+                    self._loss_scale.factor if self._loss_scale is not None else None,
+                )
         self.computes_in = self._observe_precision()
 
     def _observe_precision(self) -> str:
@@ -395,19 +444,19 @@ class SlimPajamaTrainer(Trainer):
         self._update_skipped = ""
         self._noise, self._noise_by_parameter = self._unmeasured, None
         self._taught = self._unmeasured
+        out_of_memory = False
         try:
             if self._written_out is not None:
-                if self._measures_teaching(self.state.global_step):
-                    self._taught = self._taught[0], self._next_loss()
-                others = self._other_gradients() if self._measures_noise() else None
-                result = self._written_out(self._prepare_inputs(inputs)["input_ids"][0])
-                if others is not None:
-                    self._compare(*others)
-                self._loss, self._correct, self._nats = result.loss, result.correct, result.nats
+                self._step_written_out(inputs)
             else:
                 super().training_step(model, inputs, num_items_in_batch)
-        except torch.OutOfMemoryError as error:
-            self._loss = self._without_memory(error, sample)
+        except Exception as error:
+            if not memory.is_out(error):
+                raise
+            out_of_memory = True
+        if out_of_memory:
+            # Here the exception is gone, and with it what it referred to.
+            self._loss = self._without_memory(sample)
         if sample.together:
             numbers = torch.stack([self._loss.detach().float(), self._correct.float()])
             values = torch.cat([numbers, self._nats[: sample.predicted]])  # (2 + T-1,)
@@ -418,17 +467,72 @@ class SlimPajamaTrainer(Trainer):
         self.sample = sample
         return self._loss
 
-    def _other_gradients(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Sum of the clipped gradients of the next documents at these weights, sum of the squares of each parameter's
-        part of them, (parameters,), how many."""
+    def _step_written_out(self, inputs: dict[str, Any]) -> None:
+        """The step by `gpt2_step.py`, and what is measured at the same weights."""
         assert self._written_out is not None
-        with self._measuring():
-            total = torch.zeros_like(self._written_out.gradients)
-            squares = torch.zeros(len(self.recorder.layers), device=self.args.device)
-            others = list(self._ahead)[: noise.DOCUMENTS - 1]
-            for batch in others:
-                self._written_out(batch["input_ids"].to(self.args.device)[0])
-                squares += self._add_clipped(total)
+        if self._measures_teaching(self.state.global_step):
+            following = self._measured("teaching", self._next_loss)
+            self._taught = self._taught[0], self._unmeasured[1] if following is None else following
+        others = self._measured("noise", self._other_gradients) if self._measures_noise() else None
+        input_ids = self._prepare_inputs(inputs)["input_ids"][0]
+        result = None
+        try:
+            result = self._written_out(input_ids)
+        except Exception as error:
+            if others is None or not memory.is_out(error):
+                raise
+        if result is None:
+            # The gradients of others stood in its way. A step overwrites its gradients: it is made again, whole.
+            others = None
+            self._leave_out("noise")
+            result = self._written_out(input_ids)
+        if others is not None:
+            compared = self._measured("noise", functools.partial(self._compare, *others))
+            if compared is not None:
+                self._noise, self._noise_by_parameter = compared
+        self._loss, self._correct, self._nats = result.loss, result.correct, result.nats
+
+    def _measured(self, kind: str, measure: Callable[[], _Found]) -> _Found | None:
+        """As `_unless_out_of_memory`, beside training: its clock stands still, and the time is counted."""
+        began = time.perf_counter()
+        with self.clock.paused():
+            found = self._unless_out_of_memory(kind, measure)
+        self.measuring_seconds += time.perf_counter() - began
+        return found
+
+    def _unless_out_of_memory(self, kind: str, measure: Callable[[], _Found]) -> _Found | None:
+        """What `measure` finds; None where the device has no memory for it: then training goes on as if nobody had
+        asked."""
+        try:
+            return measure()
+        except Exception as error:
+            if not memory.is_out(error):
+                raise
+        self._leave_out(kind)
+        return None
+
+    def _leave_out(self, kind: str) -> None:
+        """Count what is not measured for lack of memory, and say so the first time."""
+        memory.give_back()
+        self.left_out[kind] += 1
+        if self.left_out[kind] == 1:
+            self.recorder.trouble(
+                f"step {self.state.global_step}: out of memory for {_MEASURED[kind]}, which is left out; training goes "
+                "on, and the next time it is tried again"
+            )
+
+    def _other_gradients(self) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+        """Sum of the clipped gradients of the next documents at these weights, sum of the squares of each parameter's
+        part of them, (parameters,), how many; None where there are none."""
+        assert self._written_out is not None
+        others = list(self._ahead)[: noise.DOCUMENTS - 1]
+        if not others:
+            return None
+        total = torch.zeros_like(self._written_out.gradients)
+        squares = torch.zeros(len(self.recorder.layers), device=self.args.device)
+        for batch in others:
+            self._written_out(batch["input_ids"].to(self.args.device)[0])
+            squares += self._add_clipped(total)
         return total, squares, len(others)
 
     def _add_clipped(self, total: torch.Tensor) -> torch.Tensor:
@@ -442,57 +546,47 @@ class SlimPajamaTrainer(Trainer):
         total.addcmul_(self._written_out.gradients, scaled)
         return squares * share * share
 
-    def _compare(self, total: torch.Tensor, squares: torch.Tensor, others: int) -> None:
-        """Mean square, and mean product of any two, of the step's gradient and the others': of the whole and of each
-        parameter's part."""
+    def _compare(
+        self, total: torch.Tensor, squares: torch.Tensor, others: int
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Mean square, and mean product of any two, of the step's gradient and the others': of the whole, () each, and
+        of each parameter's part, (2, parameters)."""
         assert self._written_out is not None
-        if not others:
-            return
-        with self._measuring():
-            squares = squares + self._add_clipped(total)
-            count = others + 1
-            products = (self._written_out.squared_norms(total) - squares) / (count * others)
-            self._noise = squares.sum() / count, products.sum()
-            self._noise_by_parameter = torch.stack([squares / count, products])
+        squares = squares + self._add_clipped(total)
+        count = others + 1
+        products = (self._written_out.squared_norms(total) - squares) / (count * others)
+        return (squares.sum() / count, products.sum()), torch.stack([squares / count, products])
 
-    @contextlib.contextmanager
-    def _measuring(self) -> Iterator[None]:
-        """Beside training: its clock stands still, and the time is counted."""
-        began = time.perf_counter()
-        with self.clock.paused():
-            yield
-        self.measuring_seconds += time.perf_counter() - began
-
-    def _next_loss(self) -> torch.Tensor:
-        """Loss of the document that comes next, at these weights; NaN where it is no document that is new."""
+    def _next_loss(self) -> torch.Tensor | None:
+        """Loss of the document that comes next, at these weights; None where it is no document that is new."""
         assert self._written_out is not None
         if not self._ahead or not teaching.is_new(self._ahead[0]["sample"]):
-            return self._unmeasured[1]
-        with self._measuring():
-            return self._written_out.loss_alone(self._ahead[0]["input_ids"].to(self.args.device)[0])
+            return None
+        return self._written_out.loss_alone(self._ahead[0]["input_ids"].to(self.args.device)[0])
 
-    def _look_back(self, sample: Sample) -> None:
-        """The loss of the step's document once more, after its update; nothing counts where the update was skipped."""
+    def _look_back(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of the step's document once more, after its update, and that of the next one, before it; NaN where
+        the update was skipped."""
         assert self._written_out is not None
-        with self._measuring(), contextlib.suppress(torch.OutOfMemoryError):
-            input_ids = torch.tensor(sample.input_ids, device=self.args.device)
-            losses = self._written_out.loss_alone(input_ids), self._taught[1]
-            # Chosen on the device: it is not waited for.
-            after, following = (torch.where(self._not_finite > 0, self._unmeasured[0], loss) for loss in losses)
-            self._taught = after, following
+        input_ids = torch.tensor(sample.input_ids, device=self.args.device)
+        losses = self._written_out.loss_alone(input_ids), self._taught[1]
+        # Chosen on the device: it is not waited for.
+        after, following = (torch.where(self._not_finite > 0, self._unmeasured[0], loss) for loss in losses)
+        return after, following
 
-    def _without_memory(self, error: torch.OutOfMemoryError, sample: Sample) -> torch.Tensor:
+    def _without_memory(self, sample: Sample) -> torch.Tensor:
         """The first time a step does not fit it is skipped: another program may have been at the card. Then it is the
         model that does not fit, and UserError stops the run before anything of the step is applied."""
         self._out_of_memory += 1
         self.model.zero_grad(set_to_none=True)  # type: ignore[union-attr]
-        transfers.release_cached(self.args.device)
+        memory.give_back()
         document = sample.document
         if self._out_of_memory > 1 or self.news is not None:
+            again = ", again" if self._out_of_memory > 1 else ""
             raise UserError(
-                f"out of memory at step {self.state.global_step} ({document.shard} row {document.row}), again; "
+                f"out of memory at step {self.state.global_step} ({document.shard} row {document.row}){again}; "
                 "close what else uses the device, or start a run with a smaller --max_seq_length or --model"
-            ) from error
+            )
         self._update_skipped = "out of memory"
         self.recorder.trouble(
             f"step {self.state.global_step}: out of memory on {document.shard} row {document.row}; it is skipped, "
@@ -594,7 +688,8 @@ class SlimPajamaTrainer(Trainer):
         self.skipped_records.update(self.sample.skipped)
         step = self.state.global_step - 1
         if self._measures_teaching(step):
-            self._look_back(self.sample)
+            taught = self._measured("teaching", functools.partial(self._look_back, self.sample))
+            self._taught = self._unmeasured if taught is None else taught
         if self.average is not None:
             self.average.step(step + 1)
         rate = self._rate
@@ -654,8 +749,13 @@ class SlimPajamaTrainer(Trainer):
             raise ValueError("no held-out documents were given to this trainer")
         held_out = self._held_out
         with self.clock.paused():
-            # A sharded model computes with all processes or not at all.
-            metrics = held_out(self) if self.is_fsdp_enabled else self.team.first_does(lambda: held_out(self))
+            if self.is_fsdp_enabled or self.args.metric_for_best_model is not None:
+                # A sharded model computes with all processes or not at all.
+                metrics = held_out(self) if self.is_fsdp_enabled else self.team.first_does(lambda: held_out(self))
+            else:
+                metrics = self.team.first_does(
+                    lambda: self._unless_out_of_memory("evaluation", lambda: held_out(self)) or {}
+                )
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -736,9 +836,10 @@ class SlimPajamaTrainer(Trainer):
             (Path(output_dir or self.run_path) / "training_args.bin").unlink(missing_ok=True)
 
     def save_now(self) -> None:
-        """Save the state after the last finished step, unless its checkpoint is there already."""
+        """Save the state after the last finished step, unless its checkpoint is there already, or the weights are no
+        longer those of it."""
         step = self.state.global_step
-        if step == 0 or self.args.save_strategy == "no":
+        if step == 0 or self.args.save_strategy == "no" or self._updating:
             return
         if not self.team.first_does(checkpoints.path_of(self.run_path, step).exists):
             self._save_checkpoint(self.model, trial=None)
