@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from slimpajama_hf import cuda_graph, transfers
 from slimpajama_hf.products import Weights, product, product_into, square
 
 #: What products are made in, by the name of the precision; None: as the weights are.
@@ -43,6 +44,10 @@ ATTENTION_BLOCK, LOW_ATTENTION_BLOCK = 128, 256
 #: On a CPU samples are computed in low precision at multiples of this length: oneDNN prepares its products for each
 #: length anew, which takes longer than the padding, and keeps what it prepared.
 LENGTH_STEP = 32
+
+#: Elsewhere, in low precision, words are added to the head up to a multiple of this: rows of logits that begin at odd
+#: places are multiplied far slower. Those words get no probability, and no gradient.
+VOCABULARY_STEP = 64
 
 #: Constants of the tanh approximation of GELU (Hendrycks & Gimpel 2016): x * sigmoid(x * (C1 + C2 * x^2)).
 _C1 = 2.0 * math.sqrt(2.0 / math.pi)
@@ -96,9 +101,10 @@ class GPT2Step:
     `precision`: `float32`, `bfloat16` or `float16` (products in that; weights, norms, residual stream and loss in
     float32). `scale`: what gradients are multiplied by while float16 holds them, (), on the model's device, read at
     every step; `gradients` stay multiplied by it, and nothing else that is told of them is.
-    `max_length`: tokens of the longest sample. On CUDA samples are padded to it and the step is captured as a graph;
-    `trouble` is told in words when that fails, and it runs uncaptured. `seldom_changed`: parameters that most updates
-    leave alone, and that nothing changes behind autograd's back (`.data`): they are cast only when they have changed.
+    `max_length`: tokens of the longest sample. On CUDA samples are padded to it and the step is captured as a graph
+    (`cuda_graph.py`); `trouble` is told in words when that is refused, and it runs uncaptured. `seldom_changed`:
+    parameters that most updates leave alone, and that nothing changes behind autograd's back (`.data`): they are cast
+    only when they have changed.
     """
 
     def __init__(
@@ -130,9 +136,13 @@ class GPT2Step:
                 self.gradients.split([p.numel() for p in self._parameters]), self._parameters, strict=True
             )
         ]
-        self._weights = Weights(self._parameters, self._low, seldom_changed, max_length)
         place = {id(p): index for index, p in enumerate(self._parameters)}
         self._place = lambda parameter: place[id(parameter)]
+        self._head = self._place(model.lm_head.weight)
+        self._words = columns = len(model.lm_head.weight)
+        if self._low is not None and self._device.type != "cpu":
+            columns = -(-columns // VOCABULARY_STEP) * VOCABULARY_STEP
+        self._weights = Weights(self._parameters, self._low, seldom_changed, max_length, {self._head: columns})
         # Squared norms of gradients that the last backward took on its way, by place, and the version they are of.
         self._squares: dict[int, torch.Tensor] = {}
         self._squares_version = -1
@@ -140,22 +150,21 @@ class GPT2Step:
         self._blocks = list(transformer.h)
         self._scaling = [block.attn.scaling for block in self._blocks]
         self._wte, self._wpe = self._place(transformer.wte.weight), self._place(transformer.wpe.weight)
-        self._head = self._place(model.lm_head.weight)
         self._final = transformer.ln_f
         self._positions_used = 0
         self._mask = torch.full((1, 1), 0.0, device=self._device)
-        self._graph: _Graph | None = None
-        self._graph_failed = self._device.type != "cuda"
+        self._replayed: _Replayed | None = None
+        self._record = cuda_graph.recorder_of(self._device)
+        """What captures a step; None: nothing does, here or any more."""
 
     def __call__(self, input_ids: torch.Tensor) -> Result:
-        """One sample, `input_ids` (T,) on the model's device with 2 <= T <= max_length. Leaves `.grad` set."""
+        """One sample, `input_ids` (T,) with 2 <= T <= max_length, on the host, which then waits for nothing, or on the
+        model's device. Leaves `.grad` set. Raises torch.OutOfMemoryError."""
         with torch.no_grad():
             self._weights.refresh()
-            result = self._captured(input_ids) if not self._graph_failed else None
+            result = self._by_graph(input_ids)
             if result is None:
-                tokens, length = input_ids.numel(), self._padded(input_ids.numel())
-                padded = F.pad(input_ids, (0, length - tokens)) if length > tokens else input_ids
-                result = self._run(padded, self._shares(tokens, length))
+                result = self._run(*self._arguments(input_ids))
         for parameter, view in zip(self._parameters, self._views, strict=True):
             parameter.grad = view
         return result
@@ -170,13 +179,11 @@ class GPT2Step:
     def loss_alone(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The loss of a step on `input_ids`, to the bit, (), by its forward alone; a captured step is replayed whole,
         and its gradients are overwritten."""
-        if not self._graph_failed:
+        if self._record is not None:
             return self(input_ids).loss
         with torch.no_grad():
             self._weights.refresh()
-            tokens, length = input_ids.numel(), self._padded(input_ids.numel())
-            padded = F.pad(input_ids, (0, length - tokens)) if length > tokens else input_ids
-            return self._run(padded, self._shares(tokens, length), backward=False).loss
+            return self._run(*self._arguments(input_ids), backward=False).loss
 
     def _padded(self, tokens: int) -> int:
         """The length that a sample of so many tokens is computed at. What pads it has no share in the loss, and causal
@@ -199,19 +206,26 @@ class GPT2Step:
         there = self._squares if row is None and self.gradients._version == self._squares_version else {}
         return torch.stack([there[place] if place in there else square(piece) for place, piece in enumerate(pieces)])
 
-    # ---- a graph of CUDA ----
+    # ---- what a step works on ----
 
-    def _captured(self, input_ids: torch.Tensor) -> Result | None:
-        if self._graph is None:
+    def _by_graph(self, input_ids: torch.Tensor) -> Result | None:
+        """The step replayed; None where it is not captured."""
+        if self._record is None:
+            return None
+        if self._replayed is None:
             try:
-                self._graph = _Graph(self)
-            except RuntimeError as error:
-                self._graph_failed = True
-                torch.cuda.synchronize()
-                why = " ".join(str(error).split())[:200]
+                self._replayed = _Replayed(self, self._record)
+            except cuda_graph.Refused as why:
+                self._record = None
                 self._trouble(f"the step runs without a CUDA graph, somewhat slower: it could not be captured ({why})")
                 return None
-        return self._graph(input_ids)
+        return self._replayed(input_ids)
+
+    def _arguments(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of `_run`, for a sample that is not captured."""
+        tokens, length = input_ids.numel(), self._padded(input_ids.numel())
+        padded = F.pad(input_ids, (0, length - tokens)) if length > tokens else input_ids
+        return transfers.to_device(padded, self._device), self._shares(tokens, length)
 
     def _shares(self, tokens: int, length: int) -> torch.Tensor:
         """Weight of each position in the loss, (length,): 1/(tokens - 1) where a token is predicted, else 0."""
@@ -364,8 +378,10 @@ class GPT2Step:
         """Logits, loss and the gradient of `x` (T, D), the head's in its place; without `backward` the loss alone."""
         hidden, mean, rstd = self._norm(self._final, x)
         hidden = self._lowered(hidden)
-        head = self._weights[self._head]
-        logits = product(hidden, head.t()).float()  # (T, V), the largest thing of the step: worked on in place
+        head = self._weights.padded(self._head)  # (V or more, D)
+        logits = product(hidden, head.t()).float()  # (T, V or more), the largest thing of the step: worked on in place
+        if logits.shape[1] > self._words:
+            logits[:, self._words :].fill_(-math.inf)
         targets = input_ids.roll(-1).unsqueeze(1)  # (T, 1); the last one is not predicted and has no share
         highest = logits.amax(1, keepdim=True)
         of_target = logits.gather(1, targets)
@@ -381,7 +397,7 @@ class GPT2Step:
         logits.mul_(shares.unsqueeze(1))
         logits.scatter_add_(1, targets, -shares.unsqueeze(1))
         gradient = self._lowered(logits)
-        self._gradient_product(self._head, gradient.t(), hidden)
+        self._gradient_product(self._head, gradient.t()[: self._words], hidden)
         of_hidden = product(gradient, head)
         return Result(loss, correct, nats), self._norm_backward(self._final, of_hidden.float(), x, mean, rstd)
 
@@ -421,36 +437,27 @@ class GPT2Step:
         self._positions_used = length
 
 
-class _Graph:
-    """The step captured on CUDA, at one length: shorter samples are padded, their padding has no share in the loss.
+class _Replayed:
+    """The step captured at one length: shorter samples are padded, and their padding has no share in the loss.
 
     Causal attention lets no token see what follows it, so padding changes nothing before it.
     """
 
-    def __init__(self, step: GPT2Step) -> None:
-        self._step = step
-        length, device = step._max_length, step._device
-        self._ids = torch.zeros(length, dtype=torch.long, device=device)
-        self._shares = step._shares(length, length)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step._run(self._ids, self._shares)
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._result = step._run(self._ids, self._shares)
+    def __init__(self, step: GPT2Step, record: Callable[[Callable[[], Any]], Any]) -> None:
+        self._length, device = step._max_length, step._device
+        self._ids = torch.zeros(self._length, dtype=torch.long, device=device)
+        self._shares = step._shares(self._length, self._length)
+        self._recording = record(lambda: step._run(self._ids, self._shares))
 
     def __call__(self, input_ids: torch.Tensor) -> Result:
         tokens = input_ids.numel()
-        self._ids.zero_()
-        self._ids[:tokens].copy_(input_ids)
+        transfers.into(self._ids, F.pad(input_ids, (0, self._length - tokens)))
         self._shares.zero_()
         self._shares[: tokens - 1].fill_(1.0 / (tokens - 1))
-        self._graph.replay()
+        self._recording.replay()
         # The next replay overwrites these.
-        return Result(self._result.loss.clone(), self._result.correct.clone(), self._result.nats.clone())
+        made = self._recording.result
+        return Result(made.loss.clone(), made.correct.clone(), made.nats.clone())
 
 
 def _gelu(x: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:

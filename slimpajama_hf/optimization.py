@@ -141,12 +141,13 @@ class AdamWWithMuon(torch.optim.AdamW):
 
     @torch.no_grad()
     def _step_matrices(self, group: dict[str, Any]) -> None:
+        # Every step counts, whether its gradient was a number or not: a device that is not read cannot tell.
+        group["steps"] += 1
         matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
         if not matrices:
             return
         averages = [self._average_of(matrix) for matrix in matrices]
         self._take_in(averages, [matrix.grad for matrix in matrices], 1.0 - MOMENTUM**self._documents)
-        group["steps"] += 1
         found_inf = self._told("found_inf")
         # 0 where the step is to be skipped: on the device, which is not read.
         made = 1.0 if found_inf is None else 1.0 - found_inf

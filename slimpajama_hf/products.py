@@ -10,7 +10,7 @@ them against `torch.mm`; where they are missing, `torch.mm` it is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -86,7 +86,8 @@ class Weights:
     `refresh` before each step brings them up to date. Those that are `seldom_changed` (which nothing may change behind
     autograd's back, by `.data`) are looked at only when they have changed, and of them a CPU keeps matrices packed, for
     `linear` and for `linear_backward`, in place of a copy: 4 bytes a parameter. `rows`: usual rows of what is
-    multiplied by them. Parameters are named by their place in `parameters`.
+    multiplied by them. `padded`: rows that the copy of a matrix shall have, by place; those beyond its own are 0 (in
+    float32 there is no copy). Parameters are named by their place in `parameters`.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Weights:
         low: torch.dtype | None,
         seldom_changed: Iterable[torch.nn.Parameter],
         rows: int,
+        padded: Mapping[int, int] | None = None,
     ) -> None:
         self._weights = [parameter.detach() for parameter in parameters]
         self._low, self._rows = low, rows
@@ -114,6 +116,12 @@ class Weights:
                 torch.empty(0) if place in self._to_pack else torch.empty_like(weight, dtype=low)
                 for place, weight in enumerate(self._weights)
             ]
+        self._padded: dict[int, torch.Tensor] = {}
+        for place, length in (padded or {}).items():
+            weight = self._weights[place]
+            if low is not None and length > len(weight):
+                self._padded[place] = weight.new_zeros((length, *weight.shape[1:]), dtype=low)
+                self._copies[place] = self._padded[place][: len(weight)]
 
     def refresh(self) -> list[int]:
         """Copy or pack anew what has changed; the places of that."""
@@ -149,6 +157,10 @@ class Weights:
     def __getitem__(self, place: int) -> torch.Tensor:
         """A parameter that is not kept packed, as it was at the last `refresh`."""
         return self._copies[place]
+
+    def padded(self, place: int) -> torch.Tensor:
+        """The same with the rows that were asked for beyond its own."""
+        return self._padded.get(place, self._copies[place])
 
     def linear(self, inputs: torch.Tensor, weight: int, bias: int) -> torch.Tensor:
         """`inputs @ W + b`, (T, in) -> (T, out)."""

@@ -474,7 +474,8 @@ class SlimPajamaTrainer(Trainer):
             following = self._measured("teaching", self._next_loss)
             self._taught = self._taught[0], self._unmeasured[1] if following is None else following
         others = self._measured("noise", self._other_gradients) if self._measures_noise() else None
-        input_ids = self._prepare_inputs(inputs)["input_ids"][0]
+        # From the host: the step sends what it needs, and the labels are the ids.
+        input_ids = inputs["input_ids"][0]
         result = None
         try:
             result = self._written_out(input_ids)
@@ -493,10 +494,13 @@ class SlimPajamaTrainer(Trainer):
         self._loss, self._correct, self._nats = result.loss, result.correct, result.nats
 
     def _measured(self, kind: str, measure: Callable[[], _Found]) -> _Found | None:
-        """As `_unless_out_of_memory`, beside training: its clock stands still, and the time is counted."""
+        """As `_unless_out_of_memory`, beside training: its clock stands still, and the time is counted; a device's too,
+        which is waited for before and after. That is seldom."""
+        transfers.wait_for(self.args.device)
         began = time.perf_counter()
         with self.clock.paused():
             found = self._unless_out_of_memory(kind, measure)
+            transfers.wait_for(self.args.device)
         self.measuring_seconds += time.perf_counter() - began
         return found
 
@@ -531,7 +535,7 @@ class SlimPajamaTrainer(Trainer):
         total = torch.zeros_like(self._written_out.gradients)
         squares = torch.zeros(len(self.recorder.layers), device=self.args.device)
         for batch in others:
-            self._written_out(batch["input_ids"].to(self.args.device)[0])
+            self._written_out(batch["input_ids"][0])
             squares += self._add_clipped(total)
         return total, squares, len(others)
 
@@ -562,13 +566,13 @@ class SlimPajamaTrainer(Trainer):
         assert self._written_out is not None
         if not self._ahead or not teaching.is_new(self._ahead[0]["sample"]):
             return None
-        return self._written_out.loss_alone(self._ahead[0]["input_ids"].to(self.args.device)[0])
+        return self._written_out.loss_alone(self._ahead[0]["input_ids"][0])
 
     def _look_back(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of the step's document once more, after its update, and that of the next one, before it; NaN where
         the update was skipped."""
         assert self._written_out is not None
-        input_ids = torch.tensor(sample.input_ids, device=self.args.device)
+        input_ids = torch.tensor(sample.input_ids)
         losses = self._written_out.loss_alone(input_ids), self._taught[1]
         # Chosen on the device: it is not waited for.
         after, following = (torch.where(self._not_finite > 0, self._unmeasured[0], loss) for loss in losses)

@@ -35,10 +35,24 @@ def release_cached(device: torch.device) -> None:
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`values` on `device`; what is there already as it is."""
-    if values.device == device or values.device.type != "cpu" or streams(device) is None:
-        return values.to(device)
-    # torch gives pinned memory to somebody else only after the copies out of it are done, so it is safe to let go.
-    return values.pin_memory().to(device, non_blocking=True)
+    if values.device == device:
+        return values
+    source, waits = _source(values, device)
+    return source.to(device, non_blocking=not waits)
+
+
+def into(target: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy `values` into a tensor of a device."""
+    source, waits = _source(values, target.device)
+    target.copy_(source, non_blocking=not waits)
+
+
+def _source(values: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, bool]:
+    """What to copy from to have `values` on `device`, and whether the copy waits."""
+    if values.device.type != "cpu" or streams(device) is None:
+        return values, True
+    # Pinned memory of this copy alone: torch gives it to somebody else only after the device has read it.
+    return values.pin_memory(), False
 
 
 class Reading:

@@ -8,24 +8,31 @@ Writes one JSON: each check's name, and what went wrong with it ("" where nothin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from slimpajama_hf import averaging, cuda_graph, gpt2_step, noise, optimization, teaching
+from slimpajama_hf import model as models
 from slimpajama_hf.corpora import Cursor, Document
+from slimpajama_hf.gpt2_step import GPT2Step
 from slimpajama_hf.ledger import Ledger, last_rows
 from slimpajama_hf.recorder import StepRecorder
 from slimpajama_hf.samples import Sample
 from tests import stand_in_device
 from tests.conftest import read_ledger, run_script
-from tests.stand_in_device import NAME, StandIn
+from tests.stand_in_device import NAME, Recording, StandIn, moved
 
 CHECKS: dict[str, Callable[[StandIn], None]] = {}
 
@@ -98,6 +105,181 @@ def numbers_leave_a_device_without_streams_by_a_plain_copy(device: StandIn) -> N
     assert [row["loss"] for row in rows] == [2.5, 3.5, 4.5] and rows[0]["accuracy"] == 0.75
 
 
+# ---- the step ----
+
+
+def network(words: int = 129, tied: bool = True) -> Any:
+    """The same weights each time, none at the value that a fresh model has."""
+    torch.manual_seed(5)
+    config = GPT2Config(
+        n_layer=2, n_head=2, n_embd=32, vocab_size=words, n_positions=64, activation_function="gelu_pytorch_tanh",
+        bos_token_id=0, eos_token_id=0, tie_word_embeddings=tied, **models.NO_DROPOUT,
+    )  # fmt: skip
+    made = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return made
+
+
+def ids_of(tokens: int, words: int = 129) -> torch.Tensor:
+    """With repetitions: what an embedding's gradient has to add up."""
+    drawn = torch.randint(0, words, (tokens,), generator=torch.Generator().manual_seed(tokens))
+    drawn[tokens // 2 :] = drawn[: tokens - tokens // 2].clone()
+    return drawn
+
+
+@contextlib.contextmanager
+def captured() -> Iterator[None]:
+    """The device captures its work, as CUDA does."""
+    kept = cuda_graph.recorder_of
+    cuda_graph.recorder_of = lambda device: Recording if device.type == NAME else None
+    try:
+        yield
+    finally:
+        cuda_graph.recorder_of = kept
+
+
+def near(there: torch.Tensor, here: torch.Tensor, part: float) -> None:
+    error = (there.inner - here).norm() / here.norm().clamp(min=1e-12)
+    assert error < part, error
+
+
+@check
+def the_step_is_that_of_a_cpu_captured_or_not(device: StandIn) -> None:
+    for precision, part in (("float32", 1e-5), ("bfloat16", 0.03), ("float16", 0.01)):
+        for tied in (True, False):
+            scale = torch.full((), 256.0) if precision == "float16" else None
+            own = GPT2Step(network(tied=tied), precision, 64, scale=scale)
+            for graph in (False, True):
+                with captured() if graph else contextlib.nullcontext():
+                    model = moved(network(tied=tied))
+                    there = GPT2Step(model, precision, 64, scale=scale if scale is None else scale.to(NAME))
+                    there(ids_of(9))
+                for tokens in (64, 2, 3, 40, 64):
+                    device.waits.clear()
+                    result = there(ids_of(tokens))
+                    squares = there.squared_norms()
+                    assert not device.waits, device.waits
+                    expected = own(ids_of(tokens))
+                    assert (there._replayed is not None) == graph
+                    near(result.loss, expected.loss, part)
+                    near(result.nats[: tokens - 1], expected.nats[: tokens - 1], 3 * part)
+                    near(there.gradients, own.gradients, part)
+                    near(squares.sqrt(), own.squared_norms().sqrt(), part)
+                    assert abs(result.correct.inner.item() - expected.correct.item()) <= (precision != "float32")
+                    alone = there.loss_alone(ids_of(tokens))
+                    assert alone.inner.item() == result.loss.inner.item()
+                    for parameter in model.parameters():
+                        assert parameter.grad is not None and parameter.grad.device.type == NAME
+
+
+@check
+def words_that_pad_an_odd_vocabulary_change_nothing(device: StandIn) -> None:
+    """129 words are 192 in low precision: same guesses, same loss, same gradients, none of them a word of the padding."""
+    kept = gpt2_step.VOCABULARY_STEP
+    for precision in ("bfloat16", "float32"):
+        found = []
+        for step_of in (kept, 1):
+            gpt2_step.VOCABULARY_STEP = step_of
+            step = GPT2Step(moved(network()), precision, 64)
+            result = step(ids_of(50))
+            assert len(step._weights.padded(step._head)) == (192 if step_of > 1 and precision == "bfloat16" else 129)
+            found.append((result.loss.inner, result.correct.inner, result.nats.inner, step.gradients.inner.clone()))
+        gpt2_step.VOCABULARY_STEP = kept
+        for padded, plain in zip(*found, strict=True):
+            torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-6)
+        assert torch.isfinite(found[0][3]).all()
+
+
+@check
+def a_capture_that_is_refused_is_said_and_the_step_goes_on(device: StandIn) -> None:
+    class Waits(Recording):
+        def __init__(self, work: Callable[[], Any]) -> None:
+            try:
+                super().__init__(lambda: (work(), torch.ones(1, device=NAME).item())[0])
+            except RuntimeError as error:
+                raise cuda_graph.Refused(str(error)) from error
+
+    said: list[str] = []
+    cuda_graph.recorder_of, kept = (lambda device: Waits), cuda_graph.recorder_of
+    try:
+        there = GPT2Step(moved(network()), "float32", 64, said.append)
+        results = [there(ids_of(tokens)) for tokens in (30, 40)]
+    finally:
+        cuda_graph.recorder_of = kept
+    assert len(said) == 1 and "without a CUDA graph" in said[0] and "not permitted" in said[0], said
+    own = GPT2Step(network(), "float32", 64)
+    for result, tokens in zip(results, (30, 40), strict=True):
+        near(result.loss, own(ids_of(tokens)).loss, 1e-5)
+
+
+@check
+def a_capture_out_of_memory_is_no_refusal_and_is_tried_again(device: StandIn) -> None:
+    short = [True]
+
+    class Short(Recording):
+        def __init__(self, work: Callable[[], Any]) -> None:
+            if short.pop():
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().__init__(work)
+
+    said: list[str] = []
+    cuda_graph.recorder_of, kept = (lambda device: Short), cuda_graph.recorder_of
+    try:
+        there = GPT2Step(moved(network()), "float32", 64, said.append)
+        try:
+            there(ids_of(30))
+        except torch.OutOfMemoryError:
+            pass
+        else:
+            raise AssertionError("it was not raised")
+        short.append(False)
+        there(ids_of(30))
+    finally:
+        cuda_graph.recorder_of = kept
+    assert not said and there._replayed is not None
+
+
+@check
+def optimizers_the_average_and_clipping_wait_for_nothing(device: StandIn) -> None:
+    """With Muon's turn among the steps, and one that is skipped; the numbers are those of a CPU."""
+    models_of_both = network(), moved(network())
+    optimizers, averages = [], []
+    for each in models_of_both:
+        adamw = torch.optim.AdamW(each.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
+        optimizers.append(optimization.AdamWWithMuon.of(adamw, each, 0.2, torch.float32))
+        averages.append(averaging.WeightAverage(each, 4))
+    steps = [GPT2Step(each, "float32", 64) for each in models_of_both]
+    with stand_in_device.like_cuda():
+        for number in range(40):
+            # At step 31 it is the first matrix' turn.
+            bad = number in (3, 31)
+            steps[0](ids_of(20 + number % 20))
+            norm = steps[0].squared_norms().sum().sqrt()
+            optimizers[0].grad_scale = (norm / 0.5).clamp(min=1.0)
+            if bad:
+                optimizers[0].zero_grad(set_to_none=True)
+            device.waits.clear()
+            steps[1](ids_of(20 + number % 20))
+            norm = steps[1].squared_norms().sum().sqrt()
+            optimizers[1].grad_scale = (norm / 0.5).clamp(min=1.0)
+            optimizers[1].found_inf = torch.full((), float(bad), device=NAME)
+            if bad:
+                steps[1].gradients[:99].fill_(math.nan)
+            for each in optimizers:
+                each.step()
+            for average in averages:
+                average.step(number + 1)
+            assert not device.waits, device.waits
+    for here, there in zip(*[each.parameters() for each in models_of_both], strict=True):
+        near(there.detach(), here.detach(), 0.01)
+    assert optimizers[0].param_groups[-1]["steps"] == optimizers[1].param_groups[-1]["steps"] == 40
+    with averages[1].applied():
+        for here, there in zip(averages[0]._average, models_of_both[1].parameters(), strict=True):
+            near(there.detach(), here, 0.01)
+
+
 # ---- the program as a whole ----
 
 FLAGS = ["--model", "tiny", "--config_overrides", "n_layer=1,n_embd=32,n_head=2,n_positions=64", "--max_seq_length", "64",
@@ -146,6 +328,66 @@ def a_run_on_a_device_without_streams_whose_optimizer_scales_nothing(device: Sta
         compare(ours, theirs)
         assert (Path(folder) / "there/checkpoint-24/model.safetensors").is_file()
         assert max(row["grad_norm"] for row in ours) > 0.5, "clipping was at work"
+
+
+@contextlib.contextmanager
+def measured_often() -> Iterator[None]:
+    kept = noise.STEPS_BETWEEN, teaching.STEPS_BETWEEN
+    noise.STEPS_BETWEEN, teaching.STEPS_BETWEEN = 9, 7
+    try:
+        yield
+    finally:
+        noise.STEPS_BETWEEN, teaching.STEPS_BETWEEN = kept
+
+
+@check
+def a_run_as_on_cuda_waits_for_nothing_and_goes_on_to_the_bit(device: StandIn) -> None:
+    """Captured, with a measurement of noise and two of teaching on each side of a cut. accelerate has float32 alone for a
+    device that it does not know."""
+    from slimpajama_hf.trainer import SlimPajamaTrainer
+
+    record = SlimPajamaTrainer._record_step
+    waits: dict[int, list[str]] = {}
+    synchronized: dict[int, int] = {}
+
+    def recorded(trainer: Any) -> bool:
+        # Of steps 2 on, each step's own: what comes before is preparation, what saves waits.
+        going_on = record(trainer)
+        step = trainer.state.global_step - 1
+        # What is shown now and then waits, as it may: passports and samples, when there is time for them.
+        waits[step] = [line for line in device.waits if "passports.py" not in line and "gpt2_writing.py" not in line]
+        synchronized[step] = device.synchronized
+        device.waits.clear()
+        return going_on
+
+    SlimPajamaTrainer._record_step = recorded
+    flags = ("--precision", "float32", "--save_steps", "10", "--max_steps", "20")
+    try:
+        with (
+            tempfile.TemporaryDirectory() as folder, measured_often(), captured(), stand_in_device.like_cuda(),
+            stand_in_device.whole_programs(),
+        ):  # fmt: skip
+            whole = run(f"{folder}/whole", *flags)
+            assert Recording.made[-1].replays >= 20 + 7 * 2 + 2 * 2
+            plain = [step for step in waits if step > 2 and step not in (10, 20)]
+            assert len(plain) > 10 and not any(waits[step] for step in plain), waits
+            # Round a measurement the device is waited for, so that its time is not a step's: teaching at 6 and 13,
+            # before the step and after it, noise at 8 and 17, for the others and for the comparison.
+            waited = {step: synchronized[step] - synchronized[step - 1] for step in plain if step - 1 in synchronized}
+            assert {step: times for step, times in waited.items() if times} == {6: 4, 8: 4, 13: 4, 17: 4}, waited
+            shutil.copytree(f"{folder}/whole", f"{folder}/cut")
+            shutil.rmtree(f"{folder}/cut/checkpoint-20")
+            again = run(f"{folder}/cut", "--resume_from_checkpoint", "true")
+            first, second = (load_file(f"{folder}/{name}/checkpoint-20/model.safetensors") for name in ("whole", "cut"))
+    finally:
+        SlimPajamaTrainer._record_step = record
+    times = ("throughput", "step_seconds", "chain")
+    assert [{k: v for k, v in row.items() if k not in times} for row in again] == [
+        {k: v for k, v in row.items() if k not in times} for row in whole
+    ]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert sum(row["grad_square"] is not None for row in whole) == 2
+    assert whole[-1]["loss"] < whole[0]["loss"]
 
 
 def main() -> int:

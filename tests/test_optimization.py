@@ -180,6 +180,46 @@ def test_a_step_that_is_skipped_moves_nothing(tokenizer):
     )
 
 
+def test_turns_come_alike_whether_a_step_is_skipped_by_a_flag_or_by_having_no_gradients(tokenizer, monkeypatch):
+    """On a device by `found_inf`, which is not read, on a CPU by no gradients: to the bit, at a matrix' turn too."""
+    monkeypatch.setattr(optimization, "DOCUMENTS_BETWEEN", 4)
+    models_of_both = tiny(tokenizer), tiny(tokenizer)
+    optimizers = [with_muon(each) for each in models_of_both]
+    for step in range(14):
+        bad = step in (1, 2, 7, 8)
+        for model in models_of_both:
+            set_gradients(model, step)
+        if bad:
+            optimizers[0].zero_grad(set_to_none=True)
+            for parameter in models_of_both[1].parameters():
+                parameter.grad.fill_(float("nan"))
+        optimizers[1].found_inf = torch.tensor(float(bad))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(*(each.parameters() for each in models_of_both), strict=True))
+    counts = [group["steps"] for each in optimizers for group in each.param_groups if group.get("muon")]
+    assert counts == [14] * len(counts)
+
+
+def test_a_count_of_turns_goes_on_from_that_of_an_older_checkpoint(tokenizer):
+    """One that left out the steps that a CPU had skipped: the turns come where they would have come."""
+    model = tiny(tokenizer)
+    optimizer = with_muon(model)
+    set_gradients(model, 0)
+    optimizer.step()
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        if group.get("muon"):
+            group["steps"] = 29
+    optimizer.load_state_dict(state)
+    before = [each.detach().clone() for each in hidden_matrices(model)]
+    set_gradients(model, 1)
+    optimizer.step()
+    moved = [not torch.equal(each, was) for each, was in zip(hidden_matrices(model), before, strict=True)]
+    # Counted 30, of every 32: the turn of the third.
+    assert moved == [place == 2 for place in range(len(moved))]
+
+
 def test_its_state_is_saved_and_goes_on_to_the_bit(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(optimization, "DOCUMENTS_BETWEEN", 4)
     whole, cut = tiny(tokenizer), tiny(tokenizer)

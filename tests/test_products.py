@@ -154,3 +154,18 @@ def test_float32_weights_are_read_where_they_are():
     weights = Weights(parameters, None, parameters, rows=8)
     assert weights.refresh() == []
     assert weights[0].data_ptr() == parameters[0].data_ptr()
+
+
+def test_rows_that_are_asked_for_beyond_a_matrix_are_nothing():
+    head, bias = parameters = [*matrices((9, 8)), nn.Parameter(drawn(9))]
+    weights = Weights(parameters, torch.bfloat16, (), rows=8, padded={0: 16})
+    weights.refresh()
+    assert torch.equal(weights[0], head.detach().bfloat16()) and torch.equal(weights[1], bias.detach().bfloat16())
+    assert weights.padded(0).shape == (16, 8) and torch.equal(weights.padded(0)[:9], weights[0])
+    assert not weights.padded(0)[9:].any() and weights.padded(1) is weights[1]
+    with torch.no_grad():
+        head.mul_(2.0)
+    weights.refresh()
+    assert torch.equal(weights.padded(0)[:9], head.detach().bfloat16()) and not weights.padded(0)[9:].any()
+    plain = Weights(parameters, None, (), rows=8, padded={0: 16})
+    assert plain.padded(0).data_ptr() == head.data_ptr(), "in float32 there is no copy"
