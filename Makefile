@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: help install test-run test test-faults test-all check lint types audit bench train clean
+.PHONY: help install test-run test test-faults test-all check lint types audit bench gpu-check train clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ bench: $(DEV_STAMP) $(VENV)/litgpt/bin/python ## measure the step, what seeing c
 	@$(BIN)/python benchmarks/steps.py --steps 150 --rounds 1 --history 10000
 	@$(BIN)/python benchmarks/steps.py --model small --steps 25 --rounds 2
 	@$(BIN)/python benchmarks/growth.py
+
+gpu-check: $(DEV_STAMP) ## every claim about CUDA, proved or refuted on one GPU in 8 minutes; result in benchmarks/results/
+	@$(BIN)/python benchmarks/gpu_check.py
 
 train: $(RUN_STAMP) ## the 10,000 steps of configs/slimpajama.yaml
 	@$(BIN)/accelerate launch run_clm_slimpajama.py --config configs/slimpajama.yaml --resume_from_checkpoint true

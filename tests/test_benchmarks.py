@@ -1,11 +1,16 @@
 """The benchmarks make up ledgers; what they make up must be what a run writes."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
+import pytest
+import torch
 
-from benchmarks import growth, steps
+from benchmarks import gpu_check, growth, steps
 from slimpajama_hf import charts, ledger
+from tests.conftest import ROOT, environment
 
 
 def test_the_columns_of_a_long_run_are_those_of_a_ledger():
@@ -21,3 +26,56 @@ def test_the_rows_behind_a_step_are_read_as_a_ledger(tmp_path):
     path.write_bytes(b"".join(steps.rows(50)))
     columns = ledger.read_columns(path)
     assert len(columns) == 50 and columns.loss[0] == json.loads(path.read_text().splitlines()[0])["loss"]
+
+
+@pytest.fixture
+def one_thread():
+    """Sizes as small as those of a dry check are slower with two, and far slower where others compute beside it."""
+    kept = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(kept)
+
+
+def check(tmp_path, *names):
+    bench = gpu_check.Bench(True, torch.device("cpu"), tmp_path)
+    code = gpu_check.check(bench, set(names), 100, tmp_path / "found.json")
+    return code, json.loads((tmp_path / "found.json").read_text())
+
+
+def test_the_check_of_a_gpu_computes_on_a_cpu_what_it_would_on_a_card(tmp_path, capsys, one_thread):
+    code, found = check(tmp_path, "environment", "correctness", "times", "memory")
+    assert code == 0, found
+    assert {f"small {each}" for each in gpu_check.DTYPES} == found["correctness"].keys()
+    assert found["times"]["bfloat16"]["floor"]["products_ms"] > 0 and len(found["claims"]) == 6
+    assert "6 of 6 claims hold" in capsys.readouterr().out
+
+
+def test_a_claim_that_does_not_hold_and_a_check_that_fails_are_said(tmp_path, capsys, monkeypatch, one_thread):
+    def broken(bench):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(gpu_check.ALLOWED, "float32", 0.0)
+    monkeypatch.setattr(gpu_check, "CHECKS", [broken, gpu_check.correctness])
+    code, found = check(tmp_path)
+    assert code == 1 and "no such kernel" in found["broken"]["failed"]
+    assert "does not hold: small float32: gradients" in capsys.readouterr().out
+
+
+def test_without_a_gpu_the_check_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    assert gpu_check.main() == 2 and "--dry" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_the_whole_check_of_a_gpu_dry(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu_check.py", "--dry", "--seconds", "900", "--output", str(tmp_path / "found.json")],
+        capture_output=True, text=True, env=environment(), cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found.keys() >= {each.__name__ for each in gpu_check.CHECKS} and all(found["claims"].values())
+    assert found["launchers"]["a capture is refused"]["exit code"] == 0
