@@ -7,8 +7,10 @@ import atexit
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -98,13 +100,16 @@ def read_config(path: str) -> dict[str, Any]:
 
     file = Path(path)
     if not file.is_file():
-        raise UsageError(f"--config {path}: no such file; expected a YAML file such as configs/laptop.yaml")
+        found = "a folder" if path and file.is_dir() else "no such file"
+        raise UsageError(f"--config {path}: {found}; expected a YAML file such as configs/laptop.yaml")
     if file.stat().st_size > LARGEST_CONFIG_BYTES:
         raise UsageError(
             f"--config {path}: {file.stat().st_size:,} bytes; a page of flags has at most {LARGEST_CONFIG_BYTES:,}"
         )
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"--config {path}: not YAML ({reason}); expected lines such as `max_steps: 1000`") from None
@@ -169,6 +174,16 @@ def _typed_names(argv: Sequence[str]) -> frozenset[str]:
     return frozenset(token[2:].partition("=")[0] for token in argv if token.startswith("--"))
 
 
+def _refuse_empty(tokens: Sequence[str], origin: dict[str, str]) -> None:
+    """A shell variable that is not set leaves an empty word; each flag would make something else of it."""
+    for before, token in itertools.pairwise(["", *tokens]):
+        flag = before if token == "" else token[:-1] if token.endswith("=") else ""
+        name = flag.removeprefix("--")
+        if flag.startswith("--") and "=" not in name:
+            where = f"{origin[name]}: " if name in origin else ""
+            raise UsageError(f"{where}--{name}: there is nothing after it; give it a value or leave it out")
+
+
 def _refuse_unknown(unknown: Sequence[str], known: Sequence[str], origin: dict[str, str]) -> NoReturn:
     token = unknown[0]
     name = token[2:].partition("=")[0] if token.startswith("--") else token
@@ -199,6 +214,7 @@ def parse(argv: Sequence[str]) -> Settings:
     if not resume.is_asked(asked):
         return settings
     run = Path(settings.output_dir)
+    resume.refuse_run_folder(str(asked))
     from slimpajama_hf.hub import fetch
 
     if fetch.is_repo(str(asked)):
@@ -259,6 +275,7 @@ def _tokens(argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, str]]:
 def _parse(argv: Sequence[str]) -> Settings:
     devices.refuse_launchers_wishes()
     flags, from_files, origin = _tokens(argv)
+    _refuse_empty([*from_files, *flags], origin)
     typed = _typed_names([*from_files, *flags])
 
     devices.wait_politely()
@@ -357,14 +374,29 @@ def run(main: Any, if_stopped: str = "stopped before the first step; nothing to 
     `if_stopped` is said after a Ctrl-C that `main` leaves to its caller: that of training does so before step 0 only.
     """
     argv = sys.argv[1:]
+    screen.open_what_is_closed()
     try:
         if "--help" in argv or "-h" in argv:
             sys.stdout.write(help_text() + "\n")
-            return 0
-        return int(main(argv) or 0)
+            code = 0
+        else:
+            code = int(main(argv) or 0)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         _say_error(error)
         return error.exit_code
+    except ModuleNotFoundError:
+        # A module of this program, or of one that is broken: no flag asks for it.
+        raise
+    except ImportError as error:
+        # transformers says so of a package that a flag needs.
+        _say_error(UserError(" ".join(str(error).split())))
+        return UserError.exit_code
+    except BrokenPipeError:
+        # Whoever read the output has enough of it.
+        screen.give_up(sys.stdout)
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         screen.say(if_stopped)
         return 130

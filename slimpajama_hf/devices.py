@@ -49,6 +49,8 @@ def refuse_launchers_wishes() -> None:
         )
 
 
+_YES = ("1", "true", "yes", "on", "y", "t")
+
 #: What launchers number their processes with; torch, accelerate and transformers take each for a whole number.
 LAUNCHER_NUMBERS = (
     "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT",
@@ -91,6 +93,15 @@ def _check_launcher() -> None:
                 f"{name}={value} (an environment variable): expected a whole number, as a launcher sets it; "
                 f"unset {name} to train in one process"
             ) from None
+    value = os.environ.get("ACCELERATE_USE_CPU", "false")
+    if value.lower() not in (*_YES, "0", "false", "no", "off", "n", "f"):
+        raise UserError(f"ACCELERATE_USE_CPU={value} (an environment variable): expected true or false")
+    value = os.environ.get("LOCAL_RANK", "-1")
+    if int(value) >= 0 and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"LOCAL_RANK={value} (an environment variable) without WORLD_SIZE: several processes are started by "
+            "accelerate launch or torchrun; unset LOCAL_RANK to train in one"
+        )
     if not is_distributed():
         return
     size, rank = int(os.environ["WORLD_SIZE"]), os.environ.get("RANK")
@@ -226,7 +237,7 @@ def _refuse_gpu_that_is_not_there(gpu: int | None, visible: str | None) -> None:
 
 def launcher_asks_for_cpu() -> bool:
     """Whether `accelerate launch` was told to use no GPU."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t")
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in _YES
 
 
 def use_one_gpu(training: Any, gpu: int | None) -> None:

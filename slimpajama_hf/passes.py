@@ -125,14 +125,17 @@ def _take(records: Iterator[Record], count: int) -> tuple[list[Record], Gap | No
 
 
 def stream(passes: Passes, start: Cursor, patience: Patience) -> datasets.IterableDataset:
-    """The records as a streaming dataset of `datasets`, ready for `map`."""
+    """The records as a streaming dataset of `datasets`, ready for `map`.
+
+    What `IterableDataset.from_generator` makes, without its builder, which wants a folder for its cache (HF_HOME).
+    """
     import datasets
+    from datasets.iterable_dataset import ExamplesIterable
 
-    return datasets.IterableDataset.from_generator(
-        _records_as_examples, gen_kwargs={"passes": passes, "start": start, "patience": patience}
-    )
+    reading = {"passes": passes, "start": start, "patience": patience}
+    return datasets.IterableDataset(ExamplesIterable(_records_as_examples, reading))
 
 
-def _records_as_examples(passes: Passes, start: Cursor, patience: Patience) -> Iterator[dict[str, Any]]:
-    for record in passes.records(start, patience):
-        yield {"record": record}
+def _records_as_examples(passes: Passes, start: Cursor, patience: Patience) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, record in enumerate(passes.records(start, patience)):
+        yield number, {"record": record}

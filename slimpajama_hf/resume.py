@@ -50,6 +50,15 @@ def is_asked(asked: str | bool | None) -> bool:
     return asked is not None and str(asked).lower() != "false"
 
 
+def refuse_run_folder(asked: str) -> None:
+    """Raise UserError where `--resume_from_checkpoint` names the folder of a run instead of a checkpoint in it."""
+    if asked.lower() != "true" and Path(asked).is_dir() and RunFolder(Path(asked)).holds_a_run():
+        raise UserError(
+            f"--resume_from_checkpoint {asked}: the folder of a run, not one of its checkpoints; to go on with it: "
+            f"--output_dir {asked} --resume_from_checkpoint true"
+        )
+
+
 def checkpoint_of(asked: str | bool | None, output_dir: str) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means: `true` is the newest good one of the folder, if any.
 

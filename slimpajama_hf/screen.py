@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import TextIO
 
 #: Seconds between two lines of progress where there is no terminal.
 SECONDS_BETWEEN_LINES = 10.0
@@ -47,9 +48,9 @@ class _Screen:
                 sys.stderr.write(text)
                 sys.stderr.flush()
         except OSError:
-            self._give_up()
-        except ValueError:
-            # Closed from within.
+            give_up(sys.stderr)
+        except (ValueError, AttributeError):
+            # Closed from within, or never there (`sys.stderr` is None without a file 2, as in pythonw).
             pass
         return len(text)
 
@@ -68,19 +69,6 @@ class _Screen:
         return getattr(sys.stderr, "encoding", None) or "utf-8"
 
     @staticmethod
-    def _give_up() -> None:
-        """Nobody is at the other end any more: what is written from now on goes nowhere.
-
-        What could not be written stays in Python's buffer, and a flush that fails as Python ends makes the exit
-        code 120 whatever it was to be (`Py_FinalizeEx`).
-        """
-        with contextlib.suppress(OSError, ValueError):
-            descriptor = sys.stderr.fileno()
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
-
-    @staticmethod
     def _takes_it() -> bool:
         """Whether a line can be written now. A pipe says yes when 4,096 bytes are free (POSIX)."""
         try:
@@ -96,6 +84,35 @@ class _Screen:
 SCREEN = _Screen()
 
 
+def give_up(stream: TextIO) -> None:
+    """Nobody is at the other end of `stream` any more: what is written from now on goes nowhere.
+
+    What could not be written stays in Python's buffer, and a flush that fails as Python ends makes the exit code 120
+    whatever it was to be (`Py_FinalizeEx`).
+    """
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def open_what_is_closed() -> None:
+    """Of a program that was started without an input, an output or a screen (`2>&-`): what it writes goes nowhere.
+
+    Otherwise the next file that is opened becomes file 2, and what libraries write to the screen goes into it: the
+    ledger, perhaps.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # It gets the lowest number that is free: this one.
+            os.open(os.devnull, os.O_WRONLY if descriptor else os.O_RDONLY)
+        if getattr(sys, name) is None:
+            stream = open(descriptor, "w" if descriptor else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+
+
 def redacted(text: str) -> str:
     """`text` with Hub tokens blanked out."""
     return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", text)
@@ -109,7 +126,7 @@ def say(line: str) -> None:
 def is_terminal() -> bool:
     try:
         return sys.stderr.isatty()
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return False
 
 

@@ -6,7 +6,9 @@ import dataclasses
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import is_liger_kernel_available
 
+from slimpajama_hf import ranges
 from slimpajama_hf.arguments import TRAINING_DEFAULTS
 from slimpajama_hf.errors import UsageError
 
@@ -140,17 +142,11 @@ class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
         for field in dataclasses.fields(self):
             if field.name in REFUSED and not _is_usual(getattr(self, field.name), _default_of(field)):
                 raise ValueError(_refusal(field.name, getattr(self, field.name)))
-        if self.max_steps < 1:
-            raise ValueError(f"--max_steps {self.max_steps}: expected the number of documents to learn, 1 or more")
+        ranges.refuse(self)
         if self.per_device_train_batch_size != 1:
             raise ValueError(
                 f"--per_device_train_batch_size {self.per_device_train_batch_size}: a step is one document here; "
                 "leave it at 1"
-            )
-        if self.gradient_accumulation_steps < 1:
-            raise ValueError(
-                f"--gradient_accumulation_steps {self.gradient_accumulation_steps}: expected how many documents each "
-                "process puts into a step, 1 or more"
             )
         if self.auto_find_batch_size:
             raise ValueError("--auto_find_batch_size: there is nothing below a batch of 1; leave it out")
@@ -159,13 +155,6 @@ class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
                 f"--lr_scheduler_type {_as_typed(self.lr_scheduler_type)}: the schedule is linear warm-up, then "
                 "constant; leave it out and choose --learning_rate and --warmup_steps"
             )
-        if self.warmup_steps < 0 or self.learning_rate <= 0:
-            raise ValueError(
-                f"--warmup_steps {self.warmup_steps}, --learning_rate {self.learning_rate}: "
-                "expected 0 or more steps, and a rate above 0"
-            )
-        if self.save_steps <= 0:
-            raise ValueError(f"--save_steps {self.save_steps}: expected a number of steps above 0, or --no-checkpoint")
         if _as_typed(self.save_strategy) not in ("steps", "no"):
             raise ValueError(f"--save_strategy {_as_typed(self.save_strategy)}: {_SAVED}; leave it out")
         if self.eval_steps is None and (_as_typed(self.eval_strategy) != "no" or self.eval_on_start or self.eval_delay):
@@ -180,6 +169,10 @@ class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
                 f"--optim {_as_typed(self.optim)} takes no --optim_args and no --optim_target_modules; leave them out, "
                 "or choose another --optim"
             )
+        if self.optim_args and any(pair.count("=") != 1 for pair in self.optim_args.split(",")):
+            raise ValueError(f"--optim_args {self.optim_args}: expected name=value, several as a=1,b=2")
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise ValueError("--use_liger_kernel: liger-kernel is not installed; pip install it, or leave this out")
 
 
 def refuse_typed(typed: frozenset[str], arguments: TrainingArguments) -> None:
