@@ -320,7 +320,8 @@ def test_a_run_with_a_padded_vocabulary_is_whole(shards, tmp_path):
     (evaluation,) = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     checked = run_command("verify", str(run))
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    scored = run_command("evaluate", str(run), "--dataset", f"{shards}/example_train_2.jsonl.zst", "--documents", "4")
+    scored = run_command("evaluate", str(run), "--dataset", f"{shards}/example_train_2.jsonl.zst", "--documents", "4",
+                         "--json")  # fmt: skip
     assert scored.returncode == 0, scored.stderr
     again = json.loads(scored.stdout)["scores"]["all"]["bits_per_byte"]
     assert again == pytest.approx(evaluation["scores"]["all"]["bits_per_byte"], rel=1e-5)
