@@ -27,6 +27,7 @@ def found() -> dict[str, str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", CHECKS)
 def test_on_a_device_that_is_neither_a_cpu_nor_cuda(found, name):
     assert found[name] == "", found[name]
