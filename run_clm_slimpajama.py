@@ -10,22 +10,27 @@ This page is the table of contents: each line names the module where the thing i
 
 from __future__ import annotations
 
-from slimpajama_hf import cli, devices
+from slimpajama_hf import devices, program
+from slimpajama_hf.session import command_line
 
 
-@cli.with_an_end
-def main(argv: list[str], at_end: cli.ExitStack) -> int:
-    devices.prepare(*cli.gpu_asked(argv))
-    settings = cli.parse(argv)
+@program.with_an_end
+def main(argv: list[str], at_end: program.ExitStack) -> int:
+    devices.prepare(*command_line.gpu_asked(argv))
+    settings = command_line.parse(argv)
 
     # Heavy imports come after the flags are known to be right; the heaviest, the Trainer, after the corpus has opened.
-    from slimpajama_hf import model, precision, processes, resume, run_folder, session
-    from slimpajama_hf.hub import account
-    from slimpajama_hf.screen import Waiting
-    from slimpajama_hf.tokenizer import Encoder, load_tokenizer
+    from slimpajama_hf import precision, screen
+    from slimpajama_hf.hub import account, background
+    from slimpajama_hf.model import presets
+    from slimpajama_hf.record import run_folder
+    from slimpajama_hf.samples.encoder import Encoder
+    from slimpajama_hf.samples.tokenizer import load_tokenizer, tokenizer_for
+    from slimpajama_hf.session import held_out_documents, resume, run_record, session
+    from slimpajama_hf.training import processes
 
-    training, data = settings.training, settings.data
-    session.quiet_libraries()
+    training, data, model = settings.training, settings.data, settings.model
+    screen.quiet_libraries()
     devices.use_one_gpu(training, settings.run.gpu)
     team = processes.join(training)
     destination = team.first_keeps(lambda: account.destination(settings))
@@ -39,34 +44,29 @@ def main(argv: list[str], at_end: cli.ExitStack) -> int:
     checkpoint = team.first_does(lambda: resume.checkpoint_of(training.resume_from_checkpoint, settings.output_dir))
 
     # The corpus (a resumed run reads the one that it recorded), the tokenizer, the samples.
-    with Waiting("opening the corpus") as waiting:
+    with screen.Waiting("opening the corpus") as waiting:
         corpus = team.first_does(lambda: resume.corpus_of(settings, folder, waiting))
         waiting("loading the tokenizer and building the model")
-        tokenizer_name = session.tokenizer_name(settings.model.tokenizer, corpus)
+        tokenizer_name = tokenizer_for(model.tokenizer, corpus)
         tokenizer = load_tokenizer(tokenizer_name)
         encoder = Encoder(tokenizer)
-        config = model.model_config(
-            settings.model.model, settings.model.config_overrides, tokenizer, data.max_seq_length
-        )
-        gpt = model.build(config, training.seed)
+        config = presets.model_config(model.model, model.config_overrides, tokenizer, data.max_seq_length)
+        gpt = presets.build(config, training.seed)
         waiting("loading the Trainer")
-        from slimpajama_hf import evaluation
-        from slimpajama_hf import recorder as recorders
-        from slimpajama_hf.callbacks import StopOnSignal
-        from slimpajama_hf.hub.background import Uploads
-        from slimpajama_hf.samples import SampleStream
-        from slimpajama_hf.signals import StopSignals
-        from slimpajama_hf.trainer import SlimPajamaTrainer
-        from slimpajama_hf.watchers import Watchers
+        from slimpajama_hf.samples.stream import SampleStream
+        from slimpajama_hf.training.signals import StopSignals
+        from slimpajama_hf.training.stopping import StopOnSignal
+        from slimpajama_hf.training.trainer import SlimPajamaTrainer
+        from slimpajama_hf.watching.watchers import Watchers
 
         chosen = resume.precision_of(settings, folder, gpt)
         precision.settle(training, chosen)
-        held_out = evaluation.during_training(settings, corpus, encoder, folder)
+        held_out = held_out_documents.during_training(settings, corpus, encoder, folder)
 
     # All is there: from here on the folder changes.
     point = team.first_does(lambda: resume.go_on(folder, checkpoint) if resuming else resume.begin(folder))
     record = team.first_does(
-        lambda: session.record_run(settings, folder, corpus, tokenizer_name, tokenizer, gpt, chosen, point)
+        lambda: run_record.record_run(settings, folder, corpus, tokenizer_name, tokenizer, gpt, chosen, point)
     )
     stream = SampleStream(
         corpus,
@@ -86,9 +86,9 @@ def main(argv: list[str], at_end: cli.ExitStack) -> int:
     stream.start = point.cursor
 
     # What is kept of every step, and what watches; of several processes the first does.
-    recorder = recorders.of_run(folder, point, model.vocabulary(tokenizer), team)
+    recorder = run_record.recorder_of_run(folder, point, presets.vocabulary(tokenizer), team)
     watchers = Watchers(settings, folder, encoder, record)
-    uploads = Uploads(settings, folder, destination, point.step)
+    uploads = background.Uploads(settings, folder, destination, point.step)
 
     with StopSignals() as signals:
         news = processes.news(team, training, signals)
@@ -102,10 +102,10 @@ def main(argv: list[str], at_end: cli.ExitStack) -> int:
             about={"run_id": record["run_id"]},
             callbacks=[*([*watchers.callbacks, uploads] if team.is_first else []), StopOnSignal(signals)],
             held_out=held_out,
-            backward=settings.model.backward,
-            average_half_life=settings.model.average_weights,
-            hidden_optim=settings.model.hidden_optim,
-            hidden_rate=settings.model.hidden_rate,
+            backward=model.backward,
+            average_half_life=model.average_weights,
+            hidden_optim=model.hidden_optim,
+            hidden_rate=model.hidden_rate,
             news=news,
             lr_find=settings.run.lr_find,
         )
@@ -117,4 +117,4 @@ def main(argv: list[str], at_end: cli.ExitStack) -> int:
 
 
 if __name__ == "__main__":
-    cli.end(cli.run(main))
+    program.end(program.run(main))

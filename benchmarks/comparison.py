@@ -76,11 +76,12 @@ class Clock(TrainerCallback):
 
 def windows(options: argparse.Namespace, mode: str) -> Iterator[list[int]]:
     """The corpus as samples of up to 256 tokens."""
-    from slimpajama_hf import corpora
-    from slimpajama_hf.samples import SampleStream
-    from slimpajama_hf.tokenizer import Encoder, load_tokenizer
+    from slimpajama_hf.corpus import opening
+    from slimpajama_hf.samples.encoder import Encoder
+    from slimpajama_hf.samples.stream import SampleStream
+    from slimpajama_hf.samples.tokenizer import load_tokenizer
 
-    corpus = corpora.open_corpus(options.dataset)
+    corpus = opening.open_corpus(options.dataset)
     stream = SampleStream(corpus, Encoder(load_tokenizer("builtin")), mode, MAX_LENGTH, epochs=1000)
     return (sample.input_ids for sample in stream)
 
@@ -96,16 +97,17 @@ def stock(options: argparse.Namespace, batch: int, rate: float, seed: int) -> Cl
     import torch
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
-    from slimpajama_hf import model, session
-    from slimpajama_hf.tokenizer import load_tokenizer
+    from slimpajama_hf import screen
+    from slimpajama_hf.model import presets
+    from slimpajama_hf.samples.tokenizer import load_tokenizer
 
-    session.quiet_libraries()
+    screen.quiet_libraries()
     of_documents = lengths(options)
     if batch == 1:
         tokens, count = iter(of_documents), options.documents
     else:
         tokens, count = itertools.repeat(batch * MAX_LENGTH), math.ceil(sum(of_documents) / (batch * MAX_LENGTH))
-    config = model.model_config(
+    config = presets.model_config(
         "tiny", f"activation_function=gelu_new,{learning.DROPOUT}", load_tokenizer("builtin"), MAX_LENGTH
     )
 
@@ -122,7 +124,7 @@ def stock(options: argparse.Namespace, batch: int, rate: float, seed: int) -> Cl
             use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
         trainer = Trainer(
-            model=model.build(config, seed),
+            model=presets.build(config, seed),
             args=arguments,
             train_dataset=datasets.IterableDataset.from_generator(examples),
             callbacks=[clock],
@@ -136,7 +138,7 @@ def stock(options: argparse.Namespace, batch: int, rate: float, seed: int) -> Cl
 def ours(options: argparse.Namespace, seed: int) -> Clock:
     """The program at its defaults."""
     import run_clm_slimpajama
-    from slimpajama_hf import session
+    from slimpajama_hf.session import session
 
     clock = Clock(options, iter(lengths(options)))
     run = session.Session.run

@@ -37,8 +37,14 @@ import torch.nn.functional as F  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 from benchmarks.watched_program import MARK  # noqa: E402
-from slimpajama_hf import averaging, cuda_graph, gpt2_step, optimization, precision  # noqa: E402
-from slimpajama_hf import model as models  # noqa: E402
+from slimpajama_hf import precision  # noqa: E402
+from slimpajama_hf.model import (
+    averaging,
+    cuda_graph,
+    gpt2_step,
+    optimization,
+)
+from slimpajama_hf.model import presets as models  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Largest error of a gradient, relative to autograd's in float64, that a precision may have.

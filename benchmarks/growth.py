@@ -30,7 +30,7 @@ def columns(rows: int) -> Any:
     """A ledger of `rows` steps as the views hold it."""
     import numpy as np
 
-    from slimpajama_hf.ledger import Columns
+    from slimpajama_hf.record.columns import Columns
 
     draw = np.random.default_rng(0)
     steps = np.arange(rows)
@@ -58,7 +58,7 @@ def columns(rows: int) -> Any:
 
 def chart() -> dict[str, Any]:
     """Processor seconds of a chart of 1,000 and of 1,000,000 rows, the imports left out."""
-    from slimpajama_hf import charts
+    from slimpajama_hf.views import charts
 
     result: dict[str, Any] = {}
     caption = charts.Caption("growth", "synthetic rows", ROWS)
@@ -76,8 +76,8 @@ def chart() -> dict[str, Any]:
 
 def metrics() -> dict[str, Any]:
     """`metrics_history.json` at 1,000,000 rows: seconds to write it, and per step at a write per 5 % of growth."""
-    from slimpajama_hf import views
-    from slimpajama_hf.run_folder import RunFolder
+    from slimpajama_hf.record.run_folder import RunFolder
+    from slimpajama_hf.views import views
 
     made = columns(ROWS)
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +91,7 @@ def metrics() -> dict[str, Any]:
 
 def ledger_append() -> dict[str, Any]:
     """Microseconds to append a row at row 1,000 and at row 1,000,000."""
-    from slimpajama_hf.ledger import Ledger, Row
+    from slimpajama_hf.record.ledger import Ledger, Row
 
     def row(step: int) -> Row:
         return Row(step, 5.1234, 0.25, 256, 1000, 3000.0, 1e-3, 1.5, "embedded", "a.jsonl.zst", step, "f" * 40,
@@ -124,7 +124,7 @@ def ledger_append() -> dict[str, Any]:
 def train(flags: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
     """A training run of the tiny model: its ledger, and the resident bytes of its process at every 100th step."""
     import run_clm_slimpajama
-    from slimpajama_hf import recorder
+    from slimpajama_hf.training import recorder
 
     resident: list[int] = []
     add = recorder.StepRecorder.add

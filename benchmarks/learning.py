@@ -130,10 +130,10 @@ def lay_out(options: argparse.Namespace, folder: Path) -> str:
 
 
 def records(pattern: str) -> Iterator[dict[str, Any]]:
-    from slimpajama_hf import corpora
+    from slimpajama_hf.corpus import documents, opening
 
-    for document in corpora.open_corpus(pattern).records(corpora.Cursor()):
-        if isinstance(document, corpora.Document):
+    for document in opening.open_corpus(pattern).records(documents.Cursor()):
+        if isinstance(document, documents.Document):
             yield {"text": document.text, "meta": {"redpajama_set_name": document.domain}}
 
 
@@ -146,8 +146,8 @@ def one_run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     from transformers import TrainerCallback
 
     import run_clm_slimpajama
-    from slimpajama_hf import session
-    from slimpajama_hf.averaging import WeightAverage
+    from slimpajama_hf.model.averaging import WeightAverage
+    from slimpajama_hf.session import session
 
     held: dict[str, Any] = {}
     batch = documents_a_step(arm)
@@ -195,16 +195,17 @@ def one_run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
 
 def score_parts(network: Any, folder: str) -> dict[str, dict[str, float]]:
     """Loss (nats per predicted token) and bits per byte of a model on both parts of the held-out documents."""
-    from slimpajama_hf import corpora
-    from slimpajama_hf.evaluation import score
-    from slimpajama_hf.model import vocabulary
-    from slimpajama_hf.samples import SampleStream
-    from slimpajama_hf.tokenizer import Encoder, load_tokenizer
+    from slimpajama_hf.corpus import opening
+    from slimpajama_hf.model.presets import vocabulary
+    from slimpajama_hf.samples.encoder import Encoder
+    from slimpajama_hf.samples.stream import SampleStream
+    from slimpajama_hf.samples.tokenizer import load_tokenizer
+    from slimpajama_hf.training.evaluation import score
 
     encoder = Encoder(load_tokenizer("builtin"))
     scores = {}
     for part in ("select", "report"):
-        corpus = corpora.open_corpus(str(Path(folder) / f"{part}.jsonl"))
+        corpus = opening.open_corpus(str(Path(folder) / f"{part}.jsonl"))
         found = score(network, SampleStream(corpus, encoder, "truncate", 256), vocabulary(encoder.tokenizer))["all"]
         scores[part] = {"loss": found.loss, "bits_per_byte": found.bits_per_byte, "documents": found.samples}
     return scores

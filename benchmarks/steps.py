@@ -51,22 +51,23 @@ def samples(count: int) -> Iterator[list[int]]:
     """Blocks of 256 tokens of the embedded corpus."""
     import itertools
 
-    from slimpajama_hf import corpora
-    from slimpajama_hf.samples import SampleStream
-    from slimpajama_hf.tokenizer import Encoder, load_tokenizer
+    from slimpajama_hf.corpus import opening
+    from slimpajama_hf.samples.encoder import Encoder
+    from slimpajama_hf.samples.stream import SampleStream
+    from slimpajama_hf.samples.tokenizer import load_tokenizer
 
-    stream = SampleStream(corpora.open_corpus("embedded"), Encoder(load_tokenizer("builtin")), "pack", 256)
+    stream = SampleStream(opening.open_corpus("embedded"), Encoder(load_tokenizer("builtin")), "pack", 256)
     return (sample.input_ids for sample in itertools.islice(stream, count))
 
 
 def build(options: argparse.Namespace) -> Any:
     """The model as transformers has it, GPT-2's own activation included."""
-    from slimpajama_hf import model
-    from slimpajama_hf.tokenizer import load_tokenizer
+    from slimpajama_hf.model import presets
+    from slimpajama_hf.samples.tokenizer import load_tokenizer
 
-    config = model.model_config(options.model, "activation_function=gelu_new", load_tokenizer("builtin"), 256)
+    config = presets.model_config(options.model, "activation_function=gelu_new", load_tokenizer("builtin"), 256)
     config.vocab_size = vocabulary(options)
-    return model.build(config, seed=42)
+    return presets.build(config, seed=42)
 
 
 def vocabulary(options: argparse.Namespace) -> int:
@@ -142,7 +143,7 @@ def litgpt(options: argparse.Namespace) -> list[float]:
     from litgpt import GPT, Config
     from litgpt.utils import chunked_cross_entropy
 
-    from slimpajama_hf.model import PRESETS
+    from slimpajama_hf.model.presets import PRESETS
 
     preset = PRESETS[options.model]
     size = preset["n_embd"]
@@ -175,10 +176,10 @@ def stock_trainer(options: argparse.Namespace, plain_callbacks: bool) -> list[fl
     import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    from slimpajama_hf import session
-    from slimpajama_hf.tokenizer import load_tokenizer
+    from slimpajama_hf import screen
+    from slimpajama_hf.samples.tokenizer import load_tokenizer
 
-    session.quiet_libraries()
+    screen.quiet_libraries()
     ended: list[float] = []
     network = build(options)
     tokenizer = load_tokenizer("builtin")
@@ -235,11 +236,12 @@ def stock_trainer(options: argparse.Namespace, plain_callbacks: bool) -> list[fl
 def ours(options: argparse.Namespace, outputs: bool) -> list[float]:
     """The real program, with a clock in its recorder."""
     import run_clm_slimpajama
-    from slimpajama_hf import model, processes, recorder
+    from slimpajama_hf.model import presets
+    from slimpajama_hf.training import processes, recorder
 
     ended: list[float] = []
     tell = processes.News.add
-    add, configure = recorder.StepRecorder.add, model.model_config
+    add, configure = recorder.StepRecorder.add, presets.model_config
 
     def timed(self: Any, step: int, *arguments: Any, **keywords: Any) -> None:
         if step == 0 and options.history:
@@ -260,7 +262,7 @@ def ours(options: argparse.Namespace, outputs: bool) -> list[float]:
 
     recorder.StepRecorder.add = timed  # type: ignore[method-assign, assignment]
     processes.News.add = told  # type: ignore[method-assign]
-    model.model_config = sized
+    presets.model_config = sized
     flags = [
         "--dataset", "embedded", "--sample_mode", "pack", "--model", options.model, "--tokenizer", "builtin",
         "--max_steps", str(options.steps), "--learning_rate", "1e-6", "--no-checkpoint",

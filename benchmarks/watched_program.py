@@ -41,7 +41,8 @@ class Watch:
         """Before the program: intervals, and what is put between. CUDA stays asleep: the program chooses the GPU."""
         import torch
 
-        from slimpajama_hf import cuda_graph, noise, teaching
+        from slimpajama_hf.model import cuda_graph
+        from slimpajama_hf.record import noise, teaching
 
         noise.STEPS_BETWEEN = self.asked.get("noise", noise.STEPS_BETWEEN)
         teaching.STEPS_BETWEEN = self.asked.get("teaching", teaching.STEPS_BETWEEN)
@@ -62,7 +63,7 @@ class Watch:
 
     def _look_into_the_trainer(self) -> None:
         from slimpajama_hf import precision
-        from slimpajama_hf.trainer import SlimPajamaTrainer
+        from slimpajama_hf.training.trainer import SlimPajamaTrainer
 
         record, compute_loss = SlimPajamaTrainer._record_step, SlimPajamaTrainer.compute_loss
         make = SlimPajamaTrainer.__init__

@@ -11,11 +11,11 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from slimpajama_hf import devices
-from slimpajama_hf.errors import UsageError
-
 if TYPE_CHECKING:
     import torch
+
+from slimpajama_hf import devices
+from slimpajama_hf.errors import UsageError
 
 #: accelerate's names of the precisions.
 ACCELERATE = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}

@@ -261,3 +261,20 @@ class TrainingBar:
             self._bar = None
         elif self.done > self._shown:
             self._show_line()
+
+
+def format_bytes(size: int) -> str:
+    """`1.9 GB`, `84 MB` (powers of ten)."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def quiet_libraries() -> None:
+    """What libraries say of themselves would tear the progress bar; their errors still come through."""
+    import datasets
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()

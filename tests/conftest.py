@@ -136,7 +136,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def encoder() -> Any:
-    from slimpajama_hf.tokenizer import Encoder, load_tokenizer
+    from slimpajama_hf.samples.encoder import Encoder
+    from slimpajama_hf.samples.tokenizer import load_tokenizer
 
     return Encoder(load_tokenizer("builtin"))
 

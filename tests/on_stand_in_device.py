@@ -23,13 +23,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from slimpajama_hf import averaging, cuda_graph, gpt2_step, noise, optimization, teaching
-from slimpajama_hf import model as models
-from slimpajama_hf.corpora import Cursor, Document
-from slimpajama_hf.gpt2_step import GPT2Step
-from slimpajama_hf.ledger import Ledger, last_rows
-from slimpajama_hf.recorder import StepRecorder
-from slimpajama_hf.samples import Sample
+from slimpajama_hf.corpus.documents import Cursor, Document
+from slimpajama_hf.model import averaging, cuda_graph, gpt2_step, optimization
+from slimpajama_hf.model import presets as models
+from slimpajama_hf.model.gpt2_step import GPT2Step
+from slimpajama_hf.record import noise, teaching
+from slimpajama_hf.record.ledger import Ledger, last_rows
+from slimpajama_hf.samples.sample import Sample
+from slimpajama_hf.training.recorder import StepRecorder
 from tests import stand_in_device
 from tests.conftest import read_ledger, run_script
 from tests.stand_in_device import NAME, Recording, StandIn, moved
@@ -344,7 +345,7 @@ def measured_often() -> Iterator[None]:
 def a_run_as_on_cuda_waits_for_nothing_and_goes_on_to_the_bit(device: StandIn) -> None:
     """Captured, with a measurement of noise and two of teaching on each side of a cut. accelerate has float32 alone for a
     device that it does not know."""
-    from slimpajama_hf.trainer import SlimPajamaTrainer
+    from slimpajama_hf.training.trainer import SlimPajamaTrainer
 
     record = SlimPajamaTrainer._record_step
     waits: dict[int, list[str]] = {}

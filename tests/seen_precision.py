@@ -21,8 +21,8 @@ def main(groups: list[list[str]]) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
     from transformers.pytorch_utils import Conv1D
 
-    from slimpajama_hf import cli, precision
-    from slimpajama_hf.gpt2_step import GPT2Step
+    from slimpajama_hf import precision, program
+    from slimpajama_hf.model.gpt2_step import GPT2Step
 
     sys.path.insert(0, str(ROOT))
     import run_clm_slimpajama
@@ -63,7 +63,7 @@ def main(groups: list[list[str]]) -> None:
     for flags in groups:
         seen.update(step=set(), shown=set())
         sys.argv = ["run_clm_slimpajama.py", *flags]
-        code = cli.run(run_clm_slimpajama.main)
+        code = program.run(run_clm_slimpajama.main)
         sys.stdout.write(
             "SEEN " + json.dumps({"exit": code, **{where: sorted(names) for where, names in seen.items()}}) + "\n"
         )

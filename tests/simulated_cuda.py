@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 import run_clm_slimpajama
-from slimpajama_hf import devices, processes
+from slimpajama_hf import devices
+from slimpajama_hf.training import processes
 
 cuda: Any = torch.cuda
 binding: Any = torch._C

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-from slimpajama_hf import optimization
+from slimpajama_hf.model import optimization
 
 NAME = "stand_in"
 

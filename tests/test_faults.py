@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from slimpajama_hf import checkpoints, corpora, ledger
+from slimpajama_hf.corpus import opening
 from slimpajama_hf.errors import UserError
+from slimpajama_hf.record import checkpoints, ledger
 from tests.conftest import NANO, ROOT, environment, make_records, read_ledger, run_script, write_records
 
 CLOCK = {"throughput", "step_seconds"}
@@ -374,20 +375,21 @@ def test_a_longer_run_begins_as_the_shorter_one_went(corpus, unbroken, tmp_path)
 
 def make_trainer(corpus: Path, run: Path, steps: int, backward: str = "auto") -> Any:
     """The trainer of the script in this process, so that a fault can be put into its model."""
-    from slimpajama_hf import model as models
-    from slimpajama_hf import session
-    from slimpajama_hf.ledger import Ledger
-    from slimpajama_hf.recorder import StepRecorder
-    from slimpajama_hf.samples import SampleStream
-    from slimpajama_hf.tokenizer import Encoder, load_tokenizer
-    from slimpajama_hf.trainer import SlimPajamaTrainer
-    from slimpajama_hf.training_arguments import SlimPajamaTrainingArguments
+    from slimpajama_hf import screen
+    from slimpajama_hf.model import presets as models
+    from slimpajama_hf.record.ledger import Ledger
+    from slimpajama_hf.samples.encoder import Encoder
+    from slimpajama_hf.samples.stream import SampleStream
+    from slimpajama_hf.samples.tokenizer import load_tokenizer
+    from slimpajama_hf.settings.training_arguments import SlimPajamaTrainingArguments
+    from slimpajama_hf.training.recorder import StepRecorder
+    from slimpajama_hf.training.trainer import SlimPajamaTrainer
 
-    session.quiet_libraries()
+    screen.quiet_libraries()
     tokenizer = load_tokenizer("builtin")
     config = models.model_config("tiny", "n_layer=1,n_embd=32,n_head=2", tokenizer, 64)
     run.mkdir(parents=True)
-    stream = SampleStream(corpora.open_corpus(f"{corpus}/*.jsonl.zst"), Encoder(tokenizer), "truncate", 64)
+    stream = SampleStream(opening.open_corpus(f"{corpus}/*.jsonl.zst"), Encoder(tokenizer), "truncate", 64)
     recorder = StepRecorder(Ledger(run / ledger.FILE_NAME), config.vocab_size)
     recorder.said = []  # type: ignore[attr-defined]
     recorder.trouble = recorder.said.append  # type: ignore[attr-defined]
@@ -463,7 +465,7 @@ def test_ten_in_a_row_stop_the_run_and_name_the_documents_and_the_good_checkpoin
 
 
 def test_the_count_in_a_row_survives_a_resume(corpus, tmp_path):
-    from slimpajama_hf.recorder import StepRecorder
+    from slimpajama_hf.training.recorder import StepRecorder
 
     trainer = make_trainer(corpus, tmp_path / "run", 20)
     poison(trainer, set(range(15, 20)))
@@ -500,7 +502,7 @@ def test_out_of_memory_is_skipped_once_and_then_stops_the_run(corpus, tmp_path, 
 
 
 def test_a_loss_that_stands_out_is_marked_with_its_document():
-    from slimpajama_hf.recorder import LossSpikes
+    from slimpajama_hf.record.spikes import LossSpikes
 
     draw = random.Random(0)
     spikes = LossSpikes()
@@ -515,9 +517,10 @@ def test_a_loss_that_stands_out_is_marked_with_its_document():
 def test_a_sample_that_fails_is_recorded_as_failed_and_training_goes_on(
     corpus, tmp_path, encoder, fault_table, monkeypatch
 ):
-    from slimpajama_hf import generation
-    from slimpajama_hf.callbacks import GenerateSamples, ShowProgress
-    from slimpajama_hf.run_folder import RunFolder
+    from slimpajama_hf.model import generation
+    from slimpajama_hf.record.run_folder import RunFolder
+    from slimpajama_hf.watching.progress import ShowProgress
+    from slimpajama_hf.watching.written_samples import GenerateSamples
 
     trainer = make_trainer(corpus, tmp_path / "run", 6)
     folder = RunFolder(tmp_path / "run")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from slimpajama_hf import checkpoints, run_folder
 from slimpajama_hf.errors import UserError
+from slimpajama_hf.record import checkpoints, run_folder
 from tests.conftest import NANO, ROOT, environment, read_ledger, run_script, write_records
 
 SMALL = [*NANO, "--max_seq_length", "32", "--viz_interval", "1000", "--display_samples", "1000"]

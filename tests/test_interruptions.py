@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from slimpajama_hf import checkpoints
+from slimpajama_hf.record import checkpoints
 from tests.conftest import NANO, ROOT, environment, make_records, read_ledger, run_command, run_script, write_records
-from tests.loopback_hub import Fault, LoopbackHub
+from tests.hub.loopback_hub import Fault, LoopbackHub
 from tests.test_faults import assert_the_same_run
 
 STEPS = 60

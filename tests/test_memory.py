@@ -13,9 +13,10 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slimpajama_hf import averaging, gpt2_step, memory, noise, optimization, products, teaching
-from slimpajama_hf import model as models
 from slimpajama_hf.errors import UserError
+from slimpajama_hf.model import averaging, gpt2_step, memory, optimization, products
+from slimpajama_hf.model import presets as models
+from slimpajama_hf.record import noise, teaching
 from tests.conftest import NANO, ROOT, environment, make_records, read_ledger, write_records
 from tests.test_faults import make_trainer
 
@@ -223,7 +224,7 @@ def unmeasured(corpus, tmp_path_factory):
 
 def failing(trainer, where):
     """Have the device run out of memory there, in what is measured."""
-    from slimpajama_hf import trainer as trainers
+    from slimpajama_hf.training import trainer as trainers
 
     measuring = {"now": False}
 
@@ -259,8 +260,8 @@ def failing(trainer, where):
 def test_what_is_only_measured_is_left_out_and_training_does_not_know(
     corpus, tmp_path, monkeypatch, unmeasured, where, capsys
 ):
-    from slimpajama_hf import plan
-    from slimpajama_hf.run_folder import RunFolder
+    from slimpajama_hf.record.run_folder import RunFolder
+    from slimpajama_hf.session import plan
 
     monkeypatch.setattr(noise, "STEPS_BETWEEN", 6)
     monkeypatch.setattr(teaching, "STEPS_BETWEEN", 4)
@@ -322,7 +323,7 @@ def test_a_half_made_update_is_neither_saved_nor_hidden(corpus, tmp_path, monkey
     ],
 )
 def test_elsewhere_it_is_a_sentence(corpus, tmp_path, monkeypatch, owner, name, said):
-    from slimpajama_hf import trainer as trainers
+    from slimpajama_hf.training import trainer as trainers
 
     def raiser(*_arguments, **_named):
         raise OUT
@@ -370,12 +371,12 @@ def test_the_whole_program_says_it(corpus, tmp_path):
     """Evaluation, samples and passports without memory: left out, each with its word. Too little memory: a warning."""
     code = (
         "import sys, torch\n"
-        "from slimpajama_hf import cli, evaluation, generation, memory, passports\n"
+        "from slimpajama_hf import program; from slimpajama_hf.training import evaluation; from slimpajama_hf.model import generation; from slimpajama_hf.model import memory; from slimpajama_hf.watching import passports\n"
         "def raiser(*a, **k): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 476.00 MiB')\n"
         "evaluation.score = generation.write_after = passports._log_probabilities = raiser\n"
         "memory.free_bytes = lambda device: 1000\n"
         "import run_clm_slimpajama\n"
-        "sys.exit(cli.run(run_clm_slimpajama.main))\n"
+        "sys.exit(program.run(run_clm_slimpajama.main))\n"
     )
     flags = [*NANO, "--max_seq_length", "64", "--dataset", f"{corpus}/*.jsonl.zst", "--max_steps", "6", "--eval_steps", "2",
              "--eval_dataset", f"{corpus}/*.jsonl.zst", "--eval_documents", "2", "--precision", "float32",

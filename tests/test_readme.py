@@ -7,9 +7,11 @@ import shlex
 
 import pytest
 
-from slimpajama_hf import __main__, cli
-from slimpajama_hf.arguments import OURS, TRAINING_DEFAULTS
-from slimpajama_hf.ledger import Row
+from slimpajama_hf import __main__
+from slimpajama_hf.record.ledger import Row
+from slimpajama_hf.session import command_line
+from slimpajama_hf.settings import flags
+from slimpajama_hf.settings.arguments import OURS, TRAINING_DEFAULTS
 from tests.conftest import ROOT, read_ledger
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,14 +26,14 @@ LINES = [
 def test_training_commands_parse(line):
     words = shlex.split(line)
     # Not `parse`: a line that goes on from a repository would ask the Hub for it.
-    assert cli._parse(words[words.index("run_clm_slimpajama.py") + 1 :])
+    assert flags.read_flags(words[words.index("run_clm_slimpajama.py") + 1 :])
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if "-m slimpajama_hf" in line])
 def test_other_commands_parse(line):
     words = shlex.split(line)[3:]
     # The flags of a plan are those of the training that it plans.
-    assert cli.parse(words[1:]) if words[0] == "plan" else __main__._parser().parse_args(words)
+    assert command_line.parse(words[1:]) if words[0] == "plan" else __main__._parser().parse_args(words)
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("make ")])

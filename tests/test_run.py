@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from slimpajama_hf import checkpoints, corpora, ledger, plan
-from slimpajama_hf.corpora import Cursor
+from slimpajama_hf.corpus import opening
+from slimpajama_hf.corpus.documents import Cursor
+from slimpajama_hf.record import checkpoints, run_folder
+from slimpajama_hf.record.columns import read_columns
 from tests.conftest import NANO, ROOT, environment, make_records, read_ledger, run_command, run_script, write_records
 
 
@@ -27,7 +29,7 @@ def load(checkpoint: Path):
 
 
 def text_of(shards: Path, row: dict) -> str:
-    corpus = corpora.open_corpus(str(shards / row["shard"]))
+    corpus = opening.open_corpus(str(shards / row["shard"]))
     return next(iter(corpus.records(Cursor(shard=row["shard"], row=row["row"])))).text
 
 
@@ -51,7 +53,7 @@ def test_the_folder_holds_what_the_readme_says(finished):
 def test_every_step_is_one_document_in_file_order(finished, shards):
     rows = read_ledger(finished)
     assert [row["step"] for row in rows] == list(range(40))
-    documents = list(corpora.open_corpus(f"{shards}/*").records(Cursor()))[:40]
+    documents = list(opening.open_corpus(f"{shards}/*").records(Cursor()))[:40]
     for row, document in zip(rows, documents, strict=True):
         assert (row["shard"], row["row"], row["text_sha1"], row["domain"]) == (
             document.shard,
@@ -179,7 +181,7 @@ def test_the_screen_said_the_plan_the_steps_and_the_summary(finished):
     )
     assert re.search(line, text)
     assert "100%|██████████| 40/40" in text
-    columns = ledger.read_columns(finished / "ledger.jsonl")
+    columns = read_columns(finished / "ledger.jsonl")
     assert f"{columns.loss.mean():.4f}" in text and f"{columns.prequential_bits_per_byte():.4f} bits per byte" in text
     assert "training_latest.png" in text and "checkpoint-40" in text
 
@@ -370,7 +372,9 @@ def test_another_number_of_threads_is_said_and_the_command_that_goes_on_names_th
     flags = [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--save_steps", "3", "--output_dir", str(run)]
     assert run_script(*flags, "--max_steps", "3", OMP_NUM_THREADS="1").returncode == 0
     record = json.loads((run / "run.json").read_text())
-    assert plan.resume_command(run, record).startswith("accelerate launch --num_cpu_threads_per_process 1 run_clm")
+    assert run_folder.resume_command(run, record).startswith(
+        "accelerate launch --num_cpu_threads_per_process 1 run_clm"
+    )
     same = run_script(*flags, "--max_steps", "6", "--resume_from_checkpoint", "true", OMP_NUM_THREADS="1")
     assert same.returncode == 0 and "threads where the run had" not in same.stderr
     other = run_script(*flags, "--max_steps", "9", "--resume_from_checkpoint", "true", OMP_NUM_THREADS="2")

@@ -10,10 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from slimpajama_hf import corpora, reread
-from slimpajama_hf.ledger import Ledger, Row
-from slimpajama_hf.run_folder import RunFolder
-from slimpajama_hf.samples import SampleStream
+from slimpajama_hf.corpus import opening
+from slimpajama_hf.lookback import reread
+from slimpajama_hf.record.ledger import Ledger, Row
+from slimpajama_hf.record.run_folder import RunFolder
+from slimpajama_hf.samples.stream import SampleStream
 
 
 def make_run(
@@ -26,7 +27,7 @@ def make_run(
     **more: Any,
 ) -> RunFolder:
     """A run folder of `steps` samples (None: all) of `dataset`; `more` goes to the stream."""
-    corpus = corpora.open_corpus(dataset)
+    corpus = opening.open_corpus(dataset)
     folder = RunFolder(path)
     path.mkdir(parents=True, exist_ok=True)
     folder.record.write_text(

@@ -6,11 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimpajama_hf import hub_files, screen
+from slimpajama_hf import screen
+from slimpajama_hf.corpus import hub_files
 from slimpajama_hf.errors import UsageError, UserError
 
 if TYPE_CHECKING:
-    from slimpajama_hf.cli import Settings
+    from slimpajama_hf.settings.settings import Settings
+
 
 #: `--hub_strategy`: what a push holds and when it is made.
 STRATEGIES = ("checkpoint", "every_save", "all_checkpoints", "end")

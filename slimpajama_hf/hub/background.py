@@ -11,20 +11,22 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from slimpajama_hf import checkpoints, priority, screen, signals
-from slimpajama_hf.hub.account import Destination
+from slimpajama_hf import ROOT, priority, screen
 from slimpajama_hf.hub.outbox import Outbox
 from slimpajama_hf.hub.upload_process import fields
+from slimpajama_hf.record import checkpoints
+from slimpajama_hf.training import signals
 
 if TYPE_CHECKING:
-    from slimpajama_hf.cli import Settings
-    from slimpajama_hf.run_folder import RunFolder
-    from slimpajama_hf.trainer import SlimPajamaTrainer
+    from slimpajama_hf.hub.account import Destination
+    from slimpajama_hf.record.run_folder import RunFolder
+    from slimpajama_hf.settings.settings import Settings
+    from slimpajama_hf.training.trainer import SlimPajamaTrainer
+
 
 #: Seconds that the end of a run which is done waits for a push that goes on; one that was stopped has no such time.
 LONGEST_WAIT_SECONDS, WAIT_WHEN_STOPPED_SECONDS = 600.0, 5.0
@@ -95,7 +97,7 @@ class Uploads(TrainerCallback):
         assert self._destination is not None
         # A thread for arithmetic would only take a core from training; the token comes through the pipe.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        root = str(Path(__file__).resolve().parent.parent.parent)
+        root = str(ROOT)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
         try:
             self._process = subprocess.Popen(

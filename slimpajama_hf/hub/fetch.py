@@ -20,12 +20,14 @@ from typing import Any
 
 import yaml
 
-from slimpajama_hf import checkpoints, files, hub_files, ledger, surprisals
+from slimpajama_hf import files
+from slimpajama_hf.corpus import hub_files
+from slimpajama_hf.corpus.patience import Patience
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.hub.account import why
 from slimpajama_hf.hub.staging import STATE
-from slimpajama_hf.patience import Patience
-from slimpajama_hf.run_folder import RunFolder
+from slimpajama_hf.record import checkpoints, ledger, surprisals
+from slimpajama_hf.record.run_folder import RunFolder
 from slimpajama_hf.screen import Waiting
 
 #: Where a run is put together before it is moved into its folder.

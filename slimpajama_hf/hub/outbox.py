@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slimpajama_hf import checkpoints, files
+from slimpajama_hf import files
+from slimpajama_hf.record import checkpoints
 
 #: The leading underscore keeps it out of what goes up.
 FOLDER = "_outbox"

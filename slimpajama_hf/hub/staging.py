@@ -19,13 +19,21 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from slimpajama_hf import averaging, checkpoints, files, ledger, model_card, report, surprisals, views
+from slimpajama_hf import files, report
 from slimpajama_hf.hub import portable_tokenizer
-from slimpajama_hf.run_folder import RunFolder
+from slimpajama_hf.model import averaging
+from slimpajama_hf.record import checkpoints, ledger, surprisals
+from slimpajama_hf.record.columns import read_columns
+from slimpajama_hf.record.run_folder import RunFolder
+from slimpajama_hf.views import model_card, views
+
+if TYPE_CHECKING:
+    from slimpajama_hf.record import columns
+
 
 #: Where in the repository lies what resuming needs beside the model.
 STATE = "checkpoint"
@@ -119,7 +127,7 @@ def prepare(
     return Push(step, manifest["chain"], record["run_id"], paths, size, trouble)
 
 
-def _cut_records(run: RunFolder, cut: RunFolder, step: int, chain: str) -> ledger.Columns:
+def _cut_records(run: RunFolder, cut: RunFolder, step: int, chain: str) -> columns.Columns:
     """The run's records up to `step`, copied; its ledger as arrays. Raises NotOfThisRun."""
     last, rows = b"", 0
     with open(run.ledger, "rb") as source, open(cut.ledger, "wb") as target:
@@ -127,7 +135,7 @@ def _cut_records(run: RunFolder, cut: RunFolder, step: int, chain: str) -> ledge
             target.write(line)
             last, rows = line, rows + 1
     found = json.loads(last)["chain"] if rows else ledger.CHAIN_START
-    columns = ledger.read_columns(cut.ledger)
+    columns = read_columns(cut.ledger)
     if found != chain or len(columns) != step:
         raise NotOfThisRun(f"checkpoint-{step} is not of the ledger that lies in {run.path}")
     for name in _GROWING:

@@ -24,11 +24,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from slimpajama_hf import hub_files, priority
+from slimpajama_hf import priority
+from slimpajama_hf.corpus import hub_files
 from slimpajama_hf.hub import staging
 from slimpajama_hf.hub.account import Destination, why
 from slimpajama_hf.hub.outbox import Gone, Outbox
-from slimpajama_hf.run_folder import RunFolder
+from slimpajama_hf.record.run_folder import RunFolder
 
 #: Between two tries: 1, 2, 4 ... s, with jitter, up to this.
 LONGEST_PAUSE_SECONDS = 300.0

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from slimpajama_hf import corpora
-from slimpajama_hf.shards import read_shard
+from slimpajama_hf.corpus import documents, unchanged
+from slimpajama_hf.corpus.shards import read_shard
 
 PASSPORTS = "passports.jsonl"
 PROMPTS = "prompts.jsonl"
@@ -126,7 +126,7 @@ def read_again(
     found: dict[tuple[str, int], str] = {}
     deadline = time.monotonic() + seconds
     try:
-        corpus = corpora.recorded(record["corpus"])
+        corpus = unchanged.recorded(record["corpus"])
     except (KeyError, TypeError, ValueError):
         return found
     for shard in corpus.files:
@@ -138,7 +138,7 @@ def read_again(
                 if row > rows[-1] or time.monotonic() > deadline:
                     break
                 if (shard.name, row) in wanted and not isinstance(value, str):
-                    document = corpora.to_document(value, corpus.text_column, corpus.mirror, shard.name, row)
-                    if isinstance(document, corpora.Document) and document.sha1 == wanted[shard.name, row]:
+                    document = documents.to_document(value, corpus.text_column, corpus.mirror, shard.name, row)
+                    if isinstance(document, documents.Document) and document.sha1 == wanted[shard.name, row]:
                         found[shard.name, row] = document.text
     return found

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from slimpajama_hf import files
+from slimpajama_hf.record.run_folder import RunFolder
 from slimpajama_hf.report import content, documents
 from slimpajama_hf.report.packing import pack
 from slimpajama_hf.report.rows import Rows
-from slimpajama_hf.run_folder import RunFolder
 
 FILE_NAME = "report.html"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from slimpajama_hf import ledger
+from slimpajama_hf.record import ledger
 
 #: Numeric fields and the type they are kept in; a row of an older version that lacks one gives NaN or 0.
 _NUMBERS: dict[str, Any] = {

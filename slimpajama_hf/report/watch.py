@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from slimpajama_hf.errors import UserError
+from slimpajama_hf.record.run_folder import RunFolder
 from slimpajama_hf.report import page
 from slimpajama_hf.report.rows import Rows
-from slimpajama_hf.run_folder import RunFolder
 
 #: Where the page is looked for first; the next free port is taken where this one is not.
 PORT = 8642

@@ -1,0 +1,1 @@
+"""The other commands: each file is one, and says its own flags."""

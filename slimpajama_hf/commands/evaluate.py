@@ -1,0 +1,124 @@
+"""`evaluate`: held-out scores of a saved checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from typing import Any
+
+from slimpajama_hf.errors import UserError
+from slimpajama_hf.settings.arguments import positive
+
+HELP = "held-out loss, perplexity, accuracy, bits per byte, by domain"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `evaluate`."""
+    parser.add_argument("checkpoint", help="a checkpoint-N, or a run folder (its newest one)")
+    parser.add_argument("--dataset", help="as for training; default: the validation part of the run's corpus")
+    parser.add_argument("--split", default="validation", help="split of a named corpus or Hub dataset [validation]")
+    parser.add_argument("--text_column", default="text", help="column that holds the text [text]")
+    parser.add_argument("--documents", type=positive, default=500, help="documents scored [500]")
+    parser.add_argument("--max_seq_length", type=positive, help="tokens of a document; default: those of the run")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def main(options: argparse.Namespace) -> int:
+    from slimpajama_hf import screen
+
+    screen.quiet_libraries()
+    result = of_checkpoint(
+        options.checkpoint,
+        options.dataset,
+        options.documents,
+        options.max_seq_length,
+        options.text_column,
+        options.split,
+    )
+    if options.json:
+        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+        return 0
+    lines = [
+        f"{result['checkpoint']} on {result['corpus']}, first {result['max_seq_length']} tokens of each document",
+        f"{'domain':<24}{'documents':>10}{'loss':>9}{'perplexity':>12}{'accuracy':>10}{'bits/byte':>11}",
+    ]
+    averaged = {
+        f"{domain}, averaged": scores for domain, scores in (result["averaged"] or {}).items() if domain == "all"
+    }
+    for domain, scores in (result["scores"] | averaged).items():
+        lines.append(
+            f"{domain:<24}{scores['samples']:>10,}{scores['loss']:>9.4f}{scores['perplexity']:>12,.1f}"
+            f"{scores['accuracy']:>10.1%}{scores['bits_per_byte']:>11.4f}"
+        )
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def of_checkpoint(
+    place: str, dataset: str | None, documents: int, max_length: int | None, text_column: str, split: str
+) -> dict[str, Any]:
+    """Scores of a saved checkpoint (or of the newest one of a run): `python -m slimpajama_hf evaluate`."""
+    from pathlib import Path
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from slimpajama_hf.corpus import opening, unchanged
+    from slimpajama_hf.corpus.documents import Cursor
+    from slimpajama_hf.corpus.opening import validation_of
+    from slimpajama_hf.model import averaging
+    from slimpajama_hf.model.presets import vocabulary as size_of_vocabulary
+    from slimpajama_hf.record import checkpoints
+    from slimpajama_hf.record.run_folder import RunFolder
+    from slimpajama_hf.samples.encoder import Encoder
+    from slimpajama_hf.samples.stream import SampleStream
+    from slimpajama_hf.samples.tokenizer import load_tokenizer
+    from slimpajama_hf.screen import Waiting
+    from slimpajama_hf.training.evaluation import next_token_accuracy, score
+
+    folder = checkpoints.resolve(place)
+    with Waiting("opening the corpus") as waiting:
+        # A checkpoint's averaged weights lie in a folder of it.
+        run = RunFolder(folder.parent.parent if folder.name == averaging.FOLDER else folder.parent)
+        record = run.read_record() if run.record.is_file() else None
+        if dataset is not None:
+            corpus = opening.open_corpus(dataset, text_column=text_column, split=split, waiting=waiting)
+        elif record is not None:
+            corpus = validation_of(unchanged.recorded(record["corpus"]))
+        else:
+            raise UserError(f"{place}: not in a run folder, so its corpus is not known; name documents with --dataset")
+        waiting("loading the model")
+        length = max_length or (record["model"]["max_seq_length"] if record else 256)
+        model: Any = AutoModelForCausalLM.from_pretrained(str(folder))
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        encoder = Encoder(load_tokenizer(str(folder)))
+        waiting("loading `evaluate`")
+        metric = next_token_accuracy()
+        start = time.perf_counter()
+        stream = SampleStream(corpus, encoder, "truncate", length)
+        stream.start = Cursor()
+
+        def on_sample(done: int) -> None:
+            waiting(f"scoring: {done} of {documents} documents")
+
+        samples = list(itertools.islice(stream, documents))
+        scores = score(model, samples, size_of_vocabulary(encoder.tokenizer), on_sample)
+        averaged = None
+        if (folder / averaging.FOLDER / "config.json").is_file():
+            waiting("scoring the averaged weights")
+            model = AutoModelForCausalLM.from_pretrained(str(folder / averaging.FOLDER)).to(model.device)
+            averaged = score(model, samples, size_of_vocabulary(encoder.tokenizer), on_sample)
+    if not scores["all"].samples:
+        raise UserError(f"{corpus.name}: no document in it that can be scored")
+    return {
+        "checkpoint": str(Path(folder)),
+        "corpus": corpus.mirror,
+        "shards": [shard.name for shard in itertools.islice(corpus.files, 20)],
+        "max_seq_length": length,
+        "seconds": round(time.perf_counter() - start, 3),
+        "scores": {domain: each.to_dict(metric) for domain, each in scores.items()},
+        "averaged": averaged and {domain: each.to_dict(metric) for domain, each in averaged.items()},
+    }

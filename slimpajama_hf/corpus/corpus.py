@@ -1,0 +1,141 @@
+"""`Corpus`: shards in a fixed order and the records inside them, read as a stream from any place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from slimpajama_hf.corpus import documents
+from slimpajama_hf.corpus.documents import Cursor, Gap, Unusable
+from slimpajama_hf.corpus.patience import Patience
+from slimpajama_hf.corpus.shards import BrokenShard, Shard, fingerprint, read_shard, reader_of
+from slimpajama_hf.errors import UserError
+
+if TYPE_CHECKING:
+    from slimpajama_hf.corpus.documents import Document
+
+
+#: So many broken shards in a row are no broken shards: the source itself is wrong, `--skip_broken_shards` or not.
+MOST_BROKEN_IN_A_ROW = 10
+
+
+# ---- corpora -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """An ordered list of shards. Small and picklable: what it lists is listed when it is read."""
+
+    name: str
+    """As the user named it."""
+    mirror: str
+    """As it was opened: `hub_id@revision`, `embedded` or `local`."""
+    text_column: str
+    repo: str | None = None
+    revision: str | None = None
+    prefixes: tuple[str, ...] = ()
+    files: tuple[Shard, ...] = ()
+
+    def shards(self, patience: Patience | None = None) -> Iterator[Shard]:
+        """Shards in reading order. On the Hub a page of 1,000 names is fetched when the reading reaches it."""
+        if self.repo is None:
+            yield from self.files
+            return
+        for prefix in self.prefixes:
+            found = False
+            for name in _list_names(self.repo, self.revision, prefix, patience or Patience()):
+                found = True
+                yield Shard(name, f"hf://datasets/{self.repo}@{self.revision}/{name}")
+            if not found:
+                raise UserError(f"{self.mirror}: no readable file under {prefix}")
+
+    def records(
+        self,
+        start: Cursor,
+        *,
+        skip_broken_shards: bool = False,
+        patience: Patience | None = None,
+    ) -> Iterator[Document | Unusable | Gap]:
+        """Documents from `start` to the end of this pass, in order.
+
+        Raises BrokenShard at a file that cannot be read; with `skip_broken_shards` a Gap stands there instead, and
+        reading goes on with the next shard.
+        """
+        patience = patience or Patience()
+        waiting = start.shard is not None
+        gap: Gap | None = None
+        broken_in_a_row = 0
+        for shard in self.shards(patience):
+            if waiting and shard.name != start.shard:
+                continue
+            first = start.row if waiting or start.shard is None else 0
+            waiting, start = False, Cursor(start.epoch, shard.name)
+            if gap is not None:
+                # Held back until the shard after it is known, which is where reading goes on.
+                yield dataclasses.replace(gap, after=start)
+                gap = None
+            try:
+                for row, record in read_shard(shard, first, self.text_column, patience):
+                    broken_in_a_row = 0
+                    here, after = dataclasses.replace(start, row=row), dataclasses.replace(start, row=row + 1)
+                    found: Document | Unusable
+                    if isinstance(record, str):
+                        found = Unusable(record, shard.name, row)
+                    else:
+                        found = documents.to_document(record, self.text_column, self.mirror, shard.name, row)
+                    yield dataclasses.replace(found, here=here, after=after)
+            except BrokenShard as error:
+                if not skip_broken_shards:
+                    raise
+                broken_in_a_row += 1
+                if broken_in_a_row == MOST_BROKEN_IN_A_ROW:
+                    raise UserError(
+                        f"{self.name} ({self.mirror}): {broken_in_a_row} shards in a row cannot be read, the last: "
+                        f"{error.shard}: {error.reason}"
+                    ) from None
+                place = dataclasses.replace(start, row=error.row)
+                gap = Gap(error.reason, shard.name, error.row, place, place)
+        if gap is not None:
+            yield gap
+        if waiting:
+            raise UserError(f"{self.mirror}: {start.shard} is not there any more; this run stopped inside it")
+
+    def describe(self) -> dict[str, Any]:
+        """What `recorded` needs to open the same corpus again, and `check_unchanged` to see whether it is the same."""
+        return {
+            "name": self.name,
+            "mirror": self.mirror,
+            "repo": self.repo,
+            "revision": self.revision,
+            "prefixes": list(self.prefixes),
+            "text_column": self.text_column,
+            "files": [_described(shard) for shard in self.files],
+        }
+
+
+def _described(shard: Shard) -> list[Any]:
+    if not shard.is_local:
+        return [shard.name, shard.url]
+    if shard.fingerprint is not None:
+        return [shard.name, shard.url, shard.size, shard.fingerprint]
+    try:
+        return [shard.name, shard.url, *fingerprint(shard.url)]
+    except OSError:
+        # Reading will say what is wrong with it, when it is reached.
+        return [shard.name, shard.url]
+
+
+def _list_names(repo: str, revision: str | None, prefix: str, patience: Patience) -> Iterator[str]:
+    """Readable files of a Hub dataset under a prefix, in the Hub's order (by name), page by page."""
+    from slimpajama_hf.corpus import hub_files
+
+    try:
+        for path in hub_files.list_folder(repo, revision, prefix.rpartition("/")[0], patience):
+            if path.startswith(prefix) and reader_of(path):
+                yield path
+    except Exception as error:
+        status = hub_files.status_of(error)
+        if status is None or isinstance(error, UserError):
+            raise
+        raise UserError(f"{repo}: the list of {prefix}: {hub_files.status_words(status)}") from error

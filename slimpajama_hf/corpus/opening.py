@@ -1,0 +1,276 @@
+"""Where text comes from: mirrors of SlimPajama, the embedded corpus, local files, any Hub dataset.
+
+Each becomes a `Corpus`: shards in a fixed order and records inside them, read as a stream of `Document`s. The place of
+a document (mirror, shard, row) rides with it, so reading can start again at any row without a look at earlier shards.
+
+To add a corpus: a row in `CORPORA`. File formats stand in `shards.FORMATS`.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from slimpajama_hf.corpus.corpus import Corpus
+from slimpajama_hf.corpus.documents import Cursor, Gap
+from slimpajama_hf.corpus.patience import OutOfPatience, Patience
+from slimpajama_hf.corpus.patience import StopRequested as StopRequested
+from slimpajama_hf.corpus.shards import FORMATS, Shard, one_line, reader_of
+from slimpajama_hf.errors import UserError
+
+#: Seconds that all mirrors together may take to open before the program gives up (the promise is 30 s on screen).
+OPENING_SECONDS = 20.0
+
+#: Seconds that a mirror's failures are sat out while it opens; then the next one has its turn.
+OPENING_PATIENCE = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Mirror:
+    """One copy of a corpus on the Hub, pinned; its files are listed folder by folder, as they are reached."""
+
+    repo: str
+    revision: str
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    """Prefixes of files, in reading order: `data/train-` is every file of `data` whose name starts with `train-`."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.repo}@{self.revision[:12]}"
+
+
+#: Revisions and layouts: the dataset pages and the projects that pin them (see docs/data.md).
+_ORIGINAL = Mirror(
+    "cerebras/SlimPajama-627B",
+    "2d0accdd58c5d5511943ca1f5ff0e3eb5e293543",
+    train=tuple(f"train/chunk{n}/" for n in range(1, 11)),
+    validation=tuple(f"validation/chunk{n}/" for n in range(1, 6)),
+)
+_REUPLOAD = Mirror(
+    "gmongaras/SlimPajama-627B_Reupload", "c34c22dbb10ae6b264a2f357a909d1a537141b36", ("data/train-",), ("data/test-",)
+)
+_SIX_BILLION = Mirror(
+    "DKYoon/SlimPajama-6B", "b5f90f419b7489cdba26fdbc8c022fcb5562f968", ("data/train-",), ("data/validation-",)
+)
+
+#: `--dataset NAME`: mirrors of the same corpus, tried in this order.
+CORPORA: dict[str, tuple[Mirror, ...]] = {
+    "slimpajama": (_ORIGINAL, _REUPLOAD, _SIX_BILLION),
+    "slimpajama_627b": (_ORIGINAL,),
+    "slimpajama_627b_reupload": (_REUPLOAD,),
+    "slimpajama_6b": (_SIX_BILLION,),
+}
+
+#: What to type when there is no Hub.
+OFFLINE_COMMAND = "accelerate launch run_clm_slimpajama.py --dataset embedded --model tiny --tokenizer builtin"
+
+
+def open_corpus(
+    dataset: str,
+    *,
+    text_column: str = "text",
+    split: str = "train",
+    config_name: str | None = None,
+    revision: str | None = None,
+    skip_broken_shards: bool = False,
+    waiting: Callable[[str], None] = lambda what: None,
+) -> Corpus:
+    """Open what `--dataset` names and read its first record. `waiting` is told what is being waited for.
+
+    Raises UserError with one sentence when nothing opens, within `OPENING_SECONDS`, naming the offline command.
+    """
+    if dataset in CORPORA:
+        return _first_that_opens(dataset, CORPORA[dataset], text_column, split, skip_broken_shards, waiting)
+    if dataset == "embedded":
+        return _open_embedded(split, waiting)
+    if any(mark in dataset for mark in "*?[") or os.path.exists(dataset) or reader_of(dataset):
+        return _open_local(dataset, text_column, skip_broken_shards)
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) and not dataset.startswith("."):
+        return _open_hub(dataset, text_column, split, config_name, revision, skip_broken_shards, waiting)
+    raise UserError(
+        f"--dataset {dataset}: no such file, and not a Hub dataset id; expected {', '.join(CORPORA)}, embedded, a file "
+        f"({', '.join(FORMATS)}), a 'glob' or an id like owner/name"
+    )
+
+
+def _open_embedded(split: str, waiting: Callable[[str], None]) -> Corpus:
+    from slimpajama_hf.corpus import embedded
+
+    folder = embedded.build(embedded.default_cache(), waiting)
+    name = f"{split}.jsonl.zst"
+    return Corpus("embedded", "embedded", "text", files=(Shard(name, str(folder / name)),))
+
+
+def _open_local(pattern: str, text_column: str, skip_broken_shards: bool) -> Corpus:
+    import glob
+
+    readable = ", ".join(FORMATS)
+    if os.path.isdir(pattern):
+        raise UserError(
+            f"--dataset {pattern}: a folder; name its files, as --dataset '{pattern.rstrip('/')}/*.jsonl.zst'"
+        )
+    if os.path.exists(pattern):
+        paths = [pattern]
+    else:
+        paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+        if not paths:
+            raise UserError(f"--dataset {pattern}: no such file; expected a file or a 'glob' of {readable}")
+    for path in paths:
+        if not reader_of(path):
+            raise UserError(
+                f"--dataset {path}: cannot read {Path(path).suffix or 'a file without an ending'}; expected {readable}"
+            )
+        if not os.access(path, os.R_OK):
+            raise UserError(f"--dataset {path}: no permission to read it")
+    # Names relative to where all files lie: the ledger stays true when the folder is moved.
+    base = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    shards = tuple(Shard(os.path.relpath(os.path.abspath(path), base), os.path.abspath(path)) for path in paths)
+    corpus = Corpus(pattern, "local", text_column, files=shards)
+    _read_first(corpus, skip_broken_shards)
+    return corpus
+
+
+def _read_first(corpus: Corpus, skip_broken_shards: bool) -> None:
+    """Read until the first record, usable or not; raises what is wrong with the file."""
+    patience = Patience(OPENING_PATIENCE)
+    for record in corpus.records(Cursor(), skip_broken_shards=skip_broken_shards, patience=patience):
+        if not isinstance(record, Gap):
+            return
+    raise UserError(f"--dataset {corpus.name}: no record in {', '.join(shard.name for shard in corpus.files[:3])}")
+
+
+def _knock_and_read(corpus: Corpus, skip_broken_shards: bool) -> None:
+    """Ask whether the mirror is there (one small request, not repeated: no network shows at once), then read it."""
+    from huggingface_hub import HfApi
+
+    assert corpus.repo is not None
+    HfApi().dataset_info(corpus.repo, revision=corpus.revision, expand=["sha"], timeout=8)
+    _read_first(corpus, skip_broken_shards)
+
+
+def _within(seconds: float, work: Callable[[], Any]) -> Any:
+    """Run `work` in a thread of its own and give up after `seconds`: libraries below have retries of their own."""
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # A daemon: the interpreter must not wait at its exit for a server that never answers.
+    threading.Thread(target=run, name="opening", daemon=True).start()
+    return future.result(timeout=max(seconds, 0.1))
+
+
+def _why(error: BaseException, seconds: float) -> str:
+    """A failure of the Hub in a few words."""
+    if isinstance(error, concurrent.futures.TimeoutError):
+        return f"no answer in {seconds:.0f} s"
+    if isinstance(error, OutOfPatience) and error.__cause__ is not None:
+        error = error.__cause__
+    from slimpajama_hf.corpus import hub_files
+
+    status = hub_files.status_of(error)
+    if status:
+        return hub_files.status_words(status)
+    if type(error).__name__ == "OfflineModeIsEnabled":
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, UserError):
+        return str(error)
+    if any(word in type(error).__name__ for word in ("Connect", "Timeout", "Network")) or isinstance(error, OSError):
+        return "the Hub cannot be reached"
+    return one_line(error)
+
+
+def _first_that_opens(
+    dataset: str,
+    mirrors: tuple[Mirror, ...],
+    text_column: str,
+    split: str,
+    skip_broken_shards: bool,
+    waiting: Callable[[str], None],
+) -> Corpus:
+    deadline = time.monotonic() + OPENING_SECONDS
+    failures = []
+    for number, mirror in enumerate(mirrors):
+        waiting(f"waiting for {mirror.repo} on the Hub")
+        # What is left is shared fairly: a mirror that hangs must not eat the time of the next ones.
+        seconds = (deadline - time.monotonic()) / (len(mirrors) - number)
+        prefixes = mirror.train if split == "train" else mirror.validation
+        corpus = Corpus(dataset, mirror.name, text_column, mirror.repo, mirror.revision, prefixes)
+        try:
+            _within(seconds, lambda corpus=corpus: _knock_and_read(corpus, skip_broken_shards))  # type: ignore[misc]
+            return corpus
+        except Exception as error:
+            failures.append(f"{mirror.repo}: {_why(error, seconds)}")
+    raise UserError(
+        f"--dataset {dataset}: no mirror opens ({'; '.join(failures)}); without the Hub, train on text that is "
+        f"here: {OFFLINE_COMMAND}"
+    )
+
+
+def _open_hub(
+    dataset: str,
+    text_column: str,
+    split: str,
+    config_name: str | None,
+    revision: str | None,
+    skip_broken_shards: bool,
+    waiting: Callable[[str], None],
+) -> Corpus:
+    """Any dataset on the Hub whose files we read; `datasets` says which files make the split."""
+    waiting(f"waiting for {dataset} on the Hub")
+
+    def resolve() -> Corpus:
+        import datasets
+        from huggingface_hub import HfApi
+
+        # One small request, not repeated: no network shows at once.
+        HfApi().dataset_info(dataset, revision=revision, expand=["sha"], timeout=8)
+        builder = datasets.load_dataset_builder(dataset, config_name, revision=revision)
+        files = builder.config.data_files or {}
+        if split not in files:
+            raise UserError(f"no split {split!r}; it has {', '.join(map(str, files)) or 'none'} (--dataset_split)")
+        urls = [str(url) for url in files[split]]
+        # hf://datasets/owner/name@<commit>/path: the commit is resolved, so the corpus is pinned.
+        parts = [re.fullmatch(r"hf://datasets/([^@]+)@([^/]+)/(.+)", url) for url in urls]
+        if not all(parts) or not urls:
+            raise UserError(f"its files are not plain files on the Hub ({urls[:1]})")
+        odd = [url for url in urls if not reader_of(url)]
+        if odd:
+            raise UserError(f"cannot read {odd[0].rpartition('/')[2]}; expected {', '.join(FORMATS)}")
+        commit = parts[0].group(2)  # type: ignore[union-attr]
+        shards = tuple(Shard(part.group(3), url) for part, url in zip(parts, urls, strict=True) if part)
+        corpus = Corpus(dataset, f"{dataset}@{commit[:12]}", text_column, files=shards)
+        _read_first(corpus, skip_broken_shards)
+        return corpus
+
+    try:
+        return _within(OPENING_SECONDS, resolve)
+    except Exception as error:
+        raise UserError(
+            f"--dataset {dataset}: no such file, and on the Hub it does not open ({_why(error, OPENING_SECONDS)}); "
+            f"without the Hub: {OFFLINE_COMMAND}"
+        ) from None
+
+
+def validation_of(corpus: Corpus) -> Corpus:
+    """The validation part of a corpus. Raises UserError for one that has none of its own."""
+    if corpus.mirror == "embedded":
+        return open_corpus("embedded", split="validation")
+    for mirrors in CORPORA.values():
+        for mirror in mirrors:
+            if corpus.mirror == mirror.name:
+                return dataclasses.replace(corpus, prefixes=mirror.validation)
+    raise UserError(
+        f"{corpus.name} has no validation part of its own; name held-out documents with --eval_dataset, as another file"
+    )

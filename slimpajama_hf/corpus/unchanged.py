@@ -1,0 +1,66 @@
+"""The corpus that a run has recorded, and whether it is still the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+from slimpajama_hf.corpus.corpus import Corpus
+from slimpajama_hf.corpus.shards import Shard, fingerprint, one_line
+from slimpajama_hf.errors import UserError
+
+
+def recorded(description: dict[str, Any]) -> Corpus:
+    """The corpus that a run recorded: that one and nothing else. Whether it is still the same: `check_unchanged`."""
+    return Corpus(
+        name=description["name"],
+        mirror=description["mirror"],
+        text_column=description["text_column"],
+        repo=description["repo"],
+        revision=description["revision"],
+        prefixes=tuple(description["prefixes"]),
+        # Runs of older versions noted name and url alone.
+        files=tuple(Shard(*entry) for entry in description["files"]),
+    )
+
+
+def check_unchanged(corpus: Corpus, waiting: Callable[[str], None] = lambda what: None) -> Corpus:
+    """The corpus, if its local files are still those that its run began with (by size and both ends of each).
+
+    An embedded corpus whose cache is gone is built again. Raises UserError that names the file and what differs. Files
+    on the Hub are pinned by their commit: nothing to check.
+    """
+    if corpus.mirror == "embedded" and not all(os.path.isfile(shard.url) for shard in corpus.files):
+        from slimpajama_hf.corpus import embedded
+
+        folder = embedded.build(embedded.default_cache(), waiting)
+        moved = tuple(dataclasses.replace(shard, url=str(folder / shard.name)) for shard in corpus.files)
+        corpus = dataclasses.replace(corpus, files=moved)
+    for number, shard in enumerate(corpus.files):
+        if shard.fingerprint is None or not shard.is_local:
+            continue
+        if number % 100 == 99:
+            waiting(f"checking that the corpus is unchanged: {number + 1:,} of {len(corpus.files):,} files")
+        difference = _difference(shard)
+        if difference is not None:
+            reason = " (it was cut from the sources of another Python)" if corpus.mirror == "embedded" else ""
+            raise UserError(
+                f"{shard.url}: {difference}{reason}; this run began with it as it was: put it back, or start anew in "
+                "another --output_dir"
+            )
+    return corpus
+
+
+def _difference(shard: Shard) -> str | None:
+    """What is different about a local file since its fingerprint was taken; None: nothing."""
+    try:
+        size, digest = fingerprint(shard.url)
+    except FileNotFoundError:
+        return "not there any more"
+    except OSError as error:
+        return f"cannot be read ({one_line(error)})"
+    if size != shard.size:
+        return f"changed: it has {size:,} bytes and had {shard.size:,}"
+    return "changed: its content is another" if digest != shard.fingerprint else None

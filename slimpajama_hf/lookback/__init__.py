@@ -1,0 +1,1 @@
+"""A run that is over, asked again: verified, rewound, compared, inspected, searched."""

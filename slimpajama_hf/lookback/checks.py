@@ -1,0 +1,357 @@
+"""Proof that a run is what its ledger says: its files agree with each other.
+
+Ledgers are streamed: nothing here grows with a row but 16 bytes for its document and 8 for each number of
+`metrics_history.json`.
+
+To add a check: a function and a row of `CHECKS`. It takes the run and returns its `Finding`; one that wants to see the
+rows is a generator that is sent each row in turn, then None, and returns its `Finding`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import filecmp
+import itertools
+import json
+import math
+import re
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slimpajama_hf.lookback.checkpoint_checks import (
+    checkpoint_chain,
+    checkpoint_cursor,
+    checkpoint_files,
+    checkpoint_identity,
+)
+from slimpajama_hf.lookback.findings import Finding, Problems
+from slimpajama_hf.lookback.run import Report, Run, refuse_constant, shown_value
+from slimpajama_hf.record import ledger, surprisals
+from slimpajama_hf.views.views import METRICS
+
+if TYPE_CHECKING:
+    from slimpajama_hf.lookback.findings import Watch
+    from slimpajama_hf.lookback.run import Row
+
+
+# ---- checks ----
+
+
+def rows_follow_each_other(run: Run) -> Watch:
+    """Strict JSON, steps 0..n-1, and the hash chain computed anew."""
+    problems = Problems()
+    expected, chain = 0, ledger.CHAIN_START
+    before: str | None = chain  # None: not known, so that one damage is told once
+    while True:
+        row = yield
+        for words in run.unreadable:
+            problems.add(f"step {expected}: {words}")
+            expected, before = expected + 1, None
+        run.unreadable.clear()
+        if row is None:
+            break
+        if row["step"] != expected:
+            problems.add(_gap(expected, row["step"]))
+        elif before is not None and ledger.chain_hash(before, row) != row["chain"]:
+            problems.add(f"step {expected}: a value was changed (its hash does not follow from the row)")
+        # After a gap the hash of this row cannot be computed: the row before it is not there.
+        expected, before = row["step"] + 1, row["chain"]
+        chain = row["chain"]
+    if not expected:
+        return Finding(False, f"no rows in {run.folder.ledger.name}")
+    return problems.finding(f"{expected:,} rows, steps 0 to {expected - 1:,} without a hole; hash chain {chain}")
+
+
+def _gap(expected: int, found: int) -> str:
+    if found < expected:
+        return f"step {found}: it comes again after step {expected - 1}"
+    missing = f"the row of step {expected} is" if found == expected + 1 else f"rows {expected} to {found - 1} are"
+    return f"step {expected}: {missing} missing (step {found} stands there)"
+
+
+def metrics_history(run: Run) -> Watch:
+    """metrics_history.json is the ledger's columns, as far as it goes (a killed run leaves a shorter one)."""
+    problems, last = Problems(), -1
+    path = run.folder.viz / "metrics_history.json"
+    columns = _read_history(path)
+    shown = min((len(values) for values in columns.values()), default=0)
+    while (row := (yield)) is not None:
+        last = row["step"]
+        if 0 <= last < shown:
+            for key, values in columns.items():
+                if not _same_number(float(values[last]), row[METRICS[key]]):
+                    value = None if math.isnan(values[last]) else values[last].item()
+                    problems.add(
+                        f"step {last}: {key} is {shown_value(value)}, the ledger has {shown_value(row[METRICS[key]])}"
+                    )
+    if shown > last + 1:
+        problems.add(f"{path.name} shows {shown:,} steps, the ledger has {last + 1:,}")
+    if len({len(values) for values in columns.values()}) > 1:
+        problems.add(f"{path.name}: its lists are of different lengths")
+    if not columns:
+        return Finding(True, f"no {path.name} yet (python -m slimpajama_hf views makes it)")
+    return problems.finding(f"{shown:,} of {last + 1:,} steps, all as in the ledger")
+
+
+def _read_history(path: Path) -> dict[str, np.ndarray]:
+    """Columns of metrics_history.json as arrays of shape (steps,), null as NaN; empty when there is no such file.
+
+    Raises ValueError when it is not what it should be.
+    """
+    if not path.is_file():
+        return {}
+    history = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+    if missing := [key for key in list(METRICS)[:5] if key not in history]:
+        raise ValueError(f"{path.name} has no {', '.join(missing)}")
+    # Lists are let go one by one: a million steps are 50 MB as arrays.
+    return {key: np.array(history.pop(key), dtype=np.float64) for key in METRICS if key in history}
+
+
+def _same_number(shown: float, recorded: Any) -> bool:
+    return math.isnan(shown) if recorded is None else bool(shown == recorded)
+
+
+def text_samples(run: Run) -> Finding:
+    """text_samples.json is the objects of samples.jsonl, as far as it goes."""
+    problems, count = Problems(), 0
+    path = run.folder.viz / "text_samples.json"
+    if not path.is_file():
+        return Finding(True, f"no {path.name} yet (python -m slimpajama_hf views makes it)")
+    pairs = itertools.zip_longest(_elements(path.read_text(encoding="utf-8")), _json_lines(run.folder.samples))
+    for number, (shown, sample) in enumerate(pairs):
+        if shown is None:
+            break
+        count += 1
+        if sample is None:
+            problems.add(f"{path.name} shows more than the {number:,} samples of {run.folder.samples.name}")
+            break
+        if shown != sample:
+            names = [name for name in sample | shown if sample.get(name) != shown.get(name)]
+            problems.add(f"step {sample.get('step')}: {', '.join(names)} not as in {run.folder.samples.name}")
+    return problems.finding(f"{count:,} samples, all as they were written")
+
+
+def _elements(text: str) -> Iterator[Any]:
+    """The elements of a JSON array one by one. Raises ValueError where it is none."""
+    decoder, blank = json.JSONDecoder(parse_constant=refuse_constant), re.compile(r"[\s,]*")
+    place = text.index("[") + 1
+    while (place := blank.match(text, place).end()) < len(text) and text[place] != "]":  # type: ignore[union-attr]
+        value, place = decoder.raw_decode(text, place)
+        yield value
+    if text[place:].strip() != "]":
+        raise ValueError("a JSON array that has no end")
+
+
+def _json_lines(path: Path) -> Iterator[Any]:
+    if path.is_file():
+        with open(path, encoding="utf-8") as file:
+            yield from (json.loads(line) for line in file if line.endswith("\n"))
+
+
+def samples_of_the_ledger(run: Run) -> Watch:
+    """Each sample's accuracy and domain are those of the row of its step."""
+    problems, count, last = Problems(), 0, -1
+    samples = _json_lines(run.folder.samples)
+    sample = next(samples, None)
+    while (row := (yield)) is not None:
+        last = row["step"]
+        row = next(ledger.each_sample(row))
+        while sample is not None and sample["step"] <= last:
+            count += 1
+            if sample["step"] < last:
+                problems.add(f"step {sample['step']}: a sample out of order, or of a row that is not there")
+            else:
+                for name in ("accuracy", "domain"):
+                    if sample[name] != row[name]:
+                        problems.add(
+                            f"step {last}: {name} {shown_value(sample[name])}, the row has {shown_value(row[name])}"
+                        )
+            sample = next(samples, None)
+    # A sample is taken before its row is written: a run killed between the two leaves one more.
+    while sample is not None:
+        count += 1
+        if sample["step"] != last + 1:
+            problems.add(f"step {sample['step']}: a sample of a row that is not there")
+        sample = next(samples, None)
+    return problems.finding(f"{count:,} samples, accuracy and domain as in their rows")
+
+
+def latest_chart(run: Run) -> Watch:
+    """training_latest.png is the newest chart, byte for byte."""
+    last = -1
+    while (row := (yield)) is not None:
+        last = row["step"]
+    found = {int(match[1]): path for path in run.folder.viz.glob("training_step_*.png")
+             if (match := re.fullmatch(r"training_step_(\d+)\.png", path.name))}  # fmt: skip
+    # A resume cuts the ledger back, and leaves the charts of the steps that it does again.
+    charts = [found[step] for step in sorted(found) if step <= last + 1]
+    latest = run.folder.latest_chart
+    if not charts and not latest.exists():
+        return Finding(True, "no chart yet (python -m slimpajama_hf views makes one)")
+    if not latest.exists():
+        return Finding(False, f"{latest.name} is missing, {charts[-1].name} is there")
+    if not charts:
+        return Finding(False, f"{latest.name} is there, and no chart of a step")
+    if not filecmp.cmp(latest, charts[-1], shallow=False):
+        return Finding(False, f"{latest.name} is not {charts[-1].name}")
+    return Finding(True, f"{latest.name} is {charts[-1].name}")
+
+
+def documents_once(run: Run) -> Watch:
+    """No document is trained twice in one pass over the corpus; that it is, is said and is no failure."""
+    shards: dict[tuple[str, str], int] = {}
+    places, rows_of = (array("i"), array("q"), array("i")), array("q")
+    while (row := (yield)) is not None:
+        for each in ledger.each_sample(row):
+            shard = shards.setdefault((each["mirror"], each["shard"]), len(shards))
+            for column, value in zip(places, (shard, each["row"], each.get("part", 0)), strict=True):
+                column.append(value)
+            rows_of.append(row["step"])
+    if float(run.config().get("epochs") or 1) > 1:
+        return Finding(True, f"{len(places[0]):,} samples; not looked at: the run makes several passes")
+    again = _first_repetition(*places)
+    if again is None:
+        return Finding(True, f"{len(places[0]):,} documents or parts of them, none twice")
+    count, first, second = again
+    name = list(shards)[places[0][first]][1]
+    document = f"{name} row {places[1][first]} (rows {rows_of[first]} and {rows_of[second]} of the ledger)"
+    return Finding(True, f"note: {count:,} trained twice, the first {document}")
+
+
+def _first_repetition(*columns: array) -> tuple[int, int, int] | None:
+    """(number of repetitions, place of the first that comes again, where it does) among the rows of some columns."""
+    values = [np.frombuffer(column, dtype=column.typecode) for column in columns]
+    if not len(values[0]):
+        return None
+    order = np.lexsort(values)  # stable: equal ones stay in the order of the ledger
+    same = np.logical_and.reduce([value[order][1:] == value[order][:-1] for value in values])
+    if not same.any():
+        return None
+    second = order[1:][same]
+    where = int(second.argmin())
+    return int(same.sum()), int(order[:-1][same][where]), int(second[where])
+
+
+def code_bits(run: Run) -> Watch:
+    """`code_bits` is `(loss * predicted + samples * ln V) / ln 2`, to 1e-9."""
+    problems, count = Problems(), 0
+    # Runs before this had a name of its own had a model of just as many tokens.
+    vocabulary = run.record.get("tokenizer_size") or run.record.get("model", {}).get("vocab_size")
+    uniform = math.log(vocabulary or 1)
+    while (row := (yield)) is not None:
+        count += 1
+        loss, bits = row["loss"], row["code_bits"]
+        if not vocabulary or (loss is None and bits is None):
+            continue
+        expected = (
+            None if loss is None else (loss * ledger.predicted(row) + ledger.samples_of(row) * uniform) / math.log(2)
+        )
+        if expected is None or bits is None or not math.isclose(bits, expected, rel_tol=1e-9):
+            problems.add(
+                f"step {row['step']}: code_bits {shown_value(bits)}, loss and tokens make {shown_value(expected)}"
+            )
+    if not vocabulary:
+        return Finding(True, "not looked at: run.json has no tokenizer_size")
+    return problems.finding(f"{count:,} rows, as loss and tokens make them")
+
+
+def surprisals_of_the_ledger(run: Run) -> Watch:
+    """The tokens of each step have the step's loss as their mean."""
+    problems, count = Problems(), 0
+    path = run.folder.surprisals
+    if not path.exists():
+        while (yield) is not None:
+            pass
+        return Finding(True, f"not looked at: a run without {path.name}")
+    with open(path, "rb") as file:
+        while (row := (yield)) is not None:
+            predicted = ledger.predicted(row)
+            nats = np.frombuffer(file.read(surprisals.DTYPE.itemsize * predicted), surprisals.DTYPE).astype(np.float64)
+            if len(nats) < predicted:
+                problems.add(f"step {row['step']}: {path.name} ends before it")
+            elif row["loss"] is None or np.isnan(nats).all():
+                # A step without a loss, or one of a run that was begun before they were kept.
+                continue
+            elif not abs(nats.mean() - row["loss"]) <= 1e-4 * max(1.0, row["loss"]):
+                problems.add(
+                    f"step {row['step']}: loss {shown_value(row['loss'])}, its tokens' mean is {nats.mean():.4f}"
+                )
+            else:
+                count += 1
+    return problems.finding(f"{count:,} steps, the mean of the tokens is the loss")
+
+
+#: Every check: its name on the screen, and the function.
+CHECKS: tuple[tuple[str, Callable[[Run], Finding | Watch]], ...] = (
+    ("ledger", rows_follow_each_other),
+    ("code bits", code_bits),
+    ("documents", documents_once),
+    ("checkpoint files", checkpoint_files),
+    ("checkpoint identity", checkpoint_identity),
+    ("checkpoint chain", checkpoint_chain),
+    ("checkpoint cursor", checkpoint_cursor),
+    ("metrics history", metrics_history),
+    ("text samples", text_samples),
+    ("sample accuracy", samples_of_the_ledger),
+    ("surprisals", surprisals_of_the_ledger),
+    ("latest chart", latest_chart),
+)
+
+
+class _Checking:
+    """One check on its way through the rows. Damage that it did not think of is a failure of it, not of the program."""
+
+    def __init__(self, check: Callable[[Run], Finding | Watch], run: Run) -> None:
+        self.finding: Finding | None = None
+        self._watch: Watch | None = None
+
+        def start() -> None:
+            outcome = check(run)
+            if isinstance(outcome, Finding):
+                self.finding = outcome
+            else:
+                self._watch = outcome
+                next(outcome)
+
+        self._guarded(start, "")
+
+    def send(self, row: Row | None) -> None:
+        """One more row; None: there are no more."""
+        watch = self._watch
+        if self.finding is None and watch is not None:
+            self._guarded(lambda: watch.send(row), f"step {row['step']}: " if row is not None else "")
+
+    def _guarded(self, act: Callable[[], None], where: str) -> None:
+        try:
+            act()
+        except StopIteration as end:
+            self.finding = end.value
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, OSError) as error:
+            words = f"{where}cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            self.finding = Finding(False, words, (words,))
+
+
+def verify(path: str | Path) -> Report:
+    """All `CHECKS` on a run, in one pass over its ledger. Raises UserError when it is not the folder of a run."""
+    run = Run(path)
+    checking = [(name, _Checking(check, run)) for name, check in CHECKS]
+    for row in run.rows():
+        for _, each in checking:
+            each.send(row)
+    findings: list[tuple[str, Finding]] = []
+    for name, each in checking:
+        each.send(None)
+        assert each.finding is not None
+        findings.append((name, each.finding))
+    ok = all(finding.ok for _, finding in findings)
+    lines = [f"{'ok' if finding.ok else 'FAILED':<7} {name:<20} {finding.words}" for name, finding in findings]
+    failed = sum(not finding.ok for _, finding in findings)
+    lines.append(f"{path}: " + ("all of it holds" if ok else f"{failed} of {len(findings)} checks failed"))
+    return Report(ok, lines, {
+        "run": str(path), "ok": ok,
+        "checks": [{"name": name, **dataclasses.asdict(finding)} for name, finding in findings],
+    })  # fmt: skip

@@ -1,0 +1,198 @@
+"""Steps of a run trained again from the nearest checkpoint and compared bit by bit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slimpajama_hf import ROOT, files, screen
+from slimpajama_hf.errors import UsageError, UserError
+from slimpajama_hf.lookback.findings import Problems
+from slimpajama_hf.lookback.run import Report, Run, checkpoint_problem
+from slimpajama_hf.lookback.side_by_side import differences, side_by_side
+from slimpajama_hf.record import checkpoints
+from slimpajama_hf.record.run_folder import RunFolder
+from slimpajama_hf.settings import yaml_file
+
+SCRIPT = ROOT / "run_clm_slimpajama.py"
+
+#: Keys of run_config.yaml that a replay leaves out: they cost time or reach the outside, and do not touch a step.
+_NOT_REPLAYED = re.compile(r"output_dir|eval_steps|eval_on_start|report_to|run_name|trackio_.*|push_to_hub|hub_.*")
+
+#: An interval that never comes.
+_NEVER = "1000000000"
+
+
+# ---- replay ----
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """`A:B` as (A, B). Raises UsageError when it is no range of steps."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UsageError(f"--replay {text}: expected A:B, the steps from A up to and without B, as 100:200")
+    return int(match[1]), int(match[2])
+
+
+def replay(path: str | Path, first: int, end: int) -> Report:
+    """Do the steps `first` to `end - 1` of a run again, elsewhere, and compare their rows bit by bit.
+
+    Starts from the nearest whole checkpoint at or before `first`, else from the very start. Raises UserError when the
+    ledger has no such steps, or when training them again does not succeed.
+    """
+    run = Run(path)
+    config = yaml_file.read_config(str(run.folder.config))
+    _refuse_range(run, first, end)
+    start, notes = nearest_checkpoint(run, first)
+    notes += not_as_it_was(run.record)
+    origin = f"checkpoint-{start}" if start else "the very start"
+    with tempfile.TemporaryDirectory(prefix="slimpajama_hf-replay-", ignore_cleanup_errors=True) as place:
+        again = Path(place) / "run"
+        _lay_out(run, start, again)
+        screen.say(f"doing steps {start} to {end - 1} again from {origin}, in {again}")
+        train_again(run, config, end, again, Path(place) / "replay.yaml")
+        notes += other_threads(run, Run(again))
+        parted = _compare_replayed(run, Run(again), first, end)
+    steps = f"steps {first} to {end - 1}"
+    if parted:
+        step, found = parted[0]
+        more = f"; {len(parted) - 1:,} more steps differ" if len(parted) > 1 else ""
+        lines = [f"FAILED  step {step}: in the ledger / replayed: {side_by_side(found)}{more}"]
+    else:
+        lines = [f"ok      {steps} replayed from {origin}: bit-equal"]
+    return Report(not parted, lines + [f"note    {note}" for note in notes], {
+        "run": str(path), "ok": not parted, "from": first, "to": end, "started_at": start, "notes": notes,
+        "differences": [
+            {"step": step, "field": name, "ledger": left, "replayed": right}
+            for step, found in parted[: Problems.KEPT] for name, (left, right) in found.items()
+        ],
+        "steps_that_differ": len(parted),
+    })  # fmt: skip
+
+
+def _refuse_range(run: Run, first: int, end: int) -> None:
+    """Raise UserError when the ledger has not got these steps."""
+    count = 0
+    if run.folder.ledger.is_file():
+        with open(run.folder.ledger, "rb") as file:
+            count = sum(line.endswith(b"\n") for line in file)
+    if end > count:
+        raise UserError(
+            f"--replay {first}:{end}: {run.folder.path} has {count:,} steps; expected A:B with 0 <= A < B <= {count}"
+        )
+
+
+def nearest_checkpoint(run: Run, step: int) -> tuple[int, list[str]]:
+    """The newest whole checkpoint at or before `step` (0: none), and what was wrong with those passed over."""
+    notes: list[str] = []
+    for candidate in reversed([each for each in run.manifests if each <= step]):
+        wrong = checkpoint_problem(run, candidate)
+        if wrong is None:
+            return candidate, notes
+        notes.append(f"checkpoint-{candidate} passed over: {wrong}")
+    return 0, notes
+
+
+def not_as_it_was(record: dict[str, Any]) -> list[str]:
+    """What this machine has otherwise than the one of the run, where sums may come out in other bits."""
+    notes = []
+    for name, version in record.get("libraries", {}).items():
+        here = importlib.metadata.version(name)
+        if here != version:
+            notes.append(f"the run was made with {name} {version}, here is {here}: bits may differ")
+    if "torch_threads" not in record:
+        notes.append("run.json does not say with how many threads torch ran: with another number bits may differ")
+    return notes
+
+
+def other_threads(run: Run, again: Run) -> list[str]:
+    """Whether steps were done again with another number of threads, in words."""
+    before, now = run.record.get("torch_threads"), again.record.get("torch_threads")
+    return [f"torch ran with {before} threads, now with {now}: bits may differ"] if before and before != now else []
+
+
+def _lay_out(run: Run, start: int, again: Path) -> None:
+    """A run folder that stands at step `start`: record, first rows, checkpoint. Nothing of the run is written to."""
+    again.mkdir()
+    shutil.copyfile(run.folder.record, RunFolder(again).record)
+    if not start:
+        return
+    with open(run.folder.ledger, "rb") as source, open(RunFolder(again).ledger, "wb") as copy:
+        copy.writelines(itertools.islice(source, start))
+    shutil.copytree(checkpoints.path_of(run.folder.path, start), checkpoints.path_of(again, start), copy_function=link)
+
+
+def link(source: str, target: str) -> None:
+    """The same file in another place without a copy: weights are gigabytes, and a replay only reads them."""
+    try:
+        os.link(source, target)
+    except OSError:
+        # Another file system.
+        os.symlink(os.path.realpath(source), target)
+
+
+#: Flags of a replay: nothing but its ledger matters.
+_SEEN_BY_NOBODY = ("--no-checkpoint", "--viz_interval", _NEVER, "--display_samples", _NEVER)
+
+
+def train_again(
+    run: Run, config: dict[str, Any], end: int, again: Path, settings: Path, flags: Sequence[str] = _SEEN_BY_NOBODY
+) -> None:
+    """The real training script, in a process of its own, on the folder `again` up to step `end`.
+
+    `config`: what run_config.yaml of `run` says, written to `settings` without what reaches the outside. Raises
+    UserError with its exit code when it fails; its stderr is ours, so that it is seen to move.
+    """
+    files.write_json(settings, replayed_config(config))
+    processes = run.record.get("processes", 1)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT),
+               "--config", str(settings), "--output_dir", str(again),
+               "--resume_from_checkpoint", "true", "--max_steps", str(end), "--report_to", "none", *flags]  # fmt: skip
+    environment = dict(os.environ)
+    threads = run.record.get("torch_threads")
+    if threads:
+        # torch takes MKL's number over OpenMP's where both are set (aten/src/ATen/ParallelOpenMP.cpp).
+        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        # A Ctrl-C went to it too: it saves after the step that is on. Another one ends both.
+        process.wait()
+        raise
+    if code:
+        raise UserError(f"the steps could not be done again: training ended with exit code {code} (see above)")
+
+
+def replayed_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's configuration without what reaches the outside, with a warm-up that does not hang on --max_steps."""
+    kept = {name: value for name, value in config.items() if not _NOT_REPLAYED.fullmatch(name)}
+    warmup = float(kept.get("warmup_steps", 0))
+    if 0 < warmup < 1:
+        # As TrainingArguments.get_warmup_steps does with the steps of the whole run.
+        kept["warmup_steps"] = math.ceil(int(config["max_steps"]) * warmup)
+    return kept
+
+
+def _compare_replayed(run: Run, again: Run, first: int, end: int) -> list[tuple[int, dict[str, tuple[Any, Any]]]]:
+    """Steps from `first` to `end - 1` that differ between the ledger and its replay, with the fields that do."""
+    parted = []
+    then, now = (itertools.islice(each.whole_rows(), first, end) for each in (run, again))
+    for step, (left, right) in enumerate(itertools.zip_longest(then, now), start=first):
+        if right is None:
+            raise UserError(f"the replay ended before step {step}: the corpus has no more documents")
+        found = differences(left, right)
+        if found:
+            parted.append((step, found))
+    return parted

@@ -1,0 +1,268 @@
+"""What a run trained, read again: documents by their place in the corpus, checked by their hash, cut into tokens anew.
+
+A ledger holds no text. It says where the text of a step lies (mirror, shard, row), what its SHA-1 is and how many of
+its tokens were trained; from the corpus and the tokenizer follow the very tokens of the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Generator, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from slimpajama_hf.corpus import documents, unchanged
+from slimpajama_hf.corpus.documents import Document
+from slimpajama_hf.corpus.patience import OutOfPatience, Patience
+from slimpajama_hf.corpus.shards import BrokenShard, Shard, read_shard
+from slimpajama_hf.errors import UserError
+from slimpajama_hf.record import checkpoints, ledger
+from slimpajama_hf.samples.cutting import tokens_in_pieces
+
+if TYPE_CHECKING:
+    from slimpajama_hf.corpus.corpus import Corpus
+    from slimpajama_hf.record.run_folder import RunFolder
+    from slimpajama_hf.samples.encoder import Encoder
+
+
+#: Seconds that a Hub which fails is waited for: somebody sits in front of the screen.
+PATIENCE_SECONDS = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What of one document stands in a step."""
+
+    shard: str
+    row: int
+    sha1: str
+    """SHA-1 of the whole document in UTF-8, 40 hex digits."""
+    first_token: int
+    tokens: int
+    """Tokens of it in the step; in `pack` the EOS that ends the document is one of them."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.shard} row {self.row:,}"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenAgain:
+    """One token of a step."""
+
+    id: int
+    document: int
+    """Which of the documents of the step it belongs to, from 0."""
+    start: int
+    end: int
+    """The characters of that document that it covers: none where it ends inside a character or is the EOS."""
+
+
+class NotTheDocument(UserError):
+    """The corpus has another document at this place than the one that was trained, or none."""
+
+
+# ---- where the text of a step lies ----
+
+
+def places(row: dict[str, Any], mode: str, max_length: int) -> list[Place]:
+    """The documents of a ledger row, in their order in the step, of all its samples. `mode`: how the run makes samples.
+
+    Of a last window of 2 tokens the first may be borrowed from the window before: `tokens_again` finds out. Raises
+    UserError for a packed row of a version that noted only the first of its documents.
+    """
+    if row.get("samples"):
+        return [place for sample in ledger.each_sample(row) for place in places(sample, mode, max_length)]
+    if mode == "pack":
+        found = [
+            Place(each["shard"], each["row"], each["text_sha1"], each["first_token"], each["tokens"])
+            for each in row.get("documents") or []
+        ]
+        if sum(place.tokens for place in found) != row["tokens"]:
+            raise UserError(
+                f"step {row['step']}: its row does not say which documents its block was packed of; runs of this "
+                "version do"
+            )
+        return found
+    first = row.get("part", 0) * max_length if mode == "window" else 0
+    return [Place(row["shard"], row["row"], row["text_sha1"], first, row["tokens"])]
+
+
+def corpus_of(record: dict[str, Any]) -> Corpus:
+    """The corpus that a run recorded in its `run.json`. An embedded one whose cache is gone is built again."""
+    corpus = unchanged.recorded(record["corpus"])
+    if corpus.mirror == "embedded" and not all(os.path.isfile(shard.url) for shard in corpus.files):
+        return unchanged.check_unchanged(corpus)
+    return corpus
+
+
+def shard_of(corpus: Corpus, name: str) -> Shard:
+    """The shard of that name. Raises NotTheDocument when the corpus has none."""
+    if corpus.repo is not None:
+        # Pinned by its commit: the 59,166 names need not be listed to open one.
+        return Shard(name, f"hf://datasets/{corpus.repo}@{corpus.revision}/{name}")
+    for shard in corpus.files:
+        if shard.name == name:
+            return shard
+    raise NotTheDocument(f"{name}: not among the {len(corpus.files):,} files of {corpus.name}")
+
+
+# ---- documents ----
+
+
+class Rereader:
+    """Reads documents again by their places. What is asked for in the corpus' order is read in one go."""
+
+    def __init__(self, corpus: Corpus, patience: Patience | None = None) -> None:
+        self.corpus = corpus
+        self._patience = patience or Patience(PATIENCE_SECONDS)
+        self._shard: str | None = None
+        self._records: Iterator[tuple[int, Any]] = iter(())
+        self._next_row = 0
+
+    def close(self) -> None:
+        """Close the shard that is open."""
+        close = getattr(self._records, "close", None)
+        if close is not None:
+            close()
+        self._shard, self._records, self._next_row = None, iter(()), 0
+
+    def __enter__(self) -> Rereader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read(self, place: Place) -> Document:
+        """The document at `place`. Raises NotTheDocument when it is not the one that was trained or cannot be had,
+        and OutOfPatience when the Hub does not answer."""
+        if self._shard != place.shard or place.row < self._next_row:
+            self.close()
+            shard = shard_of(self.corpus, place.shard)
+            self._records = read_shard(shard, place.row, self.corpus.text_column, self._patience)
+            self._shard = place.shard
+        try:
+            for row, record in self._records:
+                self._next_row = row + 1
+                if row == place.row:
+                    return self._checked(record, place)
+                if row > place.row:
+                    break
+        except OutOfPatience:
+            raise
+        except BrokenShard as error:
+            self.close()
+            raise NotTheDocument(f"{place.name}: {error.reason}") from None
+        self.close()
+        raise NotTheDocument(f"{place.name}: the file has no such row any more")
+
+    def _checked(self, record: Any, place: Place) -> Document:
+        found = record
+        if not isinstance(record, str):
+            found = documents.to_document(record, self.corpus.text_column, self.corpus.mirror, place.shard, place.row)
+        if not isinstance(found, Document):
+            reason = found if isinstance(found, str) else found.reason
+            raise NotTheDocument(f"{place.name}: no document there any more ({reason})")
+        if found.sha1 != place.sha1:
+            raise NotTheDocument(
+                f"{place.name}: another document than the one that was trained (its SHA-1 is {found.sha1}, the ledger "
+                f"has {place.sha1})"
+            )
+        return found
+
+
+def read_places(corpus: Corpus, wanted: Iterable[Place], patience: Patience | None = None) -> list[Document]:
+    """The documents at `wanted`, in that order. Raises UserError naming the one that is not what was trained."""
+    with Rereader(corpus, patience) as rereader:
+        try:
+            return [rereader.read(place) for place in wanted]
+        except NotTheDocument as error:
+            raise UserError(f"{error}; put {corpus.name} back as it was when the run read it") from None
+
+
+# ---- tokens ----
+
+
+def vocabulary_sha256(tokenizer: Any) -> str:
+    """What `run.json` calls `tokenizer_sha256`."""
+    content = json.dumps(sorted(tokenizer.get_vocab().items()), sort_keys=True)
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def encoder_of(folder: RunFolder, record: dict[str, Any]) -> Encoder:
+    """The tokenizer of a run: the one saved with a checkpoint, else the one that the run was started with.
+
+    Raises UserError when its vocabulary is not the one that the run recorded.
+    """
+    from slimpajama_hf.samples.encoder import Encoder
+    from slimpajama_hf.samples.tokenizer import load_tokenizer
+
+    steps = checkpoints.steps(folder.path)
+    source = str(checkpoints.path_of(folder.path, steps[-1])) if steps else record["tokenizer"]
+    tokenizer = load_tokenizer(source)
+    if vocabulary_sha256(tokenizer) != record["tokenizer_sha256"]:
+        raise UserError(
+            f"{source}: its vocabulary is not that of the tokenizer that {folder.path} was trained with; put that "
+            "one back"
+        )
+    return Encoder(tokenizer)
+
+
+def tokens_again(encoder: Encoder, found: list[Place], documents: list[Document], mode: str) -> list[TokenAgain]:
+    """The tokens of a step from its places and their documents, as training made them (`samples/stream.py`).
+
+    Raises UserError when the documents have not got so many tokens: then the tokenizer or its library is another.
+    """
+    tokens: list[TokenAgain] = []
+    for number, (place, document) in enumerate(zip(found, documents, strict=True)):
+        own = list(_tokens_of(encoder, place, document, mode))
+        if len(own) != place.tokens:
+            raise UserError(
+                f"{place.name}: {len(own)} tokens from its token {place.first_token:,} on, and the run trained "
+                f"{place.tokens}: its tokenizer, or the library behind it, is another now"
+            )
+        tokens += [TokenAgain(index, number, start, end) for index, start, end in own]
+    return tokens
+
+
+def _tokens_of(encoder: Encoder, place: Place, document: Document, mode: str) -> Iterator[tuple[int, int, int]]:
+    """(id, first character, character behind it) of what a step has of a document."""
+    text = document.text
+    first, last = place.first_token, place.first_token + place.tokens
+    with contextlib.closing(_all_tokens(encoder, text, mode)) as every:
+        kept: list[tuple[int, int, int]] = []
+        for position, token in enumerate(every):
+            if position >= last:
+                break
+            # One token more is kept: a last window of one token borrows the one before.
+            if position >= first - 1:
+                kept.append(token)
+    borrowed = mode == "window" and place.tokens == 2 and first > 0 and len(kept) == 2
+    yield from kept if first == 0 or borrowed else kept[1:]
+
+
+def _all_tokens(encoder: Encoder, text: str, mode: str) -> Generator[tuple[int, int, int], None, None]:
+    before = 0
+    for ids, ends in tokens_in_pieces(encoder, text):
+        for index, end in zip(ids, ends, strict=True):
+            yield index, before, end
+            before = end
+    if mode == "pack":
+        yield encoder.tokenizer.eos_token_id, len(text), len(text)
+
+
+def covered(tokens: list[TokenAgain], document: int) -> tuple[int, int]:
+    """The characters [start, end) of a document that a step's tokens cover."""
+    own = [token for token in tokens if token.document == document]
+    return own[0].start, own[-1].end
+
+
+def quiet_encoder_of(folder: RunFolder, record: dict[str, Any]) -> Encoder:
+    """The encoder of a run, loaded without a word of the libraries."""
+    from slimpajama_hf import screen
+
+    screen.quiet_libraries()
+    return encoder_of(folder, record)

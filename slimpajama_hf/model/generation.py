@@ -1,0 +1,41 @@
+"""What the model writes: greedily after the opening of a document, or after a prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from slimpajama_hf.model import gpt2_writing
+from slimpajama_hf.model.gpt2_step import unlike_gpt2
+
+#: Tokens of the document that the model is given, and tokens that it writes.
+PROMPT_TOKENS = 10
+NEW_TOKENS = 40
+
+
+def write_after(model: Any, prompt_ids: list[int], new_tokens: int = NEW_TOKENS, temperature: float = 0.0) -> list[int]:
+    """The tokens that the model adds to `prompt_ids`: at most `new_tokens`, fewer at EOS.
+
+    Greedy at temperature 0. The model is in evaluation mode meanwhile and in its former mode after. Greedily, no random
+    number is drawn.
+    """
+    if temperature <= 0 and unlike_gpt2(model) is None:
+        return gpt2_writing.write_greedily(model, prompt_ids, new_tokens)
+    training = model.training
+    model.eval()
+    draw = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    try:
+        with torch.no_grad():
+            ids = torch.tensor([prompt_ids], device=model.device)  # (1, P)
+            written = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                use_cache=True,
+                pad_token_id=model.config.eos_token_id,
+                **draw,
+            )  # (1, P + N)
+    finally:
+        model.train(training)
+    return written[0, len(prompt_ids) :].tolist()

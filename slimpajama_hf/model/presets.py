@@ -1,0 +1,447 @@
+"""The model: presets, overrides, and that it does not see what it is to predict.
+
+To add a preset: a row in `PRESETS`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from slimpajama_hf import screen
+from slimpajama_hf.errors import UserError
+from slimpajama_hf.model import memory
+
+#: Sizes of GPT-2 (Radford et al. 2019, table 2), and one that learns visibly on a CPU. Parameters with GPT-2's
+#: vocabulary of 50,257 (`tiny`: with the builtin tokenizer's 4,096).
+PRESETS: dict[str, dict[str, int]] = {
+    "tiny": {"n_layer": 5, "n_head": 4, "n_embd": 256},  # 5.3M
+    "small": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 124M
+    "medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # 355M
+}
+
+#: One pass over the data needs no dropout: nothing is seen twice, so nothing can be learned by heart.
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def parse_overrides(text: str | None) -> dict[str, Any]:
+    """`n_layer=6,n_embd=384` -> {"n_layer": 6, "n_embd": 384}. Raises UserError for anything else."""
+    overrides = {}
+    for pair in (text or "").split(","):
+        if not pair.strip():
+            continue
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or not name.isidentifier():
+            raise UserError(
+                f"--config_overrides {text}: {pair!r} is not name=value; expected e.g. n_layer=6,n_embd=384"
+            )
+        if name in overrides:
+            raise UserError(f"--config_overrides {text}: {name} is given twice; leave one of them out")
+        try:
+            overrides[name] = json.loads(value)
+        except ValueError:
+            overrides[name] = {"True": True, "False": False}.get(value, value)
+    return overrides
+
+
+#: Sizes without which there is no model; by the names that `PreTrainedConfig.attribute_map` gives to all of them.
+SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings", "intermediate_size", "n_inner", "head_dim",
+)  # fmt: skip
+#: Names of what is counted: nothing of it can be negative.
+_COUNTED = re.compile(r"^(n|num|max)_|_(size|dim|heads|layers)$")
+
+#: Fields of a configuration that change nothing in training, and why.
+WITHOUT_EFFECT: dict[str, str] = {
+    **dict.fromkeys(
+        ("architectures", "id2label", "label2id", "num_labels", "problem_type", "transformers_version"),
+        "it only describes a model",
+    ),
+    **dict.fromkeys(
+        ("output_hidden_states", "output_attentions", "return_dict"), "it is about what a forward gives back"
+    ),
+    **dict.fromkeys(
+        ("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
+        "it is about models that classify texts",
+    ),
+    "chunk_size_feed_forward": "it is about memory alone, and changes no number",
+    "is_encoder_decoder": "what is trained is a decoder alone",
+    "add_cross_attention": "there is no encoder to attend to",
+    "reorder_and_upcast_attn": "PyTorch's attention does not look at it",
+    "use_cache": "training has no use for a cache, and what is saved generates with one",
+}
+
+#: Not a field, but it has its effect: `eager`, `sdpa`, ...
+_ATTENTION = "_attn_implementation"
+
+#: A position of a causal model whose logits change by more than this share of what the last one's do has seen what
+#: comes after it. Of a model that sees ahead it was 0.002 or more, of one that rounds differently (experts) 4e-7.
+_SEEN_AHEAD = 1e-4
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many rows an embedding needs for the ids of a tokenizer; those of some have gaps."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+
+
+def model_config(
+    model: str, overrides: str | None, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> PreTrainedConfig:
+    """The configuration that `--model` and `--config_overrides` name, sized for a tokenizer.
+
+    Weights are float32 whatever a file says of `dtype`; `--precision` is what is computed in. Raises UserError for an
+    unknown preset, a file that is no configuration, an override that is unknown, has no effect or contradicts the
+    tokenizer, or a context that is shorter than `max_length`.
+    """
+    import torch
+
+    name = model.removeprefix("gpt2-") if model.startswith("gpt2-") else model
+    if name in PRESETS:
+        # GPT-2's `gelu_new` is six elementwise kernels; this is the same function in one.
+        values: dict[str, Any] = {"activation_function": "gelu_pytorch_tanh", **NO_DROPOUT, **PRESETS[name]}
+        kind = "gpt2"
+    elif model.endswith(".json"):
+        values, kind = _read(model)
+        if kind == "gpt2":
+            # A file that says nothing of dropout gets none; one that does is obeyed.
+            values = NO_DROPOUT | values
+    else:
+        raise UserError(f"--model {model}: unknown; expected {', '.join(PRESETS)} or a config.json")
+    try:
+        config = _of_values(kind, values)
+    except Exception as error:
+        # Every architecture has checks of its own, with exceptions of its own.
+        raise UserError(f"--model {model}: not a model configuration ({_in_one_line(error)})") from None
+    _refuse_what_is_not_trained(model, config)
+    for size in map(config.attribute_map.get, SIZES, SIZES):
+        if isinstance(getattr(config, size, None), int) and getattr(config, size) < 1:
+            raise UserError(f"--model {model}: {size} is {getattr(config, size)}; expected 1 or more")
+    changes = parse_overrides(overrides)
+    if changes:
+        changes = _checked(changes, config, tokenizer)
+        try:
+            # Built anew: what follows from a value (the size of a head from that of all) follows from the new one.
+            built_with = {name: value for name, value in changes.items() if name != _ATTENTION}
+            config = _of_values(kind, _by_own_names(kind, values) | built_with)
+            if _ATTENTION in changes:
+                setattr(config, _ATTENTION, changes[_ATTENTION])
+        except Exception as error:
+            raise UserError(f"--config_overrides {overrides}: {_in_one_line(error)}") from None
+    needed = vocabulary(tokenizer)
+    own_size = values.get(vocab := _own_name(config, "vocab_size"), values.get("vocab_size"))
+    if own_size not in (None, needed) and vocab not in changes:
+        keep = f"; --config_overrides vocab_size={own_size} keeps it" if own_size > needed else ""
+        screen.say(f"{model}: vocab_size is {needed:,} here, the tokenizer's, not {own_size:,}{keep}")
+    for part in _parts(config):
+        # More rows than the tokenizer has ids (a multiple of 64, for speed) stand, where they were asked for here.
+        part.vocab_size = changes.get(vocab, needed)
+        part.bos_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        part.eos_token_id = tokenizer.eos_token_id
+        # Without a pad token no forward looks for padding (transformers modeling_utils.py, 5.23, line 4692: a device
+        # read).
+        part.pad_token_id = changes.get("pad_token_id")
+    for part in _with_those_inside(config):
+        if part.dtype is not None:
+            # Nearly every file on the Hub says bfloat16: that is how its weights were published.
+            part.dtype = torch.float32
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < max_length:
+        raise UserError(
+            f"--max_seq_length {max_length}: longer than the model's {positions} positions; "
+            f"add --config_overrides {_own_name(config, 'max_position_embeddings')}={max_length}"
+        )
+    return config
+
+
+def _in_one_line(error: BaseException, longest: int = 300) -> str:
+    text = " ".join(str(error).split())
+    text = text if isinstance(error, ValueError) or not text else f"{type(error).__name__}: {text}"
+    text = text or type(error).__name__
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def _read(path: str) -> tuple[dict[str, Any], str]:
+    """The values of a config.json, and its `model_type`."""
+    from transformers import CONFIG_MAPPING
+
+    if not Path(path).is_file():
+        raise UserError(f"--model {path}: no such file; expected a config.json or one of {', '.join(PRESETS)}")
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        kind = values.pop("model_type")
+        if kind not in CONFIG_MAPPING:
+            raise ValueError(f"transformers knows no model_type {kind!r}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--model {path}: not a model configuration ({_in_one_line(error)})") from None
+    return values, kind
+
+
+def _of_values(kind: str, values: dict[str, Any]) -> PreTrainedConfig:
+    """A configuration with these values, by their own names or by those that all models share."""
+    from transformers import CONFIG_MAPPING
+
+    # Some keep parts of what they are given, and change them.
+    config: PreTrainedConfig = CONFIG_MAPPING[kind](**copy.deepcopy(_by_own_names(kind, values)))
+    return config
+
+
+def _by_own_names(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    from transformers import CONFIG_MAPPING
+
+    names = CONFIG_MAPPING[kind].attribute_map
+    return {names.get(name, name): value for name, value in values.items()}
+
+
+def _own_name(config: PreTrainedConfig, name: str) -> str:
+    """What this architecture calls what others call `name`."""
+    return str(config.attribute_map.get(name, name))
+
+
+def _with_those_inside(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A configuration, and those inside it."""
+    yield config
+    for name in config.sub_configs:
+        if getattr(config, name, None) is not None:
+            yield from _with_those_inside(getattr(config, name))
+
+
+def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """The configuration, and that of its text model where it has one of its own."""
+    text = config.get_text_config(decoder=True)
+    return [config] if text is config else [config, text]
+
+
+def _refuse_what_is_not_trained(model: str, config: PreTrainedConfig) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"--model {model}: transformers has no causal language model of the type {config.model_type}; "
+            "expected one that writes text, such as gpt2, llama or qwen3"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"--model {model}: it says quantization_config, and weights that are trained are float32; "
+            "take that entry out of the file"
+        )
+
+
+def _checked(changes: dict[str, Any], config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Overrides by the names of this architecture. Raises UserError for one that is unknown, of the wrong type, without
+    effect, or at odds with the tokenizer."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    checked: dict[str, Any] = {}
+    for key, value in changes.items():
+        asked = f"--config_overrides {key}={json.dumps(value) if isinstance(value, bool | None) else value}"
+        name = _own_name(config, key)
+        if name in ("dtype", "torch_dtype"):
+            raise UserError(f"{asked}: weights are float32 always; type --precision for what is computed in")
+        if name not in fields and name != _ATTENTION:
+            raise UserError(f"{asked}: a {config.model_type} configuration has no {key}")
+        if name in checked:
+            raise UserError(f"{asked}: {name} is given twice; leave one of them out")
+        if key in WITHOUT_EFFECT and value != getattr(config, name):
+            raise UserError(f"{asked}: without effect ({WITHOUT_EFFECT[key]}); leave it out")
+        if name in fields:
+            value = _of_its_type(asked, value, fields[name], config)
+        _refuse_no_size(asked, name, value, config)
+        if name == "initializer_range" and not value > 0:
+            raise UserError(f"{asked}: expected a number above 0, for what is all zeros never learns")
+        _refuse_unknown_activation(asked, name, value, config)
+        if name == _own_name(config, "vocab_size") and value < vocabulary(tokenizer):
+            raise UserError(
+                f"{asked}: the tokenizer has {vocabulary(tokenizer)} tokens; expected as many or more, or leave it out"
+            )
+        _refuse_what_the_tokenizer_contradicts(asked, key, value, tokenizer)
+        checked[name] = value
+    return checked
+
+
+#: What a field takes, in words.
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
+
+
+def _of_its_type(asked: str, value: Any, field: dataclasses.Field, config: PreTrainedConfig) -> Any:
+    """`value` as the field wants it."""
+    kinds = typing.get_args(field.type) or (field.type,)
+    words = " or ".join(_TYPES[kind] for kind in kinds if kind in _TYPES) or f"{field.type}"
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
+        value = float(value)
+    try:
+        # Configurations check the type of what they are given.
+        setattr(copy.copy(config), field.name, value)
+    except Exception:
+        raise UserError(f"{asked}: expected {words}") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{asked}: expected a number that is finite")
+    return value
+
+
+def _refuse_no_size(asked: str, name: str, value: Any, config: PreTrainedConfig) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return
+    if value < 1 and name in {_own_name(config, size) for size in SIZES}:
+        raise UserError(f"{asked}: expected 1 or more")
+    if value < 0 and _COUNTED.search(name):
+        raise UserError(f"{asked}: expected 0 or more")
+
+
+def _refuse_unknown_activation(asked: str, name: str, value: Any, config: PreTrainedConfig) -> None:
+    from transformers.activations import ACT2FN
+
+    if "act" in name and getattr(config, name, None) in ACT2FN and value not in ACT2FN:
+        raise UserError(f"{asked}: no such activation; expected one of {', '.join(sorted(ACT2FN))}")
+
+
+def _refuse_what_the_tokenizer_contradicts(
+    asked: str, key: str, value: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    own = {
+        "bos_token_id": (tokenizer.bos_token_id, tokenizer.eos_token_id),
+        "eos_token_id": (tokenizer.eos_token_id,),
+        "pad_token_id": (tokenizer.pad_token_id, None),
+    }
+    if key not in own:
+        return
+    # Where a tokenizer has no token for the beginning of a text, the one for its end stands there.
+    expected = own[key][1] if key == "bos_token_id" and own[key][0] is None else own[key][0]
+    if value != expected and not (key == "pad_token_id" and value is None):
+        has = "none" if expected is None else str(expected)
+        raise UserError(f"{asked}: the tokenizer's is {has}; leave it out, or change the tokenizer")
+
+
+def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """A model with fresh float32 weights, drawn from `seed`.
+
+    Raises UserError for sizes that do not fit together, and for a model that sees the tokens which it is to predict.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, set_seed
+
+    set_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(config)
+        if any(weight.is_floating_point() and weight.dtype != torch.float32 for weight in model.parameters()):
+            model.float()
+    except Exception as error:
+        # Whatever does not fit together is found out by the layer that it does not fit.
+        if memory.is_out(error):
+            raise UserError(
+                "out of memory while the model was built; take a smaller --model, or smaller --config_overrides"
+            ) from None
+        raise UserError(f"--model, --config_overrides: the model cannot be built ({_in_one_line(error)})") from None
+    _refuse_what_sees_ahead(model)
+    # The Trainer divides GPT-2's loss by L where L-1 tokens are predicted, unless the loss has this name
+    # (transformers trainer.py, 5.23, lines 543 and 2327).
+    model.loss_type = "ForCausalLM"
+    return model
+
+
+def _refuse_what_sees_ahead(model: PreTrainedModel) -> None:
+    """Raise UserError for a model that cannot compute a text, or whose logits change with tokens that come later.
+
+    What a configuration says of itself is not asked: there are architectures that are decoders by their configuration,
+    and look ahead all the same (transformers#48745).
+    """
+    kind = model.config.model_type
+    try:
+        ahead, behind = _seen(model)
+        if behind == 0.0:
+            # As they are drawn, its weights let no token through to another (zeros that training is to fill).
+            ahead, behind = _seen(_shaken(model))
+    except Exception as error:
+        raise UserError(
+            f"--model: a {kind} model with this configuration cannot compute the logits of a text "
+            f"({_in_one_line(error)}); choose another --model or other --config_overrides"
+        ) from None
+    if not math.isfinite(ahead) or not behind > 0:
+        raise UserError(
+            f"--model: the logits of this {kind} model are no finite numbers, or do not depend on the tokens before; "
+            "choose other --config_overrides"
+        )
+    if ahead > _SEEN_AHEAD:
+        cures = [name for name in ("is_decoder", "causal") if _is_causal_with(model.config, name)]
+        raise UserError(
+            f"--model: {kind} as configured sees the future: its logits change with the tokens that come after them, "
+            "so that it would learn to copy, not to predict; "
+            + (f"add --config_overrides {cures[0]}=true" if cures else "choose another model, such as gpt2 or llama")
+        )
+
+
+def _is_causal_with(config: PreTrainedConfig, name: str) -> bool:
+    """Whether a model would not see ahead if `name` were true in its configuration."""
+    from transformers import AutoModelForCausalLM
+
+    if getattr(config, name, True) is not False:
+        return False
+    changed = copy.deepcopy(config)
+    setattr(changed, name, True)
+    try:
+        ahead, behind = _seen(AutoModelForCausalLM.from_config(changed))
+    except Exception:
+        return False
+    return ahead <= _SEEN_AHEAD and behind > 0
+
+
+def _shaken(model: Any) -> Any:
+    """The same architecture with weights that are all noise."""
+    import torch
+
+    noise = torch.Generator().manual_seed(0)
+    shaken = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in shaken.parameters():
+            weight.add_(torch.randn(weight.shape, generator=noise), alpha=0.02)
+    return shaken
+
+
+def _seen(model: Any) -> tuple[float, float]:
+    """By how much the logits of the positions before change with the last token, and those of the positions behind with
+    the first one; both as a share of how much the logits of the last token itself change (NaN where they do not, or
+    are not finite).
+
+    The model is in its former mode after, and the random generator where it was.
+    """
+    import torch
+
+    rows = model.config.get_text_config(decoder=True).vocab_size
+    # Far from each other and from the ends, where special tokens are; a text that no generator is needed for.
+    tokens = 8
+    ids = torch.tensor([[(place + 1) * rows // (tokens + 3) for place in range(tokens)]] * 3)  # (3, T)
+    ids[1, -1] = (tokens + 1) * rows // (tokens + 3)
+    ids[2, 0] = (tokens + 2) * rows // (tokens + 3)
+    # Some architectures draw in their forward too.
+    drawn, training = torch.get_rng_state(), model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits.double()  # (3, T, V)
+    finally:
+        model.train(training)
+        torch.set_rng_state(drawn)
+    if logits.shape != (3, tokens, rows):
+        raise ValueError(f"they are of shape {tuple(logits.shape)}, expected {(3, tokens, rows)}")
+    with_last, with_first = (logits[1:] - logits[0]).abs().amax(2)  # (T,) each
+    own = float(with_last[-1])
+    if not bool(logits.isfinite().all()) or own == 0.0:
+        return math.nan, math.nan
+    return float(with_last[:-1].max()) / own, float(with_first[1:].max()) / own
+
+
+def checkpoint_bytes(model: PreTrainedModel, averaged: bool, hidden_optim: str) -> int:
+    """Bytes of what a checkpoint is made of: weights, their average if there is one, what the optimizer keeps."""
+    from slimpajama_hf.model import optimization
+
+    weights = 4 * model.num_parameters()
+    return (2 if averaged else 1) * weights + optimization.moments_bytes(model, hidden_optim)

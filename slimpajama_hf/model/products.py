@@ -1,0 +1,177 @@
+"""Matrix products of the step, each by the library that is fast at it, and weights laid out for them.
+
+`torch.mm` leaves float32 to MKL, which multiplies at half the speed of oneDNN on an AMD processor with AVX-512
+(docs/speed.md). And at each product the matrix on the right is rearranged anew to what the processor reads at once; a
+weight that many products share can be kept like that. Both are done by the operators that torch's own compiler emits
+for a linear layer on a CPU (torch/_inductor/mkldnn_ir.py). They are not documented, so tests/model/test_products.py
+holds them against `torch.mm`; where they are missing, `torch.mm` it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from slimpajama_hf import devices
+
+#: Rows of a gradient that a CPU multiplies at once: what is copied is then still in its cache, which halves the time of
+#: the head's.
+ROWS_AT_ONCE = 4096
+
+
+@functools.cache
+def _onednn(dtype: torch.dtype) -> bool:
+    """Whether matrices of `dtype` are to be multiplied by oneDNN's own operators on this processor.
+
+    Which library it is must not hang on a stopwatch: a run that goes on shall round as it did.
+    """
+    if dtype == torch.float32 and not devices.is_amd():
+        # MKL is made for Intel's; nothing was measured there.
+        return False
+    one = torch.ones(2, 2, dtype=dtype)
+    try:
+        return bool((_by_onednn(one, _packed(one, 2)) == 2).all() and (_by_onednn(one, one) == 2).all())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _by_onednn(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`inputs @ weight.T + bias`; `weight` as it is, or packed."""
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
+def _packed(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """`weight` as oneDNN wants it for inputs of so many rows."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+
+def _slow_by_mm(values: torch.Tensor) -> bool:
+    """Whether `torch.mm` leaves products of these to MKL where oneDNN is faster. In bfloat16 it asks oneDNN itself."""
+    return values.device.type == "cpu" and values.dtype == torch.float32 and _onednn(values.dtype)
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """(M, K) @ (K, N)."""
+    if _slow_by_mm(left):
+        return _by_onednn(left, right.t())
+    return torch.mm(left, right)
+
+
+def product_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
+    """(M, K) @ (K, N) into `out` (M, N), which may be of higher precision. On a CPU, where a part of it is still in the
+    cache, the squared L2 norm of what was written, (); elsewhere None."""
+    if out.device.type != "cpu":
+        if out.dtype == left.dtype:
+            torch.mm(left, right, out=out)
+        else:
+            out.copy_(torch.mm(left, right))
+        return None
+    squares = []
+    for first in range(0, len(out), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        squares.append(square(out[rows].copy_(product(left[rows], right))))
+    return squares[0] if len(squares) == 1 else torch.stack(squares).sum()
+
+
+def square(values: torch.Tensor) -> torch.Tensor:
+    """Squared L2 norm of all elements, (); of what lies in one piece."""
+    return torch.dot(values.view(-1), values.view(-1))
+
+
+class Weights:
+    """The parameters of a model as products in `low` precision read them (None: as they are, float32).
+
+    `refresh` before each step brings them up to date. Those that are `seldom_changed` (which nothing may change behind
+    autograd's back, by `.data`) are looked at only when they have changed, and of them a CPU keeps matrices packed, for
+    `linear` and for `linear_backward`, in place of a copy: 4 bytes a parameter. `rows`: usual rows of what is
+    multiplied by them. `padded`: rows that the copy of a matrix shall have, by place; those beyond its own are 0 (in
+    float32 there is no copy). Parameters are named by their place in `parameters`.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        low: torch.dtype | None,
+        seldom_changed: Iterable[torch.nn.Parameter],
+        rows: int,
+        padded: Mapping[int, int] | None = None,
+    ) -> None:
+        self._weights = [parameter.detach() for parameter in parameters]
+        self._low, self._rows = low, rows
+        seldom = {id(parameter) for parameter in seldom_changed}
+        # The version that the copy of a parameter is of; None: copied before every step.
+        self._versions: list[int | None] = [-1 if id(parameter) in seldom else None for parameter in parameters]
+        packs = low is not None and self._weights[0].device.type == "cpu" and _onednn(low)
+        self._packed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Of a matrix W (in, out) for `inputs @ W`, and for `gradient @ W.T`."""
+        self._to_pack = {
+            place for place, weight in enumerate(self._weights) if packs and id(parameters[place]) in seldom
+            and weight.ndim == 2
+        }  # fmt: skip
+        self._copies = self._weights
+        if low is not None:
+            self._copies = [
+                torch.empty(0) if place in self._to_pack else torch.empty_like(weight, dtype=low)
+                for place, weight in enumerate(self._weights)
+            ]
+        self._padded: dict[int, torch.Tensor] = {}
+        for place, length in (padded or {}).items():
+            weight = self._weights[place]
+            if low is not None and length > len(weight):
+                self._padded[place] = weight.new_zeros((length, *weight.shape[1:]), dtype=low)
+                self._copies[place] = self._padded[place][: len(weight)]
+
+    def refresh(self) -> list[int]:
+        """Copy or pack anew what has changed; the places of that."""
+        if self._low is None:
+            return []
+        versions = [
+            None if known is None else weight._version
+            for known, weight in zip(self._versions, self._weights, strict=True)
+        ]
+        changed = [
+            place
+            for place, (known, now) in enumerate(zip(self._versions, versions, strict=True))
+            if now is None or now != known
+        ]
+        plain = [place for place in changed if place not in self._to_pack]
+        torch._foreach_copy_([self._copies[place] for place in plain], [self._weights[place] for place in plain])
+        for place in changed:
+            if place in self._to_pack:
+                self._pack(place)
+        self._versions = versions
+        return changed
+
+    def _pack(self, place: int) -> None:
+        low = self._weights[place].to(self._low)
+        for_linear, for_backward = _packed(low.t(), self._rows), _packed(low, self._rows)
+        if place in self._packed:
+            # Where the old ones lie: memory that is freed one matrix at a time is a heap full of holes.
+            self._packed[place][0].copy_(for_linear)
+            self._packed[place][1].copy_(for_backward)
+        else:
+            self._packed[place] = for_linear, for_backward
+
+    def __getitem__(self, place: int) -> torch.Tensor:
+        """A parameter that is not kept packed, as it was at the last `refresh`."""
+        return self._copies[place]
+
+    def padded(self, place: int) -> torch.Tensor:
+        """The same with the rows that were asked for beyond its own."""
+        return self._padded.get(place, self._copies[place])
+
+    def linear(self, inputs: torch.Tensor, weight: int, bias: int) -> torch.Tensor:
+        """`inputs @ W + b`, (T, in) -> (T, out)."""
+        if weight in self._packed:
+            return _by_onednn(inputs, self._packed[weight][0], self._copies[bias])
+        if _slow_by_mm(inputs):
+            return _by_onednn(inputs, self._copies[weight].t(), self._copies[bias])
+        return torch.addmm(self._copies[bias], inputs, self._copies[weight])
+
+    def linear_backward(self, gradient: torch.Tensor, weight: int) -> torch.Tensor:
+        """`gradient @ W.T`, (T, out) -> (T, in)."""
+        if weight in self._packed:
+            return _by_onednn(gradient, self._packed[weight][1])
+        return product(gradient, self._copies[weight].t())

@@ -1,0 +1,212 @@
+"""The folder of a run: what lies where, and whether a start may use it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from slimpajama_hf import files, screen
+from slimpajama_hf.errors import UserError
+from slimpajama_hf.record import checkpoints, ledger, surprisals
+from slimpajama_hf.record.lock import FolderLock
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / ledger.FILE_NAME
+
+    @property
+    def surprisals(self) -> Path:
+        return self.path / surprisals.FILE_NAME
+
+    @property
+    def samples(self) -> Path:
+        """Generated samples, one JSON object per line, append-only; `text_samples.json` is a view of it."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def passports(self) -> Path:
+        """Documents before and after the step that learned them, one JSON object per line, append-only."""
+        return self.path / "passports.jsonl"
+
+    @property
+    def prompts(self) -> Path:
+        """What the model writes after fixed prompts, one JSON object per line, append-only."""
+        return self.path / "prompts.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def evaluations(self) -> Path:
+        """Held-out scores, one JSON object per line, append-only."""
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def record(self) -> Path:
+        """What the run is: corpus as opened, versions, command."""
+        return self.path / "run.json"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "run_config.yaml"
+
+    @property
+    def viz(self) -> Path:
+        return self.path / "training_viz"
+
+    @property
+    def latest_chart(self) -> Path:
+        return self.viz / "training_latest.png"
+
+    def holds_a_run(self) -> bool:
+        return any(path.exists() for path in (self.record, self.ledger)) or bool(checkpoints.steps(self.path))
+
+    def read_record(self) -> dict[str, Any]:
+        """The content of `run.json`. Raises UserError when it is missing or torn."""
+        try:
+            return json.loads(self.record.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: no run.json in it; expected the folder of a run") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.record}: cannot be read ({error})") from None
+
+
+def prepare(path: str, at_end: contextlib.ExitStack, resume: bool, overwrite: bool) -> RunFolder:
+    """The folder of a run that starts, made, tried and locked; `at_end` leaves it to others again.
+
+    Raises UserError when it holds a run, when another run is on in it, or when it cannot be written.
+    """
+    folder = RunFolder(Path(path).expanduser())
+    try:
+        if not resume and not overwrite:
+            _refuse_a_run(folder, path)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        files.write_whole(folder.path / "_writable", b"")
+        (folder.path / "_writable").unlink()
+        lock = FolderLock(folder.path)
+        at_end.callback(lock.release)
+        lock.take()
+        # Left by a start that was killed while it replaced a run.
+        settle_replaced(folder)
+        if not resume and not overwrite:
+            _refuse_a_run(folder, path)
+        folder.viz.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: cannot be written ({error.strerror}); choose another folder") from None
+    at_end.callback(settle_replaced, folder)
+    return folder
+
+
+def _refuse_a_run(folder: RunFolder, path: str) -> None:
+    if folder.path.is_dir() and folder.holds_a_run():
+        raise UserError(
+            f"{path} holds a run already; go on with it: --resume_from_checkpoint true, "
+            "or delete it and start anew: --overwrite_output_dir"
+        )
+
+
+def refuse_full_disk(folder: RunFolder, checkpoint_bytes: int) -> None:
+    """Raise UserError when not even one checkpoint fits on the disk."""
+    free = shutil.disk_usage(folder.path).free + _bytes_of(folder.path / REPLACED)
+    if free < 1.1 * checkpoint_bytes:
+        raise UserError(
+            f"{folder.path}: {free / 1e6:,.0f} MB free, a checkpoint is {checkpoint_bytes / 1e6:,.0f} MB; "
+            "make room, choose another folder, or add --no-checkpoint"
+        )
+
+
+#: Where the run lies that another replaces, until that has made its first step. One rename takes it from one state to
+#: the next, so that a kill at any moment loses nothing. The underscores keep all of them out of uploads.
+REPLACED, MOVING, DELETED = "_replaced", "_moving", "_deleted"
+
+
+def _written(folder: RunFolder) -> list[Path]:
+    """What a run has written, and nothing else that lies in its folder."""
+    made = [checkpoints.path_of(folder.path, step) for step in checkpoints.steps(folder.path)]
+    made += [
+        folder.viz, folder.path / "_index", folder.path / "tensorboard", folder.ledger, folder.surprisals,
+        folder.samples, folder.passports, folder.prompts, folder.evaluations, folder.record, folder.config,
+        folder.report,
+    ]  # fmt: skip
+    return [path for path in made if path.exists()]
+
+
+def put_aside(folder: RunFolder) -> None:
+    """Make room for a new run. Once that has a row in its ledger, `settle_replaced` deletes the old one, else it brings
+    it back."""
+    moving = folder.path / MOVING
+    moving.mkdir(exist_ok=True)
+    for path in _written(folder):
+        path.rename(moving / path.name)
+    moving.rename(folder.path / REPLACED)
+    folder.viz.mkdir()
+
+
+def settle_replaced(folder: RunFolder) -> None:
+    """Of a run and the one that it was to replace, keep one: the new one if it has made a step."""
+    replaced, moving, deleted = (folder.path / name for name in (REPLACED, MOVING, DELETED))
+    try:
+        shutil.rmtree(deleted, ignore_errors=True)
+        if replaced.exists() and _has_a_row(folder.ledger):
+            replaced.rename(deleted)
+            shutil.rmtree(deleted)
+        elif replaced.exists() or moving.exists():
+            _put_back(folder)
+            screen.say(f"{folder.path}: the run that was to be replaced is back; the new one did not make a step")
+    except OSError as error:
+        screen.say(f"{folder.path}: the run that was to be replaced lies in {replaced.name} still ({error.strerror})")
+
+
+def _put_back(folder: RunFolder) -> None:
+    replaced, moving = folder.path / REPLACED, folder.path / MOVING
+    if replaced.exists():
+        for path in _written(folder):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        replaced.rename(moving)
+    for path in moving.iterdir():
+        place = folder.path / path.name
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
+        path.rename(place)
+    moving.rmdir()
+
+
+def _has_a_row(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        return file.readline().endswith(b"\n")
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def resume_command(folder: Path, record: dict[str, Any]) -> str:
+    """What goes on with a run, with the threads of its `run.json` (`record`): accelerate gives a CPU one by itself."""
+    threads = record.get("torch_threads")
+    launch = f"accelerate launch --num_cpu_threads_per_process {threads}" if threads else "accelerate launch"
+    processes = record.get("processes", 1)
+    if processes > 1:
+        launch += f" --multi_gpu --num_processes {processes}"
+    return f"{launch} run_clm_slimpajama.py --config {folder / 'run_config.yaml'} --resume_from_checkpoint true"
+
+
+def cut_back_lines(path: Path, keep: Any) -> None:
+    """Keep the lines of a JSON-lines file whose object satisfies `keep`; a torn last line goes."""
+    if path.exists():
+        with open(path, encoding="utf-8") as file:
+            kept = [line for line in file if line.endswith("\n") and keep(json.loads(line))]
+        files.write_whole(path, "".join(kept))

@@ -1,0 +1,158 @@
+"""The stream of samples: documents in their order, cut, with what was passed over and why. It can go on anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from slimpajama_hf import screen
+from slimpajama_hf.corpus import patience
+from slimpajama_hf.corpus.documents import Cursor, Gap, Unusable
+from slimpajama_hf.corpus.patience import Patience
+from slimpajama_hf.errors import UserError
+from slimpajama_hf.samples.cutting import packed, truncate, windows
+from slimpajama_hf.samples.passes import Passes, stream
+from slimpajama_hf.samples.read_ahead import read_ahead
+
+if TYPE_CHECKING:
+    from slimpajama_hf.corpus.corpus import Corpus
+    from slimpajama_hf.samples.encoder import Encoder
+    from slimpajama_hf.samples.sample import Sample
+
+
+#: So many unusable records in a row mean that the source itself is wrong.
+MOST_UNUSABLE_IN_A_ROW = 1000
+
+
+class SampleStream:
+    """The training samples of a corpus from a cursor on. Iterating opens the stream anew at `start`.
+
+    Yields `Sample`s of 2 to `max_length` tokens, made ready up to `read_ahead` at a time in a thread of its own (0:
+    when asked for). A step has `world_size * accumulated` samples: each process opens the same stream, in the one order
+    that a single process reads, and takes of every `world_size` samples in a row the one at its `rank`. `after` is then
+    that of the last sample of the step, equal on every rank, so that any number of processes goes on exactly from it;
+    so is what was passed over. At the end of the stream places may stay empty: `Sample.weight`. Raises UserError after
+    1,000 unusable records in a row, at a shard that is broken (unless `skip_broken_shards`) and when the Hub failed
+    for `patience_seconds`; patience.StopRequested when `stop()` is true while it waits.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        encoder: Encoder,
+        mode: str,
+        max_length: int,
+        world_size: int = 1,
+        rank: int = 0,
+        *,
+        shuffle_buffer: int = 0,
+        seed: int = 0,
+        epochs: int = 1,
+        skip_broken_shards: bool = False,
+        patience_seconds: float = patience.SECONDS,
+        read_ahead: int = 8,
+        leave_out: Iterable[str] = (),
+        accumulated: int = 1,
+    ) -> None:
+        self.corpus, self.encoder, self.mode, self.max_length = corpus, encoder, mode, max_length
+        self.passes = Passes(corpus, epochs, shuffle_buffer, seed, skip_broken_shards)
+        self.world_size, self.rank, self.accumulated = world_size, rank, accumulated
+        self.patience_seconds, self.read_ahead = patience_seconds, read_ahead
+        self.leave_out = frozenset(leave_out)
+        """`shard#row`: documents that are never trained; `shard#row.part`: that sample of one alone."""
+        self.start = Cursor()
+        self.stop: Callable[[], bool] = lambda: False
+        """Whether the run is to stop; asked while waiting, from this thread and from another."""
+        self.say: Callable[[str], None] = screen.say
+        """Told of shards that are set aside, from the thread that reads."""
+        self.gaps_at_end: list[dict[str, Any]] = []
+        """Shards set aside after the last sample of the stream: no sample carries them."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        start = self.start
+        if self.read_ahead < 1:
+            return self._samples(start, Patience(self.patience_seconds, lambda: self.stop(), visible=True))
+        return read_ahead(
+            lambda patience: self._samples(start, patience),
+            self.read_ahead,
+            self.patience_seconds,
+            lambda: self.stop(),
+            f"waiting for the next document of {self.corpus.mirror}",
+        )
+
+    def _samples(self, start: Cursor, patience: Patience) -> Iterator[Sample]:
+        records = stream(self.passes, start, patience)
+        samples: Iterable[Sample | Unusable | Gap]
+        if self.mode == "truncate":
+            # The streaming map of `datasets`: one record in, its first tokens out.
+            mapped = records.map(
+                truncate,
+                fn_kwargs={"encoder": self.encoder, "max_length": self.max_length},
+                remove_columns=["record"],
+            )
+            samples = (example["sample"] for example in mapped)
+        else:
+            make = windows if self.mode == "window" else packed
+            samples = make((example["record"] for example in records), self.encoder, self.max_length, start)
+        whole = self._with_what_was_passed_over(samples)
+        yield from whole if self.world_size * self.accumulated == 1 else self._steps(whole)
+
+    def _steps(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """This rank's samples of each step."""
+        size = self.world_size * self.accumulated
+        step: list[Sample] = []
+        for sample in samples:
+            step.append(sample)
+            if len(step) == size:
+                yield from self._own(step)
+                step = []
+        if step:
+            yield from self._own(step)
+
+    def _own(self, step: list[Sample]) -> Iterator[Sample]:
+        size = self.world_size * self.accumulated
+        predicted = sum(sample.predicted for sample in step)
+        skipped: Counter[str] = Counter()
+        for sample in step:
+            skipped.update(sample.skipped)
+        gaps = [gap for sample in step for gap in sample.gaps]
+        for place in range(self.rank, size, self.world_size):
+            sample = step[place] if place < len(step) else step[0]
+            weight = sample.predicted * size / predicted if place < len(step) else 0.0
+            yield dataclasses.replace(
+                sample, after=step[-1].after, skipped=dict(skipped), gaps=gaps, together=step, weight=weight
+            )
+
+    def _with_what_was_passed_over(self, samples: Iterable[Sample | Unusable | Gap]) -> Iterator[Sample]:
+        """Pass usable samples on; what was passed over before one rides with it."""
+        skipped: Counter[str] = Counter()
+        gaps: list[dict[str, Any]] = []
+        in_a_row = 0
+        for sample in samples:
+            if isinstance(sample, Gap):
+                gaps.append({"shard": sample.shard, "row": sample.row, "reason": sample.reason})
+                self.say(f"{sample.shard}: {sample.reason}; set aside from row {sample.row:,} on")
+            elif isinstance(sample, Unusable):
+                skipped[sample.reason] += 1
+                in_a_row += 1
+                if in_a_row == MOST_UNUSABLE_IN_A_ROW:
+                    reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
+                    raise UserError(
+                        f"{self.corpus.name} ({self.corpus.mirror}): {in_a_row:,} records in a row are unusable, "
+                        f"the last at {sample.shard} row {sample.row} ({reasons}); check --dataset and --text_column"
+                    )
+            elif self.leave_out and not self.leave_out.isdisjoint(names_of(sample)):
+                skipped["left out"] += 1
+            else:
+                sample.skipped, sample.gaps = dict(skipped), gaps
+                skipped, gaps, in_a_row = Counter(), [], 0
+                yield sample
+        self.gaps_at_end = gaps
+
+
+def names_of(sample: Sample) -> tuple[str, str]:
+    """What `leave_out` calls the document of a sample, and the sample itself."""
+    document = f"{sample.document.shard}#{sample.document.row}"
+    return document, f"{document}.{sample.part}"

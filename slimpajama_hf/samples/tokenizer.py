@@ -1,0 +1,263 @@
+"""Tokenizers: one is loaded from anywhere.
+
+SentencePiece models stay SentencePiece: their ids come from the `sentencepiece` library itself. The conversions to
+`tokenizers` that transformers offers segment some texts differently, and then a model and its tokenizer disagree.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+    from transformers import PreTrainedTokenizerBase
+
+from typing import TYPE_CHECKING
+
+from slimpajama_hf import ROOT
+from slimpajama_hf.errors import UserError
+
+if TYPE_CHECKING:
+    from slimpajama_hf.corpus.corpus import Corpus
+
+
+BUILTIN = "builtin"
+BUILTIN_MODEL = ROOT / "slimpajama_hf" / "assets" / "builtin.model"
+KINDS = ("sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe")
+END_OF_TEXT = "<|endoftext|>"
+_HUB_TIMEOUT_SECONDS = 10.0
+
+# Any of these in a folder means that somebody saved a tokenizer there.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
+# Control tokens by the names that tokenizer.json files give them; the file itself does not say which is which.
+_EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
+_BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", END_OF_TEXT)
+_UNK_NAMES = ("<unk>", "[UNK]", END_OF_TEXT)
+
+
+def load_tokenizer(source: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that encodes text as its makers do and that AutoTokenizer can load again once saved.
+
+    `source` is `builtin` (the model shipped with this package), a folder, a `tokenizer.json`, a SentencePiece `.model`
+    or the id of a Hub repository, whose `revision` (branch, tag or commit) may be given. Code from the Hub is never
+    run. Raises UserError when there is no tokenizer or when it cannot be read or reached.
+    """
+    if source == BUILTIN:
+        return from_sentencepiece(BUILTIN_MODEL)
+    if not source.strip():
+        raise UserError(
+            "the name of the tokenizer is empty; expected a Hub id, a folder, a tokenizer.json or a SentencePiece"
+            f" .model: type --tokenizer {BUILTIN} for the one that comes with this program"
+        )
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return from_sentencepiece(path) if path.suffix == ".model" else _from_tokenizer_json(path)
+    if path.suffix in (".model", ".json") or path.is_absolute() or source[:1] in ".~" or source.count("/") > 1:
+        raise UserError(
+            f"there is no tokenizer at {source}; expected a folder, a tokenizer.json or a SentencePiece .model:"
+            f" mend the path, or type --tokenizer {BUILTIN} for the one that comes with this program"
+        )
+    return _from_hub(source, revision)
+
+
+def _from_hub(source: str, revision: str | None) -> PreTrainedTokenizerBase:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+    from transformers import AutoTokenizer
+
+    # Whatever the Hub, the network and the repository's files can do wrong comes out here, in the exceptions of six
+    # libraries (huggingface_hub, httpx, tokenizers raises bare Exception, ...): to the user it is one thing.
+    refusal: Exception | None = None
+    try:
+        # Asked first because transformers asks a Hub that is not there twelve times, which takes 46 s.
+        HfApi().model_info(source, revision=revision, timeout=_HUB_TIMEOUT_SECONDS)
+    except Exception as error:
+        # An overloaded Hub is worth the repeated asking; one that is not there or refuses leaves what is in the cache.
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
+        refusal = None if status == 429 or status >= 500 else error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=False, local_files_only=refusal is not None
+        )
+    except Exception as error:
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(
+            f"the tokenizer {source}{at} is no local file and could not be loaded from the Hugging Face Hub"
+            f" ({_reason(refusal or error)}); mend the name or the network, or type --tokenizer {BUILTIN}, which needs"
+            " none"
+        ) from error
+    return _checked(tokenizer, source)
+
+
+def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
+    if not (folder / "tokenizer_config.json").is_file() and not (folder / "tokenizer.json").is_file():
+        # AutoTokenizer would convert a bare .model to `tokenizers` and get other ids than sentencepiece.
+        models = {path.name: path for path in sorted(folder.glob("*.model"))}
+        usual = [models[name] for name in ("tokenizer.model", "spiece.model") if name in models]
+        if usual or len(models) == 1:
+            return from_sentencepiece([*usual, *models.values()][0])
+        if models:
+            raise UserError(
+                f"the folder {folder} holds {len(models)} SentencePiece models ({', '.join(models)}); expected one, or"
+                f" one named tokenizer.model: type --tokenizer {folder / next(iter(models))}"
+            )
+        if not any((folder / name).is_file() for name in (*_TOKENIZER_FILES, "vocab.txt")):
+            raise UserError(
+                f"the folder {folder} holds no tokenizer; expected tokenizer.json, tokenizer_config.json or a"
+                f" SentencePiece .model in it: name another folder, or type --tokenizer {BUILTIN}"
+            )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception; see _from_hub
+        raise UserError(
+            f"the tokenizer in {folder} could not be read ({_reason(error)}); expected the files that"
+            f" save_pretrained() writes: save it again, or type --tokenizer {BUILTIN}"
+        ) from error
+    return _checked(tokenizer, str(folder))
+
+
+def _from_tokenizer_json(path: Path) -> PreTrainedTokenizerBase:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    if path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").is_file():
+        return _from_folder(path.parent)  # The file beside it says which control token is which.
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(
+            f"{path} is not a tokenizer ({_not_a_model(path) or _reason(error)}); expected a tokenizer.json of the"
+            f" `tokenizers` library or a SentencePiece .model: name another file, or type --tokenizer {BUILTIN}"
+        ) from error
+
+    def named(names: Sequence[str]) -> str | None:
+        return next((name for name in names if backend.token_to_id(name) is not None), None)
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=named(_EOS_NAMES),
+        bos_token=named(_BOS_NAMES),
+        unk_token=named(_UNK_NAMES),
+    )
+    return _checked(tokenizer, str(path))
+
+
+def from_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a SentencePiece model. Raises UserError for a file that is none."""
+    from sentencepiece import SentencePieceProcessor
+
+    # Looked at first: an empty file is no error to sentencepiece.
+    reason = _not_a_model(path)
+    processor: SentencePieceProcessor | None = None
+    if reason is None:
+        try:
+            processor = SentencePieceProcessor(model_proto=path.read_bytes())
+        except (RuntimeError, OSError, ValueError):
+            reason = "its bytes are something else, or cut off"
+    if processor is None:
+        raise UserError(
+            f"{path} is not a SentencePiece model ({reason}); expected the .model file that sentencepiece trained:"
+            f" download it again, or type --tokenizer {BUILTIN}"
+        )
+
+    ids = {
+        "unk_token": processor.unk_id(),
+        "bos_token": processor.bos_id(),
+        "eos_token": processor.eos_id(),
+        "pad_token": processor.pad_id(),
+    }
+    return _sentencepiece_class()(
+        vocab_file=str(path),
+        # -1: the model has no such token.
+        **{name: processor.id_to_piece(index) for name, index in ids.items() if index >= 0},
+        # "</s>" in a text is text; sentencepiece never reads its control pieces from one.
+        split_special_tokens=True,
+        # transformers turns pieces into ids by name: without this an unknown piece is named by its letters, and the
+        # letters "</s>" would be the control token in a model that has no piece for any of them.
+        sp_model_kwargs={"emit_unk_piece": True},
+        # Nothing is put before or behind a text by itself.
+        special_tokens_pattern="none",
+    )
+
+
+@functools.cache
+def _sentencepiece_class() -> Any:
+    """A class for SentencePiece models: transformers' exact one with its decoding mended.
+
+    `transformers.SentencePieceBackend` takes ids from sentencepiece, but decodes by joining pieces: it strips spaces
+    and prints bytes as "<0x0A>". The class here has the same name, because save_pretrained() writes the name and
+    AutoTokenizer finds transformers' own by it, without this package: same ids, only the plainer decoding.
+    """
+    from transformers.tokenization_utils_sentencepiece import SentencePieceBackend as TransformersBackend
+
+    class SentencePieceBackend(TransformersBackend):
+        def convert_tokens_to_string(self, tokens: list[str]) -> str:
+            """Text of pieces as sentencepiece gives it; control tokens are shown by name."""
+            control = set(self.all_special_tokens)
+            runs = itertools.groupby(tokens, key=control.__contains__)
+            return "".join("".join(run) if named else self.sp_model.decode(list(run)) for named, run in runs)
+
+    # Where pickle finds it: see __getattr__.
+    SentencePieceBackend.__module__, SentencePieceBackend.__qualname__ = __name__, "SentencePieceBackend"
+    return SentencePieceBackend
+
+
+def __getattr__(name: str) -> Any:
+    """The class above as an attribute of this module, made when asked for: transformers takes seconds to import."""
+    if name == "SentencePieceBackend":
+        return _sentencepiece_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _checked(tokenizer: Any, source: str) -> PreTrainedTokenizerBase:
+    """Refuse what transformers returns without complaint when files are missing: nothing but control tokens."""
+    from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UserError(
+            f"the tokenizer {source} knows {len(tokenizer)} control tokens and nothing else: its vocabulary is missing;"
+            " expected a tokenizer.json or a SentencePiece .model beside its configuration: save it again, or type"
+            f" --tokenizer {BUILTIN}"
+        )
+    if type(tokenizer) is SentencePieceBackend:
+        # Only the decoding differs (see _sentencepiece_class), the object holds the same.
+        tokenizer.__class__ = _sentencepiece_class()
+    return tokenizer
+
+
+def _reason(error: BaseException) -> str:
+    """First line of what a library said, short enough to stand inside a sentence."""
+    lines = str(error).strip().splitlines()
+    line = lines[0].strip() if lines else type(error).__name__
+    return line if len(line) <= 200 else line[:197] + "..."
+
+
+def _not_a_model(path: Path) -> str | None:
+    """What a file is that a failed download often leaves in place of a tokenizer; None when it is none of these."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(200).lstrip().lower()
+    except OSError as error:
+        return error.strerror
+    if not start:
+        return "it is empty"
+    if start.startswith((b"<!doctype", b"<html")):
+        return "it is an HTML page"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself: git lfs pull fetches that"
+    return None
+
+
+def tokenizer_for(asked: str, corpus: Corpus) -> str:
+    """`auto` is GPT-2's tokenizer where the corpus comes from the Hub anyway, else the one that ships with us."""
+    if asked != "auto":
+        return asked
+    return "gpt2" if any(shard.url.startswith("hf://") for shard in corpus.files[:1]) or corpus.repo else "builtin"

@@ -1,0 +1,73 @@
+"""The command line of a start: that of a resumed run goes on with what the run was begun with."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from slimpajama_hf.errors import UsageError
+from slimpajama_hf.settings.flags import all_tokens, read_flags
+from slimpajama_hf.settings.yaml_file import read_config
+
+if TYPE_CHECKING:
+    from slimpajama_hf.settings.settings import Settings
+
+
+def parse(argv: Sequence[str]) -> Settings:
+    """Resolve field defaults < configuration files in order < flags.
+
+    A resumed run goes on with its own configuration: what it was begun with stands below the files and flags given now.
+    Raises UsageError with one sentence for anything that cannot be understood, UserError for a resume that changes
+    what matters.
+    """
+    from slimpajama_hf.record.run_folder import RunFolder
+    from slimpajama_hf.session import resume
+
+    settings = read_flags(argv)
+    asked = settings.training.resume_from_checkpoint
+    if not resume.is_asked(asked):
+        return settings
+    run = Path(settings.output_dir)
+    resume.refuse_run_folder(str(asked))
+    from slimpajama_hf.hub import fetch
+
+    if fetch.is_repo(str(asked)):
+        run = run if "output_dir" in settings.typed else Path(fetch.folder_for(str(asked)))
+        dataset = settings.data.dataset if "dataset" in settings.typed else None
+        checkpoint = fetch.fetch(str(asked), str(run), dataset, settings.training.hub_token)
+        argv = [*argv, "--resume_from_checkpoint", str(checkpoint)]
+    elif str(asked).lower() != "true" and "output_dir" not in settings.typed:
+        run = Path(str(asked)).parent
+    own = RunFolder(run).config
+    if not own.is_file():
+        return settings
+    begun_with = resume.flags_of_run(read_config(str(own)), str(own))
+    recorded = read_flags(begun_with)
+    settings = read_flags([*begun_with, f"--warmup_steps={recorded.training.warmup_steps}", *argv])
+    training: Any = settings.training
+    training.output_dir = str(run)
+    resume.refuse_changes(settings, recorded)
+    return settings
+
+
+def gpu_asked(argv: Sequence[str]) -> tuple[int | None, bool]:
+    """What `--gpu` and `--use_cpu` say, read before all the rest: parsing that wakes CUDA, which then sees no other.
+
+    A value that cannot be understood is left to `parse`, which says so.
+    """
+    flags, from_files, _ = all_tokens(argv)
+    asked = _DeviceFlags(add_help=False, allow_abbrev=False)
+    asked.add_argument("--gpu", type=int)
+    asked.add_argument("--use_cpu", nargs="?", const="true", default="false")
+    try:
+        found, _ = asked.parse_known_args([*from_files, *flags])
+    except UsageError:
+        return None, True
+    return found.gpu, found.use_cpu.lower() in ("yes", "true", "t", "y", "1")
+
+
+class _DeviceFlags(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)

@@ -1,0 +1,144 @@
+"""What is about to happen, said before step 0; and what has happened, said at the end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from slimpajama_hf import devices, screen
+from slimpajama_hf import precision as precisions
+from slimpajama_hf.model import memory
+from slimpajama_hf.model.presets import vocabulary
+from slimpajama_hf.record import checkpoints, noise, teaching
+from slimpajama_hf.record.columns import mean_of_last, read_columns
+
+if TYPE_CHECKING:
+    from slimpajama_hf.record.run_folder import RunFolder
+    from slimpajama_hf.settings.settings import Settings
+    from slimpajama_hf.training.trainer import SlimPajamaTrainer
+
+
+_MODEL_ALONE = "the model alone (--save_only_model): this run cannot go on from its checkpoints"
+_SHARDED = "of one model, one in each process (FSDP): no samples, passports and prompts, which one alone cannot compute"
+
+
+def show(
+    settings: Settings, trainer: SlimPajamaTrainer, precision: str, tokenizer_name: str, folder: RunFolder
+) -> None:
+    """The plan: corpus, tokenizer, model, memory, precision, steps, where things go."""
+    training, data = settings.training, settings.data
+    corpus = trainer.stream.corpus
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    why = trainer.why_autograd()
+    need = _needs(settings, trainer, precision)
+    tokenizer: Any = trainer.processing_class
+    tokens, rows_of_model = vocabulary(tokenizer), model.config.vocab_size
+    start = trainer.stream.start
+    where = f", from {start.shard} row {start.row}" if start.shard is not None else ""
+    modes = {
+        "truncate": f"the first {data.max_seq_length} tokens of each document",
+        "window": f"consecutive windows of {data.max_seq_length} tokens",
+        "pack": f"documents joined by EOS, blocks of {data.max_seq_length} tokens",
+    }
+    rows = {
+        "corpus": f"{corpus.name} ({corpus.mirror}){where}",
+        "sample": modes[data.sample_mode],
+        "tokenizer": f"{tokenizer_name}, {tokens:,} tokens",
+        "model": f"{settings.model.model}, {need.parameters / 1e6:.1f}M parameters"
+        + (f", its vocabulary padded to {rows_of_model:,}" if rows_of_model != tokens else ""),
+        "device": f"{trainer.args.device}, {precision}{_emulated(precision, trainer.args.device)}, about "
+        f"{screen.format_bytes(need.total_bytes)} of memory",
+        "steps": f"{training.max_steps:,}, {_documents(trainer)}; learning rate {training.learning_rate:g} after "
+        f"{training.get_warmup_steps(training.max_steps):,} steps of warm-up" + _matrices(trainer),
+        **({"shards": _SHARDED} if devices.is_sharded() else {}),
+        "backward": f"autograd's ({why})" if why else "written out for GPT-2",
+        **({"saves": _MODEL_ALONE} if training.save_only_model else {}),
+        "folder": str(folder.path),
+    }
+    for name, value in rows.items():
+        screen.say(f"{name:>10}  {value}")
+    warning = memory.warning(model, trainer.args.device, need, settings, memory.processes_here())
+    if warning is not None:
+        screen.say(f"{'warning':>10}  {warning}")
+
+
+def _needs(settings: Settings, trainer: SlimPajamaTrainer, precision: str) -> memory.Needs:
+    """Memory of this run in each of its processes."""
+    args, sharded = trainer.args, devices.is_sharded()
+    written_out = trainer.why_autograd() is None
+    return memory.needs(
+        trainer.accelerator.unwrap_model(trainer.model),
+        settings.data.max_seq_length,
+        precision,
+        settings.model.average_weights > 0 and not sharded,
+        trainer.hidden_optim,
+        written_out=written_out,
+        measures_noise=written_out and args.max_steps >= noise.STEPS_BETWEEN,
+        device=args.device.type,
+        processes=args.world_size,
+        sharded=sharded,
+    )
+
+
+def _emulated(name: str, device: Any) -> str:
+    """A warning where the device has no arithmetic of its own for this precision."""
+    return " (which it computes by way of float32: slow)" if precisions.emulated(name, device) else ""
+
+
+def _matrices(trainer: SlimPajamaTrainer) -> str:
+    """How the matrices in the blocks learn, where that is not how all the rest does."""
+    if trainer.hidden_optim == "muon":
+        return f", matrices by Muon at {trainer.hidden_rate:g} of it"
+    return f", matrices at {trainer.hidden_rate:g} of it" if trainer.hidden_rate != 1.0 else ""
+
+
+def _documents(trainer: SlimPajamaTrainer) -> str:
+    """What a step is made of, in words."""
+    processes, accumulated = trainer.args.world_size, trainer.args.gradient_accumulation_steps
+    words = "one document each" if processes == 1 else f"{processes} documents each, one of every process"
+    if accumulated > 1:
+        words = (
+            f"{processes * accumulated} documents each, {accumulated} of every process accumulated "
+            "(small batches learn as much and need no accumulation: arXiv 2507.07101)"
+        )
+    return words
+
+
+def summary(folder: RunFolder, trainer: SlimPajamaTrainer, outcome: str, seeing_seconds: float) -> list[str]:
+    """The lines at the end of a run: steps, time, throughput, loss, accuracy, where everything is."""
+    columns = read_columns(folder.ledger)
+    clock = trainer.clock
+    tokens = int(columns.tokens[-trainer.steps_of_session :].sum()) if trainer.steps_of_session else 0
+    rate = tokens / clock.training_seconds if clock.training_seconds else 0.0
+    seeing = seeing_seconds / max(clock.training_seconds + seeing_seconds, 1e-9)
+    saved = [checkpoints.path_of(folder.path, step) for step in checkpoints.steps(folder.path)]
+    lines = [
+        f"{outcome}: {len(columns):,} steps, {trainer.steps_of_session:,} of them now, in "
+        f"{screen.format_time(clock.training_seconds)} of training ({rate:,.1f} tokens/s)"
+        f" and {screen.format_time(seeing_seconds)} of seeing ({seeing:.1%} of the run)",
+        f"     final loss  {mean_of_last(columns.loss):.4f} nats per token (mean of the last 50 steps)",
+        f" final accuracy  {mean_of_last(columns.accuracy):.1%} of next tokens",
+        f"    prequential  {columns.prequential_bits_per_byte():.4f} bits per byte (documents scored before learned)",
+    ]
+    found = noise.estimate(columns.grad_square, columns.grad_agreement)
+    if found is not None:
+        lines.append(f"    noise scale  {noise.in_words(found)}")
+    taught = teaching.in_words(*teaching.of_columns(columns))
+    if taught is not None:
+        lines.append(f"       teaching  {taught}")
+    if trainer.left_out:
+        times = ", ".join(f"{kind} {count:,} time{'s' * (count > 1)}" for kind, count in trainer.left_out.most_common())
+        lines.append(f"   not measured  {times}, for lack of memory")
+    skipped = trainer.skipped_records
+    if skipped:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
+        lines.append(f"        skipped  {sum(skipped.values()):,} records: {reasons}")
+    left = {
+        "chart": folder.latest_chart,
+        "report": folder.report,
+        "metrics": folder.viz / "metrics_history.json",
+        "samples": folder.viz / "text_samples.json",
+        "ledger": folder.ledger,
+    }
+    # What could not be written was said; here stands what is there.
+    lines += [f"{name:>15}  {path}" for name, path in left.items() if path.is_file()]
+    return [*lines, f"     checkpoint  {saved[-1] if saved else 'none'}"]

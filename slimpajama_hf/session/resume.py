@@ -1,0 +1,222 @@
+"""From a run folder back to a running trainer: which checkpoint, and everything cut back to its step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimpajama_hf import screen
+from slimpajama_hf.corpus import opening, unchanged
+from slimpajama_hf.corpus.documents import Cursor
+from slimpajama_hf.errors import UserError
+from slimpajama_hf.record import checkpoints, ledger, surprisals
+from slimpajama_hf.record.run_folder import RunFolder, cut_back_lines, put_aside
+
+if TYPE_CHECKING:
+    from slimpajama_hf.corpus.corpus import Corpus
+    from slimpajama_hf.settings.settings import Settings
+
+
+#: Rows that the policies on spikes and skipped updates look back on.
+ROWS_REMEMBERED = 200
+
+#: Arguments that make a run the run that it is: a resume that changes one is refused unless `--allow_changes` names it.
+WHAT_MATTERS = (
+    "dataset", "dataset_config_name", "dataset_revision", "dataset_split", "text_column", "sample_mode",
+    "max_seq_length", "shuffle_buffer", "leave_out", "model", "config_overrides", "tokenizer", "precision",
+    "learning_rate", "warmup_steps", "seed", "backward", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "optim", "gradient_accumulation_steps", "hidden_optim", "hidden_rate",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumePoint:
+    """Where a run goes on: `checkpoint` is None at the very start."""
+
+    checkpoint: Path | None = None
+    step: int = 0
+    cursor: Cursor = dataclasses.field(default_factory=Cursor)
+    chain: str = ledger.CHAIN_START
+    rows: tuple[dict[str, Any], ...] = ()
+    """The last rows before `step`, at most `ROWS_REMEMBERED`."""
+    predicted: int = 0
+    """Tokens predicted before `step`."""
+
+
+def is_asked(asked: str | bool | None) -> bool:
+    """Whether `--resume_from_checkpoint` asks for anything."""
+    return asked is not None and str(asked).lower() != "false"
+
+
+def refuse_run_folder(asked: str) -> None:
+    """Raise UserError where `--resume_from_checkpoint` names the folder of a run instead of a checkpoint in it."""
+    if asked.lower() != "true" and Path(asked).is_dir() and RunFolder(Path(asked)).holds_a_run():
+        raise UserError(
+            f"--resume_from_checkpoint {asked}: the folder of a run, not one of its checkpoints; to go on with it: "
+            f"--output_dir {asked} --resume_from_checkpoint true"
+        )
+
+
+def checkpoint_of(asked: str | bool | None, output_dir: str) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` means: `true` is the newest good one of the folder, if any.
+
+    With `true`, checkpoints that do not verify are set aside under another name, and named. Raises UserError for a
+    path that is no good checkpoint.
+    """
+    if not is_asked(asked):
+        return None
+    if str(asked).lower() == "true":
+        newest = _newest_good(Path(output_dir))
+        if newest is not None:
+            _refuse_model_alone(newest)
+        return newest
+    folder = Path(str(asked))
+    if not folder.is_dir():
+        raise UserError(f"--resume_from_checkpoint {asked}: no such folder; expected true or a checkpoint-N of a run")
+    wrong = checkpoints.problem(folder)
+    if wrong is not None:
+        raise UserError(f"--resume_from_checkpoint {asked}: not a whole checkpoint: {wrong}")
+    if folder.resolve().parent != Path(output_dir).resolve():
+        raise UserError(
+            f"--resume_from_checkpoint {asked}: it is of the run in {folder.parent}; add --output_dir {folder.parent}"
+        )
+    _refuse_model_alone(folder)
+    return folder
+
+
+def _refuse_model_alone(folder: Path) -> None:
+    """Raise UserError for a checkpoint from which Adam and warm-up would begin anew without a word."""
+    lacking = checkpoints.lacks(folder)
+    if lacking:
+        raise UserError(
+            f"{folder}: it lacks {' and '.join(lacking)} (--save_only_model true saves the model alone), so the run "
+            "cannot go on from it; name an older whole checkpoint, or start anew in another --output_dir"
+        )
+
+
+def _newest_good(run: Path) -> Path | None:
+    for unfinished in run.glob(f"{checkpoints.STAGING}.*"):
+        screen.say(f"removed {unfinished}: a save that was cut short; the checkpoint before it is whole")
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for step in reversed(checkpoints.steps(run)):
+        folder = checkpoints.path_of(run, step)
+        wrong = checkpoints.problem(folder)
+        if wrong is None:
+            return folder
+        aside = run / f"_bad-{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+        os.rename(folder, aside)
+        screen.say(f"{folder}: {wrong}; set aside as {aside.name}, going on from the one before it")
+    return None
+
+
+def flags_of_run(config: Mapping[str, Any], path: str) -> list[str]:
+    """What a run was begun with, as flags, from its `run_config.yaml` at `path`.
+
+    A run of an older version may say nothing of a flag that it had not yet, and may name one that had no effect and is
+    refused today: that is left out, with a word.
+    """
+    from slimpajama_hf.settings.flags import config_to_argv
+    from slimpajama_hf.settings.training_arguments import REFUSED
+
+    without_effect = sorted(REFUSED.keys() & config.keys())
+    if without_effect:
+        screen.say(f"{path}: {', '.join(without_effect)} never had an effect on this run; left out")
+    known = {name: value for name, value in config.items() if name not in REFUSED}
+    flags = config_to_argv(known, path)
+    if "hidden_optim" in config:
+        return flags
+    return ["--hidden_optim", "adamw", *([] if "hidden_rate" in config else ["--hidden_rate", "1"]), *flags]
+
+
+def refuse_changes(settings: Settings, recorded: Settings) -> None:
+    """Raise UserError when a resume changes what matters, by the name and both values of each."""
+    allowed = {name.strip() for name in (settings.run.allow_changes or "").split(",") if name.strip()}
+    unknown = allowed - set(WHAT_MATTERS)
+    if unknown:
+        raise UserError(f"--allow_changes {sorted(unknown)[0]}: expected one or more of {', '.join(WHAT_MATTERS)}")
+    changes = []
+    for name in WHAT_MATTERS:
+        before, now = recorded.value(name), settings.value(name)
+        if before != now and name == "hidden_optim":
+            raise UserError(
+                f"--hidden_optim {now}: this run was begun with {before}, and what that has kept of the gradients is "
+                "of no use to another; leave it out to go on, or start a run in another --output_dir"
+            )
+        if before != now and name not in allowed:
+            changes.append((name, before, now))
+    if changes:
+        listed = ", ".join(f"--{name} {now} (begun with {before})" for name, before, now in changes)
+        names = ",".join(name for name, _, _ in changes)
+        raise UserError(
+            f"{settings.output_dir}: this run was begun otherwise: {listed}; leave them out to go on with it as it is, "
+            f"or add --allow_changes {names}"
+        )
+
+
+def corpus_of(settings: Settings, folder: RunFolder, waiting: Callable[[str], None]) -> Corpus:
+    """The corpus of a run that starts, or the one that a run which goes on has recorded, if it is still that."""
+    data = settings.data
+    if is_asked(settings.training.resume_from_checkpoint) and folder.record.is_file():
+        return unchanged.check_unchanged(unchanged.recorded(folder.read_record()["corpus"]), waiting)
+    return opening.open_corpus(
+        data.dataset,
+        text_column=data.text_column,
+        split=data.dataset_split,
+        config_name=data.dataset_config_name,
+        revision=data.dataset_revision,
+        skip_broken_shards=data.skip_broken_shards,
+        waiting=waiting,
+    )
+
+
+def precision_of(settings: Settings, folder: RunFolder, model: Any) -> str:
+    """The precision of a run that starts, or the one that a run which goes on has computed in.
+
+    `auto` is what the run began with, on whatever device it goes on.
+    """
+    from slimpajama_hf import precision
+    from slimpajama_hf.training.trainer import why_autograd
+
+    training, run = settings.training, settings.run
+    goes_on = is_asked(training.resume_from_checkpoint) and folder.record.is_file()
+    if not goes_on or "precision" in (run.allow_changes or "").split(","):
+        return precision.choose(settings.model.precision, training.device)
+    described = folder.read_record()["model"]
+    # Versions that did not look said bfloat16 and computed in float32 where autograd made the step.
+    looked = "computed_in" in described
+    if looked or described["precision"] == "float32" or why_autograd(training, model, settings.model.backward) is None:
+        return described["precision"]
+    screen.say("this run was computed in float32, whatever its plan said, and goes on in float32")
+    return "float32"
+
+
+def begin(folder: RunFolder) -> ResumePoint:
+    """The very start of a run in its folder; a run that was there makes room (`--overwrite_output_dir`)."""
+    if folder.holds_a_run():
+        put_aside(folder)
+    return ResumePoint()
+
+
+def go_on(folder: RunFolder, checkpoint: Path | None) -> ResumePoint:
+    """Cut the records of a run back to a checkpoint (None: to nothing) and say where reading goes on."""
+    point = ResumePoint()
+    if checkpoint is not None:
+        step = json.loads((checkpoint / checkpoints.MANIFEST).read_text(encoding="utf-8"))["step"]
+        state = json.loads((checkpoint / checkpoints.DATA_STATE).read_text(encoding="utf-8"))
+        point = ResumePoint(checkpoint, step, Cursor(**state["cursor"]))
+    try:
+        kept = ledger.cut_back(folder.ledger, point.step)
+    except ValueError as error:
+        raise UserError(f"{folder.path}: {error}; resume from an older checkpoint or start anew") from None
+    for path in (folder.samples, folder.passports, folder.prompts):
+        cut_back_lines(path, lambda entry: entry["step"] < point.step)
+    cut_back_lines(folder.evaluations, lambda scores: scores["step"] <= point.step)
+    surprisals.cut_back(folder.surprisals, kept.predicted)
+    rows = tuple(ledger.last_rows(folder.ledger, ROWS_REMEMBERED))
+    return dataclasses.replace(point, chain=kept.chain, predicted=kept.predicted, rows=rows)

@@ -1,0 +1,143 @@
+"""`run.json` and `run_config.yaml`: what a run is, written at each start; whether a resume still is that run; and
+what keeps its steps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from slimpajama_hf import __version__, files, screen
+from slimpajama_hf.errors import UserError
+from slimpajama_hf.model.presets import checkpoint_bytes, vocabulary
+from slimpajama_hf.record.ledger import Ledger
+from slimpajama_hf.record.surprisals import Surprisals
+from slimpajama_hf.screen import redacted
+from slimpajama_hf.session.resume import is_asked
+from slimpajama_hf.training.recorder import StepRecorder
+
+if TYPE_CHECKING:
+    from slimpajama_hf.corpus.corpus import Corpus
+    from slimpajama_hf.record.run_folder import RunFolder
+    from slimpajama_hf.session.resume import ResumePoint
+    from slimpajama_hf.settings.settings import Settings
+    from slimpajama_hf.training.processes import Processes
+
+
+def recorder_of_run(folder: RunFolder, point: ResumePoint, vocab_size: int, team: Processes) -> StepRecorder:
+    """The recorder of a run that begins or goes on at `point`; of several processes the first has the files."""
+    if not team.is_first:
+        return StepRecorder(None, vocab_size, point.rows, None, team.world_size)
+    surprisals = Surprisals(folder.surprisals, point.predicted)
+    return StepRecorder(Ledger(folder.ledger, point.chain), vocab_size, point.rows, surprisals, team.world_size)
+
+
+def new_record(corpus: dict[str, Any]) -> dict[str, Any]:
+    """`run.json` of a run that starts: what it is, and what it ran on."""
+    from importlib.metadata import version
+
+    return {
+        "run_id": uuid.uuid4().hex,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [redacted(word) for word in (Path(sys.argv[0]).name, *sys.argv[1:])],
+        "version": __version__,
+        "libraries": {
+            name: version(name) for name in ("torch", "transformers", "datasets", "accelerate", "tokenizers")
+        },
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "corpus": corpus,
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def record_run(
+    settings: Settings,
+    folder: RunFolder,
+    corpus: Corpus,
+    tokenizer_name: str,
+    tokenizer: Any,
+    model: Any,
+    precision: str,
+    point: ResumePoint,
+) -> dict[str, Any]:
+    """Write `run.json` and `run_config.yaml`; returns the record. A run that goes on keeps its identity.
+
+    Raises UserError when the tokenizer or the model's configuration is not what the run was begun with.
+    """
+    described = {
+        "name": settings.model.model,
+        "parameters": model.num_parameters(),
+        "checkpoint_bytes": checkpoint_bytes(model, settings.model.average_weights > 0, settings.model.hidden_optim),
+        "vocab_size": model.config.vocab_size,
+        "precision": precision,
+        # Seen when training begins.
+        "computed_in": None,
+        "max_seq_length": settings.data.max_seq_length,
+        "sample_mode": settings.data.sample_mode,
+        "sha256": _digest(
+            {k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "use_cache")}
+        ),
+    }
+    tokenizer_sha256 = _digest(sorted(tokenizer.get_vocab().items()))
+    resuming = is_asked(settings.training.resume_from_checkpoint)
+    if resuming and folder.record.is_file():
+        record = folder.read_record()
+        allowed = (settings.run.allow_changes or "").split(",")
+        if record["tokenizer_sha256"] != tokenizer_sha256 and "tokenizer" not in allowed:
+            raise UserError(
+                f"--tokenizer {tokenizer_name}: its vocabulary is not the one that this run was begun with; "
+                "bring that one back, or add --allow_changes tokenizer"
+            )
+        if record["model"]["sha256"] != described["sha256"] and not {"model", "config_overrides", "tokenizer"} & set(
+            allowed
+        ):
+            raise UserError(
+                f"--model {settings.model.model}: its configuration is not the one that this run was begun with; "
+                "bring that one back, or add --allow_changes model"
+            )
+        threads = record.get("torch_threads")
+        now = torch.get_num_threads()
+        if settings.training.device.type == "cpu" and threads not in (None, now):
+            screen.say(
+                f"{now} threads where the run had {threads}: it goes on exactly, but not bit for bit; "
+                f"for that set OMP_NUM_THREADS={threads} (accelerate: --num_cpu_threads_per_process {threads})"
+            )
+        processes = record.get("processes", 1)
+        if processes != settings.training.world_size:
+            screen.say(
+                f"{settings.training.world_size} processes where the run had {processes}: it goes on with the next "
+                "document, and takes so many at a step from here on; none is lost and none comes twice"
+            )
+    else:
+        record = new_record(corpus.describe())
+    # What was done after the checkpoint is done again: so are the starts that lay there.
+    earlier = [each for each in record.get("sessions", []) if each["step"] < point.step]
+    started = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": point.step}
+    record |= {
+        "sessions": [*earlier, started],
+        "max_steps": settings.training.max_steps,
+        "tokenizer": tokenizer_name,
+        "tokenizer_sha256": tokenizer_sha256,
+        # What the first token of a text is coded with; the model may be padded to more (`model.vocab_size`).
+        "tokenizer_size": vocabulary(tokenizer),
+        "model": described,
+        # Sums come out in another order with another number of threads: bit for bit needs the same.
+        "torch_threads": torch.get_num_threads(),
+        "processes": settings.training.world_size,
+    }
+    files.write_json(folder.record, record, indent=1)
+    files.write_whole(folder.config, settings.to_yaml())
+    return record

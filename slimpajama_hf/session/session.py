@@ -1,0 +1,191 @@
+"""One session of training from its plan to its summary, with an honest exit code at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from slimpajama_hf import devices, files, screen
+from slimpajama_hf.corpus.patience import StopRequested
+from slimpajama_hf.errors import SaidByTheFirst, UserError
+from slimpajama_hf.record import run_folder
+from slimpajama_hf.session import plan
+from slimpajama_hf.training.processes import OthersLost, is_about_others, lost
+
+if TYPE_CHECKING:
+    from slimpajama_hf.hub.background import Uploads
+    from slimpajama_hf.record.run_folder import RunFolder
+    from slimpajama_hf.session.resume import ResumePoint
+    from slimpajama_hf.settings.settings import Settings
+    from slimpajama_hf.training.signals import StopSignals
+    from slimpajama_hf.training.trainer import SlimPajamaTrainer
+    from slimpajama_hf.watching.watchers import Watchers
+
+
+class _SayPrecision(TrainerCallback):
+    """Says and records, when training begins, the precision that was seen in the model."""
+
+    def __init__(self, trainer: SlimPajamaTrainer, folder: RunFolder) -> None:
+        self._trainer, self._folder = trainer, folder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seen = self._trainer.computes_in
+        screen.say(f"{'computes':>10}  in {seen}, seen in the layers of the model")
+        record = self._folder.read_record()
+        record["model"]["computed_in"] = seen
+        files.write_json(self._folder.record, record, indent=1)
+
+
+@dataclasses.dataclass
+class Session:
+    """One start of the program, from its plan to its summary."""
+
+    settings: Settings
+    trainer: SlimPajamaTrainer
+    folder: RunFolder
+    point: ResumePoint
+    signals: StopSignals
+    watchers: Watchers
+    precision: str
+    tokenizer_name: str
+    uploads: Uploads
+    _together: bool = False
+    """Whether all processes have come to the end of training."""
+
+    def run(self) -> int:
+        """Train to the end, to a signal or to an error; leave checkpoint, views and summary; return the exit code."""
+        trainer = self.trainer
+        if trainer.args.save_strategy != "no":
+            trainer.team.first_does(self._refuse_full_disk)
+        try:
+            code = self._lead() if trainer.team.is_first else self._follow()
+        except UserError:
+            if self._together:
+                # A launcher ends all as soon as one ends badly: the first has to have said why.
+                trainer.team.leave()
+            raise
+        trainer.team.leave()
+        return code
+
+    def _on_first_row(self, row: dict[str, Any]) -> None:
+        """The run is on: from here on there is something in the place of the run that was here before."""
+        self.trainer.recorder.listeners.remove(self._on_first_row)
+        with self.trainer.clock.paused():
+            run_folder.settle_replaced(self.folder)
+
+    def _refuse_full_disk(self) -> None:
+        run_folder.refuse_full_disk(self.folder, self.folder.read_record()["model"]["checkpoint_bytes"])
+
+    def _lead(self) -> int:
+        """What the first process does, or the only one."""
+        trainer, point = self.trainer, self.point
+        self.watchers.listen_to(trainer.recorder)
+        trainer.add_callback(_SayPrecision(trainer, self.folder))
+        plan.show(self.settings, trainer, self.precision, self.tokenizer_name, self.folder)
+        self.uploads.announce()
+        if point.checkpoint is not None:
+            screen.say(f"{'resumed':>10}  {point.checkpoint}, at step {point.step:,}")
+        if point.step >= self.settings.training.max_steps:
+            screen.say(f"nothing left to do: the run has its {point.step:,} steps; raise --max_steps to go on")
+            trainer.state.global_step = point.step
+            return self._finish(None)
+        trainer.recorder.listeners.append(self._on_first_row)
+        failure = self._train()
+        trainer.recorder.flush()
+        self.watchers.progress.close()
+        return self._finish(failure)
+
+    def _train(self) -> Exception | None:
+        """Train, and save where it ended; what went wrong, if anything did."""
+        trainer, point = self.trainer, self.point
+        failure: Exception | None = None
+        try:
+            trainer.train(resume_from_checkpoint=str(point.checkpoint) if point.checkpoint else None)
+        except StopRequested:
+            # The signal came while the stream was waiting for the network: between two steps.
+            pass
+        except Exception as error:
+            failure = error
+        if failure is not None and trainer.team.world_size > 1:
+            # Where the others are is not known: the last checkpoint is the state that all of them have.
+            return OthersLost(lost(failure)) if is_about_others(failure) else failure
+        trainer.recorder.flush()
+        failed = trainer.team.most([float(trainer.failure is not None)])[0]
+        self._together = True
+        if failed:
+            return failure or trainer.failure or SaidByTheFirst("the first process stops the run")
+        if failure is None or isinstance(failure, UserError):
+            # A stream that broke did so between two steps: what was learned is whole, and is kept.
+            trainer.save_now()
+        return failure
+
+    def _follow(self) -> int:
+        """What all processes but the first do: the same training, without a word."""
+        if self.point.step < self.settings.training.max_steps:
+            failure = self._train()
+            if failure is not None:
+                raise failure
+        return self.signals.exit_code
+
+    def _finish(self, failure: Exception | None) -> int:
+        """Final views and summary; the exit code, or the failure again."""
+        trainer, watchers, views = self.trainer, self.watchers, self.watchers.views
+        trainer.recorder.close()
+        unsaved = trainer.save_failure or watchers.flush()
+        if trainer.recorder.unwritten:
+            unsaved = unsaved or "rows of the ledger"
+        if unsaved and failure is None:
+            failure = UserError(
+                f"the end of the run is not saved ({unsaved}); make room and go on from the last checkpoint"
+            )
+        steps = trainer.state.global_step
+        self._note_in_record()
+        if not views.finish(steps):
+            screen.say(f"the final chart was not drawn: {views.errors[-1]}")
+        for what, errors in (("chart", views.errors[:-1]), ("sample", watchers.samples.failures)):
+            if errors:
+                screen.say(f"{len(errors)} {what}s failed, the first at {errors[0]}")
+        outcome = self._outcome(failure)
+        # Taken now: Ctrl-C while the last push is waited for is no Ctrl-C of the run.
+        code = self.signals.exit_code
+        for line in plan.summary(self.folder, trainer, outcome, watchers.seconds + trainer.measuring_seconds):
+            screen.say(line)
+        if self.settings.run.lr_find:
+            from slimpajama_hf.training import range_test
+
+            for line in range_test.conclude(self.folder, self.settings.training.max_steps):
+                screen.say(line)
+            # Rates that are far too much end in no number at all: that is what the test is for.
+            return code
+        for line in self.uploads.finish(done=outcome in ("done", "the corpus ended")):
+            screen.say(line)
+        saved_whole = trainer.args.save_strategy != "no" and not trainer.args.save_only_model
+        if outcome != "done" and saved_whole and steps:
+            screen.say(f"         go on  {run_folder.resume_command(self.folder.path, self.folder.read_record())}")
+        if failure is not None:
+            raise failure
+        if steps == 0:
+            raise UserError(f"{self.settings.data.dataset}: no document to learn from in this corpus")
+        return code
+
+    def _note_in_record(self) -> None:
+        """What only the end of a session knows, into `run.json`; a disk that is full does not take it."""
+        found: dict[str, Any] = {"memory": devices.peak_memory()}
+        if self.trainer.stream_ended and self.trainer.stream.gaps_at_end:
+            # No row of the ledger comes after them.
+            found["gaps_after_last_step"] = self.trainer.stream.gaps_at_end
+        if self.trainer.args.should_save:
+            with contextlib.suppress(OSError):
+                files.write_json(self.folder.record, self.folder.read_record() | found, indent=1)
+
+    def _outcome(self, failure: Exception | None) -> str:
+        if failure is not None:
+            return "stopped by an error"
+        if self.signals.received is not None:
+            return "stopped by Ctrl-C" if self.signals.exit_code == 130 else f"stopped by {self.signals.received.name}"
+        if self.trainer.stream_ended and self.trainer.state.global_step < self.settings.training.max_steps:
+            return "the corpus ended"
+        return "done"

@@ -1,0 +1,195 @@
+"""argv and YAML files -> argument dataclasses. A YAML file is flags written down: one parser checks everything."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from slimpajama_hf import ROOT, devices, precision, screen
+from slimpajama_hf.errors import UsageError
+from slimpajama_hf.settings.arguments import OLD_FLAGS, OURS, REFUSED_FLAGS
+from slimpajama_hf.settings.settings import Settings
+from slimpajama_hf.settings.yaml_file import read_config
+
+TEST_CONFIG = ROOT / "configs" / "test.yaml"
+
+
+def config_to_argv(values: dict[str, Any], path: str) -> list[str]:
+    """Keys of a YAML file as flags. A null value leaves the default."""
+    argv: list[str] = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        flag = f"--{key}"
+        if isinstance(value, list):
+            if any(isinstance(item, list | dict) for item in value):
+                raise UsageError(f"{path}: {key} holds a nested list; expected plain values")
+            argv += [flag, *map(str, value)]
+        else:
+            argv.append(f"{flag}={value}")
+    return argv
+
+
+def split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Configuration files named in `argv` (in order), and the other arguments."""
+    configs, rest, tokens = [], [], iter(argv)
+    for token in tokens:
+        if token == "--config":
+            path = next(tokens, None)
+            if path is None:
+                raise UsageError("--config: expected the name of a YAML file after it")
+            configs.append(path)
+        elif token.startswith("--config="):
+            configs.append(token.removeprefix("--config="))
+        else:
+            rest.append(token)
+    return configs, rest
+
+
+def rename(argv: Sequence[str]) -> list[str]:
+    """Flags in today's names: underscores, old flags renamed. Raises UsageError for those that are gone."""
+    renamed = []
+    for token in argv:
+        # `-5` is a value; `--flag` and `--flag=value` are flags.
+        if not token.startswith("--") or len(token) < 3:
+            renamed.append(token)
+            continue
+        name, equals, value = token[2:].partition("=")
+        name = name.replace("-", "_")
+        if name in REFUSED_FLAGS:
+            raise UsageError(REFUSED_FLAGS[name])
+        renamed.append(f"--{OLD_FLAGS.get(name, name)}{equals}{value}")
+    return renamed
+
+
+def _typed_names(argv: Sequence[str]) -> frozenset[str]:
+    return frozenset(token[2:].partition("=")[0] for token in argv if token.startswith("--"))
+
+
+def _refuse_empty(tokens: Sequence[str], origin: dict[str, str]) -> None:
+    """A shell variable that is not set leaves an empty word; each flag would make something else of it."""
+    for before, token in itertools.pairwise(["", *tokens]):
+        flag = before if token == "" else token[:-1] if token.endswith("=") else ""
+        name = flag.removeprefix("--")
+        if flag.startswith("--") and "=" not in name:
+            where = f"{origin[name]}: " if name in origin else ""
+            raise UsageError(f"{where}--{name}: there is nothing after it; give it a value or leave it out")
+
+
+def _refuse_unknown(unknown: Sequence[str], known: Sequence[str], origin: dict[str, str]) -> NoReturn:
+    token = unknown[0]
+    name = token[2:].partition("=")[0] if token.startswith("--") else token
+    if not token.startswith("--"):
+        if any(mark in token for mark in ("/", ".")):
+            raise UsageError(
+                f"{token!r}: a value without a flag; a pattern must be quoted, as --dataset 'folder/*.jsonl.zst'"
+            )
+        raise UsageError(f"{token!r}: a value without a flag; see --help")
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"did you mean --{close[0]}?" if close else "see --help"
+    where = f"{origin[name]}: " if name in origin else ""
+    raise UsageError(f"{where}--{name}: no such flag; {hint}")
+
+
+def all_tokens(argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, str]]:
+    """The flags typed, those of configuration files in their order, and of each of the latter the file."""
+    configs, flags = split_config(argv)
+    flags = rename(flags)
+    if "--test" in flags or any(token.lower() in ("--test=true", "--test=1") for token in flags):
+        configs.insert(0, str(TEST_CONFIG))
+    origin: dict[str, str] = {}
+    from_files: list[str] = []
+    for path in configs:
+        tokens = rename(config_to_argv(read_config(path), path))
+        origin |= dict.fromkeys(_typed_names(tokens), path)
+        from_files += tokens
+    return flags, from_files, origin
+
+
+def read_flags(argv: Sequence[str]) -> Settings:
+    """Field defaults < configuration files in order < flags, for a run that begins anew."""
+    devices.refuse_launchers_wishes()
+    flags, from_files, origin = all_tokens(argv)
+    _refuse_empty([*from_files, *flags], origin)
+    typed = _typed_names([*from_files, *flags])
+
+    devices.wait_politely()
+    devices.take_huge_pages()
+    with screen.Waiting("loading torch and transformers"):
+        from slimpajama_hf.settings.training_arguments import SlimPajamaTrainingArguments, make_parser, refuse_typed
+
+    parser = make_parser([*OURS, SlimPajamaTrainingArguments])
+    known = sorted({action[2:] for action in parser._option_string_actions if action.startswith("--")})
+    try:
+        # The parser's own order is the whole rule of precedence: later wins.
+        *groups, unknown = parser.parse_args_into_dataclasses(
+            args=[*from_files, *flags], return_remaining_strings=True, look_for_args_file=False
+        )
+    except UsageError as error:
+        flag = str(error).partition(":")[0].removeprefix("--")
+        if flag in origin and flag not in _typed_names(flags):
+            raise UsageError(f"{origin[flag]}: {error}") from None
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(" ".join(str(error).split())) from None
+    if unknown:
+        _refuse_unknown(unknown, known, origin)
+    data, model, run, training = groups
+    refuse_typed(typed, training)
+    settings = Settings(data, model, run, training, typed)
+    complete(settings)
+    return settings
+
+
+def beta2_of_half_life(half_life_tokens: float, tokens_per_step: int) -> float:
+    """The `beta2` with which a gradient counts half after so many tokens (Marek et al. 2025, arXiv 2507.07101)."""
+    return float(0.5 ** (tokens_per_step / half_life_tokens))
+
+
+def complete(settings: Settings) -> None:
+    """What one argument says about another, and what the launcher says of them."""
+    training: Any = settings.training
+    flags = {name: value for name, value in training.precision_flags.items() if value or name in settings.typed}
+    settings.model.precision = precision.asked(settings.model.precision, flags)
+    if settings.run.no_checkpoint:
+        training.save_strategy = type(training.save_strategy)("no")
+    half_life = settings.model.beta2_half_life_tokens
+    if half_life is not None:
+        beta2 = beta2_of_half_life(half_life, settings.data.max_seq_length)
+        if "adam_beta2" in settings.typed and training.adam_beta2 != beta2:
+            raise UsageError(
+                f"--beta2_half_life_tokens {half_life:g} means --adam_beta2 {beta2:.6g}, and --adam_beta2 "
+                f"{training.adam_beta2:g} is given too; leave one of them out"
+            )
+        training.adam_beta2 = beta2
+    if training.output_dir is None:
+        corpus = Path(settings.data.dataset).name if "*" not in settings.data.dataset else "local"
+        corpus = corpus.partition(".")[0] or "local"
+        model = settings.model.model
+        model = Path(model).parent.name or "config" if model.endswith(".json") else model
+        training.output_dir = str(Path("runs") / f"{corpus}-{model}")
+    if settings.run.lr_find:
+        _make_range_test(settings)
+    # A share of the steps becomes a number now: more steps later are no reason to warm up again.
+    training.warmup_steps = training.get_warmup_steps(training.max_steps)
+
+
+def _make_range_test(settings: Settings) -> None:
+    """`--lr_find`: a short run in a folder beside the run's, of which the curve stays."""
+    from slimpajama_hf.settings import arguments
+
+    training: Any = settings.training
+    if training.resume_from_checkpoint or training.push_to_hub:
+        raise UsageError("--lr_find: a test of its own; leave --resume_from_checkpoint and --push_to_hub out")
+    training.output_dir = f"{training.output_dir}-lr_find"
+    training.max_steps = arguments.STEPS
+    training.save_strategy = type(training.save_strategy)("no")
+    settings.run.no_checkpoint = settings.run.overwrite_output_dir = True
+    settings.run.viz_interval = settings.run.display_samples = 10**9
+    settings.model.average_weights = 0.0

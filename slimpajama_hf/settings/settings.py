@@ -1,0 +1,63 @@
+"""`Settings`: everything that was asked for, resolved."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slimpajama_hf.settings.arguments import DataArguments, ModelArguments, RunArguments
+    from slimpajama_hf.settings.training_arguments import SlimPajamaTrainingArguments
+
+
+@dataclasses.dataclass
+class Settings:
+    """Everything that was asked for, resolved."""
+
+    data: DataArguments
+    model: ModelArguments
+    run: RunArguments
+    training: SlimPajamaTrainingArguments
+    typed: frozenset[str]
+    """Names that a configuration file or a flag set, as opposed to defaults."""
+
+    def value(self, name: str) -> Any:
+        """An argument by its flag's name, as it would be written down."""
+        for group in (self.data, self.model, self.run, self.training):
+            if hasattr(group, name):
+                value = getattr(group, name)
+                return getattr(value, "value", value)
+        return None
+
+    @property
+    def output_dir(self) -> str:
+        """Folder of the run."""
+        return str(self.training.output_dir)
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as flags written down; `--config` takes it back."""
+        from slimpajama_hf.settings.training_arguments import changed_fields
+
+        values: dict[str, Any] = {}
+        for group in (self.data, self.model, self.run):
+            values |= dataclasses.asdict(group)
+        values |= changed_fields(self.training)
+        if self.model.beta2_half_life_tokens is not None:
+            # It follows from the half-life; both would look like two people's wishes.
+            values.pop("adam_beta2", None)
+        # What belongs to one start and not to the run is not written down.
+        for name in ("test", "overwrite_output_dir", "gpu", "resume_from_checkpoint", "allow_changes"):
+            values.pop(name, None)
+        lines = ["# The resolved configuration of this run; `--config` takes it back."]
+        for name, value in values.items():
+            if value is None:
+                continue
+            if isinstance(value, float) and value.is_integer():
+                # transformers declares some counts as float: 1000 and 1000.0 are one configuration.
+                value = int(value)
+            line = f"{name}: {json.dumps(value, ensure_ascii=False)}"
+            # An interval that nobody typed stays a default: typed ones are obeyed whatever they cost.
+            default = name in ("viz_interval", "display_samples") and name not in self.typed
+            lines.append(f"# {line}" if default else line)
+        return "\n".join(lines) + "\n"

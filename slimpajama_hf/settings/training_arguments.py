@@ -1,0 +1,269 @@
+"""`transformers.TrainingArguments` with the defaults of one document per step, and the parser of all arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.utils import is_liger_kernel_available
+
+from slimpajama_hf.errors import UsageError
+from slimpajama_hf.settings import ranges
+from slimpajama_hf.settings.arguments import TRAINING_DEFAULTS
+
+
+def _with_our_defaults() -> type:
+    """Re-declare the fields of `TRAINING_DEFAULTS`; types and help stay those of transformers."""
+    base = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+    namespace: dict[str, Any] = {"__annotations__": {}}
+    for name, (default, _) in TRAINING_DEFAULTS.items():
+        namespace["__annotations__"][name] = base[name].type
+        namespace[name] = dataclasses.field(default=default, metadata=base[name].metadata)
+    return dataclasses.dataclass(type("_Defaults", (TrainingArguments,), namespace))
+
+
+#: Fields of transformers' that do here what its documentation says. A field that is neither here, nor in
+#: `TRAINING_DEFAULTS`, nor in `REFUSED` is new: tests/settings/test_training_arguments.py fails until somebody decides.
+PASSED_ON = frozenset(
+    {
+        "optim", "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+        "max_grad_norm", "gradient_accumulation_steps", "neftune_noise_alpha",
+        # `--precision` in transformers' words (precision.py).
+        "bf16", "fp16",
+        "tf32", "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
+        "gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+        "use_liger_kernel", "liger_kernel_config", "full_determinism", "use_cpu",
+        "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+        "eval_strategy", "eval_delay", "eval_on_start", "save_only_model", "hub_token", "hub_revision",
+        "auto_find_batch_size", "do_train",
+        # Of several processes.
+        "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",
+        "ddp_timeout", "local_rank",
+    }
+)  # fmt: skip
+
+_READ = "documents are read by this program's own reader, one step ahead"
+_ROWS = "every step is a row of the ledger, and --report_to TRACKER sends each of them on"
+_SCORED = "held-out documents are scored one at a time, in float32, and every score is written down"
+_SAVED = "a checkpoint is saved every --save_steps N, at the end, on Ctrl-C and on SIGTERM"
+_SHARDS = "use accelerate launch --config_file configs/accelerate/fsdp2.yaml"
+
+#: Fields that would have no effect here, or a wrong one, and what to use. They are refused unless at their default
+#: (ours, where `TRAINING_DEFAULTS` has one).
+REFUSED: dict[str, str] = {
+    "num_train_epochs": "a run learns --max_steps N documents; for several passes over the corpus add --epochs N",
+    "lr_scheduler_kwargs": "the schedule is linear warm-up, then constant; choose --learning_rate and --warmup_steps",
+    "average_tokens_across_devices": "the loss is always the mean over all tokens of a step",
+    "label_smoothing_factor": "the loss is the plain code length of the next token, which every figure here counts on",
+    "bf16_full_eval": _SCORED,
+    "fp16_full_eval": _SCORED,
+    "use_cache": "training never fills a cache, and writing samples always does",
+    "torch_empty_cache_steps": "a step allocates the same memory every time, so there is nothing to give back",
+    "logging_strategy": _ROWS,
+    "logging_steps": _ROWS,
+    "logging_first_step": _ROWS,
+    "logging_nan_inf_filter": "a loss that is no number stands in the ledger as what it is, and its update is skipped",
+    "log_on_each_node": "one process speaks for all",
+    "log_level": "set TRANSFORMERS_VERBOSITY in the environment to see what transformers says",
+    "log_level_replica": "one process speaks for all",
+    "include_num_input_tokens_seen": "the ledger has the tokens of every step",
+    "disable_tqdm": "the progress bar is this program's own; into a pipe or a file it writes lines",
+    "per_device_eval_batch_size": _SCORED,
+    "prediction_loss_only": _SCORED,
+    "eval_do_concat_batches": _SCORED,
+    "eval_use_gather_object": _SCORED,
+    "eval_accumulation_steps": _SCORED,
+    "include_for_metrics": _SCORED,
+    "batch_eval_metrics": _SCORED,
+    "save_on_each_node": "the first process writes each checkpoint; let all machines see one --output_dir",
+    "enable_jit_checkpoint": _SAVED,
+    "load_best_model_at_end": "every checkpoint is kept with its scores in evaluations.jsonl; load the one you want",
+    "metric_for_best_model": "every checkpoint is kept with its scores in evaluations.jsonl; load the one you want",
+    "greater_is_better": "every checkpoint is kept with its scores in evaluations.jsonl; load the one you want",
+    "hub_always_push": "a push that finds another one under way waits for it, and none is left out",
+    "ignore_data_skip": "a run goes on at the next document by itself",
+    "restore_callback_states_from_checkpoint": "what callbacks keep lies in files of the run and goes on by itself",
+    "data_seed": "the order of --shuffle_buffer is drawn from --seed",
+    "accelerator_config": _READ,
+    "parallelism_config": "a model is copied (DDP) or sharded (FSDP2) by configs/accelerate/, in no other way",
+    "dataloader_drop_last": _READ,
+    "dataloader_num_workers": _READ,
+    "dataloader_pin_memory": _READ,
+    "dataloader_persistent_workers": _READ,
+    "dataloader_prefetch_factor": _READ,
+    "dataloader_multiprocessing_context": _READ,
+    "dataloader_in_order": _READ,
+    "remove_unused_columns": _READ,
+    "label_names": "the labels are the document's own next tokens",
+    "train_sampling_strategy": "documents come in the corpus' order, or shuffled by --shuffle_buffer N",
+    "length_column_name": "documents come in the corpus' order, or shuffled by --shuffle_buffer N",
+    "fsdp": _SHARDS,
+    "fsdp_config": _SHARDS,
+    "deepspeed": f"DeepSpeed is not supported; to share out a model {_SHARDS}",
+    "debug": "a step whose loss or gradient is no number is named with its document without it",
+    "skip_memory_metrics": "the most memory of a run stands in its run.json",
+    "do_eval": "held-out scores come with --eval_steps N",
+    "do_predict": "use python -m slimpajama_hf evaluate RUN",
+}
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
+    """Training arguments of this project. Batch size 1: a step is a document of each process."""
+
+    def __post_init__(self) -> None:
+        self._refuse()
+        self.precision_flags = {name: bool(getattr(self, name)) for name in ("bf16", "fp16")}
+        """What `--bf16` and `--fp16` were set to. Which precision it is comes out when the device is known
+        (precision.py); transformers, which would fix it now, is told then."""
+        self.bf16 = self.fp16 = False
+        if self.eval_steps is not None:
+            self.eval_strategy = "steps"
+        report_to: Any = self.report_to  # type: ignore[has-type]
+        if report_to not in (None, "none", ["none"], []):
+            if isinstance(report_to, str):
+                report_to = [name.strip() for name in report_to.split(",")]
+            # Before anything is opened: one that is unknown or not installed is said now.
+            self.report_to = asked(report_to)
+        # None stays None until corpus and model are known (flags.complete); transformers wants a name meanwhile.
+        output_dir = self.output_dir  # type: ignore[has-type]
+        super().__post_init__()
+        if output_dir is None:
+            self.output_dir = None
+
+    def _refuse(self) -> None:
+        """Raise ValueError for what would have no effect or a wrong one."""
+        for field in dataclasses.fields(self):
+            if field.name in REFUSED and not _is_usual(getattr(self, field.name), _default_of(field)):
+                raise ValueError(_refusal(field.name, getattr(self, field.name)))
+        ranges.refuse(self)
+        if self.per_device_train_batch_size != 1:
+            raise ValueError(
+                f"--per_device_train_batch_size {self.per_device_train_batch_size}: a step is one document here; "
+                "leave it at 1"
+            )
+        if self.auto_find_batch_size:
+            raise ValueError("--auto_find_batch_size: there is nothing below a batch of 1; leave it out")
+        if self.lr_scheduler_type != "constant_with_warmup":
+            raise ValueError(
+                f"--lr_scheduler_type {_as_typed(self.lr_scheduler_type)}: the schedule is linear warm-up, then "
+                "constant; leave it out and choose --learning_rate and --warmup_steps"
+            )
+        if _as_typed(self.save_strategy) not in ("steps", "no"):
+            raise ValueError(f"--save_strategy {_as_typed(self.save_strategy)}: {_SAVED}; leave it out")
+        if self.eval_steps is None and (_as_typed(self.eval_strategy) != "no" or self.eval_on_start or self.eval_delay):
+            raise ValueError("held-out documents are scored every --eval_steps N: add it, or leave the other flags out")
+        if _as_typed(self.eval_strategy) not in ("steps", "no"):
+            raise ValueError(
+                f"--eval_strategy {_as_typed(self.eval_strategy)}: held-out documents are scored every --eval_steps N; "
+                "leave it out"
+            )
+        if (self.optim_args or self.optim_target_modules) and _as_typed(self.optim).startswith("adamw_torch"):
+            raise ValueError(
+                f"--optim {_as_typed(self.optim)} takes no --optim_args and no --optim_target_modules; leave them out, "
+                "or choose another --optim"
+            )
+        if self.optim_args and any(pair.count("=") != 1 for pair in self.optim_args.split(",")):
+            raise ValueError(f"--optim_args {self.optim_args}: expected name=value, several as a=1,b=2")
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise ValueError("--use_liger_kernel: liger-kernel is not installed; pip install it, or leave this out")
+
+
+def refuse_typed(typed: frozenset[str], arguments: TrainingArguments) -> None:
+    """Raise UsageError for a flag without effect that was typed with a number or a word, were it the default: who types
+    `--num_train_epochs 3` expects three epochs."""
+    fields = {field.name: field for field in dataclasses.fields(arguments)}
+    for name in sorted(typed & REFUSED.keys() & fields.keys() - TRAINING_DEFAULTS.keys()):
+        default = _default_of(fields[name])
+        if isinstance(default, int | float | str) and not isinstance(default, bool) and default not in (0, "", "no"):
+            raise UsageError(_refusal(name, getattr(arguments, name)))
+
+
+def _refusal(name: str, value: Any) -> str:
+    return f"--{name} {_as_typed(value)}: it would have no effect here: {REFUSED[name]}"
+
+
+def _is_usual(value: Any, default: Any) -> bool:
+    """Whether a field is at its default. argparse turns some defaults that say "off" into others."""
+    off: tuple[Any, ...] = (None, False, "", "no", "none", [], {})
+    return value == default or (value in off and default in off)
+
+
+def _as_typed(value: Any) -> str:
+    """An enumeration as the word that is typed for it."""
+    return str(getattr(value, "value", value))
+
+
+def changed_fields(arguments: TrainingArguments) -> dict[str, Any]:
+    """Fields of transformers' that differ from our defaults, plus those shown in `--help`; secrets never."""
+    defaults = {field.name: field for field in dataclasses.fields(SlimPajamaTrainingArguments)}
+    plain = arguments.to_dict()
+    changed = {}
+    for name, field in defaults.items():
+        if not field.init or name.endswith("_token") or name not in plain:
+            continue
+        default = _default_of(field)
+        value = plain[name]
+        if name == "report_to" and isinstance(value, list):
+            # As it is typed.
+            value = ",".join(value) or "none"
+        if name in _DERIVED or value is None or (not value and default in (None, False, 0, "", "none", [], {})):
+            continue
+        # to_dict() turns enumerations into their values.
+        if TRAINING_DEFAULTS.get(name, (None, None))[1] is not None or value != getattr(default, "value", default):
+            changed[name] = value
+    return changed
+
+
+#: Filled in by transformers from the machine or from other fields: not part of what was asked for.
+_DERIVED = frozenset(
+    {
+        "local_rank", "logging_dir", "run_name", "bf16", "fp16", "accelerator_config", "eval_strategy",
+        "parallelism_config",
+        "lr_scheduler_kwargs", "fsdp_config", "hub_token", "ddp_backend", "per_device_train_batch_size",
+        "trackio_space_id", "fsdp", "project", "do_eval",
+    }
+)  # fmt: skip
+
+
+class _Parser(HfArgumentParser):
+    """argparse that says one sentence instead of a page of usage."""
+
+    def __init__(self, dataclass_types: list[Any]) -> None:
+        super().__init__(dataclass_types, add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        # argparse: "argument --max_steps/--max-steps: invalid int value: 'ten'"
+        text = message.removeprefix("argument ")
+        flags, colon, rest = text.partition(": ")
+        if colon and flags.startswith("--"):
+            text = f"{flags.partition('/')[0].partition(',')[0]}: {rest}"
+            if rest.startswith("invalid "):
+                kind, _, value = rest.removeprefix("invalid ").partition(" value: ")
+                names = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
+                if value:
+                    text = f"{flags.partition('/')[0]}: found {value}, expected {names.get(kind, kind)}"
+        raise UsageError(text)
+
+
+def make_parser(dataclass_types: list[Any]) -> _Parser:
+    return _Parser(dataclass_types)
+
+
+def asked(report_to: str | list[str] | None) -> list[str]:
+    """The trackers of `--report_to`. Raises UsageError for one that is unknown or not installed."""
+    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    names = [name for name in names if name != "none"]
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise UsageError(f"--report_to {name}: expected none, or one or more of {known}")
+        if name in ("tensorboard", "trackio", "wandb") and importlib.util.find_spec(name) is None:
+            raise UsageError(f"--report_to {name}: the package is not installed; pip install {name}")
+    return names

@@ -1,0 +1,1 @@
+"""The loop: one document per step, measured, recorded and saved, in one process or several."""

@@ -1,0 +1,41 @@
+"""Training time, without charts, samples, evaluation and saving."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+
+class TrainingClock:
+    """Counts training time: charts, samples, evaluation and saving happen while it is paused."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._lap_start = now()
+        self._paused_in_lap = 0.0
+        self.training_seconds = 0.0
+        """Training time since the start of this session."""
+        self.paused_seconds = 0.0
+        """Time spent otherwise."""
+
+    def start(self) -> None:
+        """Training begins now: what came before does not count."""
+        self._lap_start, self._paused_in_lap = self._now(), 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._paused_in_lap += self._now() - start
+
+    def lap(self) -> float:
+        """Training seconds since the last lap."""
+        now = self._now()
+        seconds = max(now - self._lap_start - self._paused_in_lap, 1e-9)
+        self.paused_seconds += self._paused_in_lap
+        self._lap_start, self._paused_in_lap = now, 0.0
+        self.training_seconds += seconds
+        return seconds

@@ -1,0 +1,169 @@
+"""Scores on held-out documents: loss, perplexity, next-token accuracy, bits per byte, by domain.
+
+To add a score: a property of `Scores` and a line in `Scores.to_dict`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from slimpajama_hf.files import GrowingFile
+
+if TYPE_CHECKING:
+    from slimpajama_hf.corpus.corpus import Corpus
+    from slimpajama_hf.record.run_folder import RunFolder
+    from slimpajama_hf.samples.sample import Sample
+
+
+@dataclasses.dataclass
+class Scores:
+    """Sums over samples, from which every score follows."""
+
+    samples: int = 0
+    predicted: int = 0
+    """Tokens predicted: all but the first of each sample."""
+    nats: float = 0.0
+    """Code length of the predicted tokens."""
+    first_nats: float = 0.0
+    """Code length of the first tokens, at their uniform cost ln(vocabulary)."""
+    text_bytes: int = 0
+    guesses: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    targets: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    """Token ids, each of shape (T-1,)."""
+
+    @property
+    def loss(self) -> float:
+        """Nats per predicted token."""
+        return self.nats / self.predicted
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Code length of all tokens over the UTF-8 bytes that they cover: comparable across tokenizers."""
+        return (self.nats + self.first_nats) / math.log(2) / self.text_bytes
+
+    def accuracy(self, metric: Any) -> float:
+        """Fraction of next tokens right, by an `evaluate` metric."""
+        return metric.compute(
+            predictions=torch.cat(self.guesses).tolist(), references=torch.cat(self.targets).tolist()
+        )["accuracy"]
+
+    def to_dict(self, metric: Any) -> dict[str, Any]:
+        return {
+            "samples": self.samples,
+            "tokens": self.predicted,
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "accuracy": self.accuracy(metric),
+            "bits_per_byte": self.bits_per_byte,
+        }
+
+
+def next_token_accuracy() -> Any:
+    """An `evaluate.Metric` that needs no network: `evaluate.load("accuracy")` fetches a script from the Hub.
+
+    Imported here alone: `evaluate` takes seconds to import.
+    """
+    import datasets
+    import evaluate
+    import numpy as np
+
+    class NextTokenAccuracy(evaluate.Metric):
+        """Fraction of predicted token ids that equal the reference ids."""
+
+        def _info(self) -> evaluate.MetricInfo:
+            return evaluate.MetricInfo(
+                description="Fraction of next tokens predicted right, teacher-forced.",
+                citation="",
+                inputs_description="predictions and references: token ids, flattened and shifted.",
+                features=datasets.Features(
+                    {"predictions": datasets.Value("int32"), "references": datasets.Value("int32")}
+                ),
+            )
+
+        def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+            return {"accuracy": float((np.asarray(predictions) == np.asarray(references)).mean())}
+
+    return NextTokenAccuracy()
+
+
+def score(
+    model: Any, samples: Iterable[Sample], vocabulary: int, on_sample: Callable[[int], None] = lambda done: None
+) -> dict[str, Scores]:
+    """Scores of `model` on samples, by domain, and over all under `all`. The model's mode is restored after.
+
+    `vocabulary`: tokens that a text may begin with; the model may have more, to pad its matrices.
+    """
+    by_domain: dict[str, Scores] = {}
+    total = Scores()
+    training = model.training
+    model.eval()
+    first_nats = math.log(vocabulary)
+    try:
+        with torch.no_grad():
+            for done, sample in enumerate(samples, 1):
+                input_ids = torch.tensor([sample.input_ids], device=model.device)  # (1, T)
+                logits = model(input_ids=input_ids).logits[0, :-1].float()  # (T-1, V)
+                targets = input_ids[0, 1:]  # (T-1,)
+                nats = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+                guesses = logits.argmax(-1).cpu()
+                for scores in (total, by_domain.setdefault(sample.document.domain, Scores())):
+                    scores.samples += 1
+                    scores.predicted += len(targets)
+                    scores.nats += nats
+                    scores.first_nats += first_nats
+                    scores.text_bytes += sample.text_bytes
+                    scores.guesses.append(guesses)
+                    scores.targets.append(targets.cpu())
+                on_sample(done)
+    finally:
+        model.train(training)
+    return {"all": total, **dict(sorted(by_domain.items()))}
+
+
+def metrics_of(scores: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Scores by domain, as a line of `evaluations.jsonl` has them, as metrics in Trainer's names."""
+    return {f"eval_{name}": scores["all"][name] for name in ("loss", "perplexity", "accuracy", "bits_per_byte")}
+
+
+class HeldOutScores:
+    """What `--eval_steps` calls: scores on the same held-out documents each time, of the weights and of their average,
+    appended to `evaluations.jsonl`."""
+
+    def __init__(self, documents: Corpus, samples: list[Sample], folder: RunFolder, vocabulary: int) -> None:
+        self.samples = samples
+        self._vocabulary = vocabulary
+        self._documents = documents
+        self.file = GrowingFile(folder.evaluations)
+        self._metric: Any = None
+
+    def __call__(self, trainer: Any) -> dict[str, float]:
+        if self._metric is None:
+            self._metric = next_token_accuracy()
+        averaged = None
+        average = getattr(trainer, "average", None)
+        with trainer.seeing() as model:
+            table = self._table(model)
+            if average is not None and average.is_there:
+                with average.applied():
+                    averaged = self._table(model)
+        if trainer.is_world_process_zero():
+            entry = {"step": trainer.state.global_step, "corpus": self._documents.mirror, "scores": table}
+            self.file.append(entry | ({"averaged": averaged} if averaged is not None else {}))
+        metrics = metrics_of(table)
+        if averaged is not None:
+            metrics |= {name.replace("eval_", "eval_averaged_"): value for name, value in metrics_of(averaged).items()}
+        return metrics
+
+    def _table(self, model: Any) -> dict[str, dict[str, Any]]:
+        return {
+            domain: each.to_dict(self._metric) for domain, each in score(model, self.samples, self._vocabulary).items()
+        }

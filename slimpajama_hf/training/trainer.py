@@ -1,0 +1,792 @@
+"""`SlimPajamaTrainer`: the step of one document, its schedule, its loader, and what is measured in it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import shutil
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from slimpajama_hf import devices, precision
+from slimpajama_hf.errors import SaidByTheFirst, UserError
+from slimpajama_hf.model import memory, optimization, transfers
+from slimpajama_hf.model.averaging import WeightAverage
+from slimpajama_hf.model.gpt2_step import GPT2Step, unsupported
+from slimpajama_hf.record import checkpoints, noise
+from slimpajama_hf.settings.arguments import HIDDEN_RATES
+from slimpajama_hf.training import loss_scale, measuring, range_test
+from slimpajama_hf.training.batches import Batches, collate
+from slimpajama_hf.training.clock import TrainingClock
+from slimpajama_hf.training.loss_scale import LossScale
+from slimpajama_hf.training.processes import OthersLost, Processes, Step, is_about_others
+from slimpajama_hf.training.recorder import AfterEachStep
+from slimpajama_hf.training.schedule import get_learning_rate
+
+if TYPE_CHECKING:
+    from slimpajama_hf.samples.sample import Sample
+    from slimpajama_hf.samples.stream import SampleStream
+    from slimpajama_hf.training.evaluation import HeldOutScores
+    from slimpajama_hf.training.processes import News, Told
+    from slimpajama_hf.training.recorder import StepRecorder
+
+
+#: So many updates in a row that cannot be made mean that the weights are lost, not that a document is odd.
+MOST_NOT_FINITE_IN_A_ROW = 10
+
+#: What is only measured, in words.
+_MEASURED = {
+    "noise": "the gradients of other documents (the noise scale)",
+    "teaching": "the loss of a document before or after another's update (what documents teach)",
+    "evaluation": "scores on held-out documents",
+}
+_Found = TypeVar("_Found")
+
+#: Private methods of Trainer that we override or call: a test fails when their signature moves.
+PRIVATE_HOOKS = {
+    "_clip_grad_norm": "(self, model)",
+    "_get_grad_norm": "(self, model, grad_norm=None)",
+    "_get_output_dir": "(self, trial)",
+    "_load_scaler": "(self, checkpoint)",
+    "_save": "(self, output_dir=None, state_dict=None)",
+    "_save_checkpoint": "(self, model, trial)",
+}
+
+
+def why_autograd(args: Any, model: Any, backward: str) -> str | None:
+    """Why the step of `model` is left to autograd, in words; None where it is written out (`gpt2_step.py`).
+
+    `args`: the training arguments. `backward`: what `--backward` is.
+    """
+    if backward == "autograd":
+        return "--backward autograd"
+    if args.world_size > 1 or devices.is_sharded():
+        return "several processes, whose gradients meet while autograd still works on the others"
+    if args.gradient_accumulation_steps > 1 or args.gradient_checkpointing:
+        return "gradient accumulation or checkpointing"
+    if args.torch_compile or devices.launcher_compiles():
+        return "torch.compile"
+    if args.neftune_noise_alpha is not None:
+        return "NEFTune noise"
+    return unsupported(model)
+
+
+def _whole(norm: torch.Tensor) -> torch.Tensor:
+    """Of a sharded model a norm is a DTensor."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+class SlimPajamaTrainer(Trainer):
+    """A Trainer whose optimizer step is one streamed document.
+
+    Beside what `transformers.Trainer` does: the loss is the mean over the predicted tokens (5.23 alone under-scales
+    GPT-2's by (L-1)/L); accuracy is taken where the logits are; every step becomes a row of the ledger; checkpoints
+    are staged, given a manifest and renamed; no `training_args.bin` (it pickles the Hub token).
+
+    `backward`: `auto` computes GPT-2's step with `gpt2_step.py` where that can, else and with `autograd` the Trainer
+    does.
+    """
+
+    def __init__(
+        self,
+        *,
+        stream: SampleStream,
+        recorder: StepRecorder,
+        about: dict[str, Any],
+        callbacks: list[TrainerCallback] | None = None,
+        held_out: HeldOutScores | None = None,
+        backward: str = "auto",
+        average_half_life: float = 0.0,
+        hidden_optim: str = "muon",
+        hidden_rate: float | None = None,
+        news: News | None = None,
+        lr_find: bool = False,
+        **trainer_arguments: Any,
+    ) -> None:
+        self.stream = stream
+        self.team = news.team if news is not None else Processes()
+        self.news = news
+        """Where a step has several samples, how their losses come together (`processes.py`)."""
+        self.recorder = recorder
+        self.clock = TrainingClock()
+        self.about = about
+        """What goes into the manifest of every checkpoint."""
+        self.sample: Sample | None = None
+        """The sample of the step that is on."""
+        self.cursor = stream.start
+        """Where reading goes on after the last trained sample."""
+        self.stream_ended = False
+        self.steps_of_session = 0
+        self.skipped_records: Counter[str] = Counter()
+        """Records passed over in this session, by reason."""
+        self._held_out = held_out
+        self._correct = self._loss = self._grad_norm = self._not_finite = torch.tensor(0.0)
+        self._nats = torch.zeros(0)
+        self._weight = 1.0
+        """Of the sample that is on, in the loss of its step."""
+        self._own: list[torch.Tensor] = []
+        """Of each sample of the step that this process had, where it had several: loss, tokens right, surprisals."""
+        self._backward = backward
+        self._written_out: GPT2Step | None = None
+        self._ahead: deque[dict[str, Any]] = deque()
+        """Batches that were asked for before their step, to be measured at the weights of an earlier one."""
+        self._unmeasured = (torch.tensor(float("nan")),) * 2
+        self._noise: tuple[torch.Tensor, torch.Tensor] = self._unmeasured
+        """Mean square and mean product of gradients at this step's weights; NaN where they were not measured."""
+        self._noise_by_parameter: torch.Tensor | None = None
+        """The same of each parameter's part of them, (2, parameters), where they were measured."""
+        self._taught: tuple[torch.Tensor, torch.Tensor] = self._unmeasured
+        """Loss of the step's document after its update, and of the next one before it; NaN where nobody looked."""
+        self.measuring_seconds = 0.0
+        """Time that measuring noise, and what steps teach, has taken."""
+        self._loss_scale: LossScale | None = None
+        """In float16 what the loss is multiplied by."""
+        self.left_out: Counter[str] = Counter()
+        """What was not measured in this session because the device had no memory for it, how often."""
+        self._out_of_memory = 0
+        self._updating = False
+        """Whether the optimizer is at work: what stops it leaves weights of which some have moved and some have not."""
+        self._lr_find = lr_find
+        self._average_half_life = average_half_life
+        self._hidden_optim, self._hidden_rate = hidden_optim, hidden_rate
+        self.average: WeightAverage | None = None
+        """The average of the weights, if one is kept; of several processes the first keeps it."""
+        self._resumed_from: Path | None = None
+        self._update_skipped = ""
+        self.failure: UserError | None = None
+        """Why training stopped by itself, if it did."""
+        self.save_failure: str | None = None
+        """Why the last save did not succeed, if it did not."""
+        self.computes_in = "unknown"
+        """The precision of the step's products, as seen when training began."""
+        self._rate = 0.0
+        """The learning rate of the step that is on, from the optimizer."""
+        self._staging: Path | None = None
+        after_each_step = AfterEachStep(
+            self.clock, self._begin_training, self._record_step, self.tell_now, self._note_update
+        )
+        with memory.said("the model was moved to its device"):
+            super().__init__(
+                train_dataset=Batches(stream),
+                eval_dataset=held_out.samples if held_out is not None else None,
+                data_collator=collate,
+                callbacks=[after_each_step, *(callbacks or [])],
+                **trainer_arguments,
+            )
+        if self.args.fp16 and self.args.device.type == "cpu" and self.accelerator.scaler is None:
+            # Else it would be float32 there, without a word.
+            self.accelerator.scaler, self.accelerator.native_amp = loss_scale.for_a_cpu(), True
+        # The bar and the lines are ours; the dictionary that this one prints is noise.
+        self.remove_callback(PrinterCallback)
+        self.run_path = Path(str(self.args.output_dir))
+        self._parameters: int = self.accelerator.unwrap_model(self.model).num_parameters(exclude_embeddings=True)
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Our stream, one sample a batch, not prepared by accelerate: a prepared loader runs one sample ahead.
+
+        The generator of its own keeps DataLoader from drawing a seed from the global one at each start
+        (torch dataloader.py: `_BaseDataLoaderIter`), which would change dropout after a resume.
+        """
+        return DataLoader(Batches(self.stream), batch_size=1, collate_fn=collate, generator=torch.Generator())
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
+        """The next samples. Each knows its weight, so nothing is counted; at the end of the stream training stops."""
+        batches = []
+        self._look_ahead(epoch_iterator)
+        for _ in range(num_batches):
+            try:
+                batches.append(self._ahead.popleft() if self._ahead else next(epoch_iterator))
+            except StopIteration:
+                self.stream_ended = True
+                self.control.should_training_stop = True
+                break
+        return batches, None
+
+    def _measures_noise(self) -> bool:
+        """Whether the next step's gradient is compared with others': where it is written out, and one document's."""
+        step = self.state.global_step
+        return self._written_out is not None and step % noise.STEPS_BETWEEN == noise.STEPS_BETWEEN - 1
+
+    def _measures_teaching(self, step: int) -> bool:
+        """Whether it is looked at what a step teaches: where it is written out, and one document's."""
+        return self._written_out is not None and self.stream.mode != "pack" and measuring.is_due(step)
+
+    def _look_ahead(self, batches: Iterator) -> None:
+        """Have the documents at hand that a measurement needs beside the step's own; each still gets its step."""
+        needed = 2 if self._measures_teaching(self.state.global_step) else 0
+        if self._measures_noise():
+            needed = noise.DOCUMENTS
+        if needed:
+            with self.clock.paused():
+                while len(self._ahead) < needed and (batch := next(batches, None)) is not None:
+                    self._ahead.append(batch)
+
+    # ---- the step ----
+
+    @property
+    def hidden_optim(self) -> str:
+        """What the matrices in the blocks learn with: `muon`, `adamw`, or whatever else `--optim` is."""
+        if self.args.optim not in ("adamw_torch", "adamw_torch_fused"):
+            return self.args.optim
+        # Orthogonal is a matrix as a whole, which no process has of a sharded model.
+        return "adamw" if self.is_fsdp_enabled else self._hidden_optim
+
+    @property
+    def hidden_rate(self) -> float:
+        """Their rate as a share of the learning rate."""
+        if self.hidden_optim not in HIDDEN_RATES:
+            return 1.0
+        return HIDDEN_RATES[self.hidden_optim] if self._hidden_rate is None else self._hidden_rate
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As transformers', but that hidden matrices learn in their own way (`optimization.py`)."""
+        there = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if there or self.hidden_optim not in HIDDEN_RATES:
+            return optimizer
+        network: Any = model if model is not None else self.model
+        if self.hidden_optim == "muon":
+            assert isinstance(optimizer, torch.optim.AdamW)
+            # Orthogonal is a matrix up to a factor of 2 here: that is not where `--precision float32` is exact.
+            fast = precision.choose("auto", self.args.device)
+            dtype = torch.bfloat16 if fast == "bfloat16" else torch.float32
+            documents = self.args.world_size * self.args.gradient_accumulation_steps
+            optimizer = optimization.AdamWWithMuon.of(optimizer, network, self.hidden_rate, dtype, documents)
+            self.optimizer = optimizer
+        elif self.hidden_rate != 1.0:
+            optimization.set_apart(optimizer, optimization.hidden_matrices(network), self.hidden_rate)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """Linear warm-up to the rate, then constant; the first step trains at lr/warmup where transformers' has 0."""
+        if self.lr_scheduler is None:
+            own, warmup = self.args.learning_rate, self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.optimizer,  # type: ignore[arg-type]
+                (lambda step: range_test.rate(step, num_training_steps) / own)
+                if self._lr_find
+                else lambda step: get_learning_rate(step, 1.0, warmup),
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def why_autograd(self) -> str | None:
+        """Why the step is left to autograd, in words; None where it is written out (`gpt2_step.py`)."""
+        return why_autograd(self.args, self.accelerator.unwrap_model(self.model), self._backward)
+
+    @contextlib.contextmanager
+    def seeing(self) -> Iterator[Any]:
+        """The model as samples, passports and scores compute it: float32. A sharded one computes as it trains."""
+        model = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled:
+            yield model
+        else:
+            with precision.of_the_weights(model):
+                yield model
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; a path goes on with the average of the weights too. Raises UserError where a lack of memory
+        ends it."""
+        self._resumed_from = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except Exception as error:
+            if isinstance(error, UserError) or not memory.is_out(error):
+                raise
+        # Outside: what the exception refers to is freed by now.
+        memory.give_back()
+        raise UserError(self._where_memory_ended())
+
+    def _note_update(self, begins: bool) -> None:
+        self._updating = begins
+
+    def _where_memory_ended(self) -> str:
+        step = self.state.global_step
+        cure = "close what else uses the device, or take a smaller --max_seq_length or --model"
+        if not self._updating:
+            return f"out of memory at step {step}; {cure}"
+        newest = max(checkpoints.steps(self.run_path), default=None)
+        where = f"go on from checkpoint-{newest}" if newest is not None else "start again"
+        return f"out of memory in the update of step {step}: it is half made, and not saved; {where}: {cure}"
+
+    def _begin_average(self) -> None:
+        # Of a sharded model no process has the weights.
+        if not self._average_half_life or not self.team.is_first or self.is_fsdp_enabled:
+            return
+        with memory.said("the average of the weights was made", "--average_weights 0 trains without it"):
+            self.average = WeightAverage(self.accelerator.unwrap_model(self.model), self._average_half_life)
+            loaded = self._resumed_from is not None and self.average.load(self._resumed_from)
+        if self._resumed_from is not None and not loaded:
+            self.recorder.trouble(f"{self._resumed_from} has no averaged weights: their average begins here")
+
+    def _begin_training(self) -> None:
+        """Weights are loaded, the optimizer is there: now the step can be made ready."""
+        self.stream.say = self.recorder.trouble
+        self._unmeasured = self._noise = (torch.full((), float("nan"), device=self.args.device),) * 2
+        self._begin_average()
+        if self.accelerator.scaler is not None:
+            self._loss_scale = LossScale(self.accelerator.scaler, self.args.device)
+            # What accelerate would do round the optimizer's step is done here (loss_scale.py says why).
+            self.optimizer.scaler = None  # type: ignore[union-attr]
+        if self.why_autograd() is None:
+            model = self.accelerator.unwrap_model(self.model)
+            self.recorder.layers = [noise.layer_of(name) for name, _ in model.named_parameters()]
+            optimizer = self._plain_optimizer()
+            with memory.said("the buffer of the gradients was made"):
+                self._written_out = GPT2Step(
+                    model,
+                    "float16" if self.args.fp16 else "bfloat16" if self.args.bf16 else "float32",
+                    self.stream.max_length,
+                    self.recorder.trouble,
+                    optimizer.matrices if isinstance(optimizer, optimization.AdamWWithMuon) else (),
+                    self._loss_scale.factor if self._loss_scale is not None else None,
+                )
+        self.computes_in = self._observe_precision()
+
+    def _observe_precision(self) -> str:
+        """The precision that the step computes in, seen in the model as it is now. Raises UserError when it is not the
+        one that was asked for."""
+        if self._written_out is not None:
+            seen = self._written_out.computes_in()
+        else:
+            model: Any = self.model
+            input_ids = torch.zeros((1, min(8, self.stream.max_length)), dtype=torch.long, device=self.args.device)
+            training = model.training
+            model.eval()
+            try:
+                with torch.no_grad():
+                    seen = precision.seen_by_a_hook(model, lambda: model(input_ids=input_ids, use_cache=False))
+            finally:
+                model.train(training)
+        asked = next(name for name, short in precision.ACCELERATE.items() if short == self.args.mixed_precision)
+        if seen != "unknown" and asked not in seen.split(" and "):
+            raise UserError(
+                f"--precision {asked}: this model computes in {seen} here; type --precision {seen.split(' and ')[0]}"
+            )
+        return seen
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward on one sample; returns its loss, nats per token, on the device."""
+        sample: Sample = inputs.pop("sample")
+        self._weight = sample.weight
+        self._update_skipped = ""
+        self._noise, self._noise_by_parameter = self._unmeasured, None
+        self._taught = self._unmeasured
+        out_of_memory = False
+        try:
+            if self._written_out is not None:
+                self._step_written_out(inputs)
+            else:
+                super().training_step(model, inputs, num_items_in_batch)
+        except Exception as error:
+            if not memory.is_out(error):
+                raise
+            out_of_memory = True
+        if out_of_memory:
+            # Here the exception is gone, and with it what it referred to.
+            self._loss = self._without_memory(sample)
+        if sample.together:
+            numbers = torch.stack([self._loss.detach().float(), self._correct.float()])
+            values = torch.cat([numbers, self._nats[: sample.predicted]])  # (2 + T-1,)
+            self._own.append(values)
+            if len(self._own) > 1:
+                # Who looks at the step sees its first sample.
+                return self._loss
+        self.sample = sample
+        return self._loss
+
+    def _step_written_out(self, inputs: dict[str, Any]) -> None:
+        """The step by `gpt2_step.py`, and what is measured at the same weights."""
+        assert self._written_out is not None
+        if self._measures_teaching(self.state.global_step):
+            following = self._measured("teaching", self._next_loss)
+            self._taught = self._taught[0], self._unmeasured[1] if following is None else following
+        others = self._measured("noise", self._other_gradients) if self._measures_noise() else None
+        # From the host: the step sends what it needs, and the labels are the ids.
+        input_ids = inputs["input_ids"][0]
+        result = None
+        try:
+            result = self._written_out(input_ids)
+        except Exception as error:
+            if others is None or not memory.is_out(error):
+                raise
+        if result is None:
+            # The gradients of others stood in its way. A step overwrites its gradients: it is made again, whole.
+            others = None
+            self._leave_out("noise")
+            result = self._written_out(input_ids)
+        if others is not None:
+            compared = self._measured("noise", functools.partial(self._compare, *others))
+            if compared is not None:
+                self._noise, self._noise_by_parameter = compared
+        self._loss, self._correct, self._nats = result.loss, result.correct, result.nats
+
+    def _measured(self, kind: str, measure: Callable[[], _Found]) -> _Found | None:
+        """As `_unless_out_of_memory`, beside training: its clock stands still, and the time is counted; a device's too,
+        which is waited for before and after. That is seldom."""
+        transfers.wait_for(self.args.device)
+        began = time.perf_counter()
+        with self.clock.paused():
+            found = self._unless_out_of_memory(kind, measure)
+            transfers.wait_for(self.args.device)
+        self.measuring_seconds += time.perf_counter() - began
+        return found
+
+    def _unless_out_of_memory(self, kind: str, measure: Callable[[], _Found]) -> _Found | None:
+        """What `measure` finds; None where the device has no memory for it: then training goes on as if nobody had
+        asked."""
+        try:
+            return measure()
+        except Exception as error:
+            if not memory.is_out(error):
+                raise
+        self._leave_out(kind)
+        return None
+
+    def _leave_out(self, kind: str) -> None:
+        """Count what is not measured for lack of memory, and say so the first time."""
+        memory.give_back()
+        self.left_out[kind] += 1
+        if self.left_out[kind] == 1:
+            self.recorder.trouble(
+                f"step {self.state.global_step}: out of memory for {_MEASURED[kind]}, which is left out; training goes "
+                "on, and the next time it is tried again"
+            )
+
+    def _other_gradients(self) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+        """Sum of the clipped gradients of the next documents at these weights, sum of the squares of each parameter's
+        part of them, (parameters,), how many; None where there are none."""
+        assert self._written_out is not None
+        others = list(self._ahead)[: noise.DOCUMENTS - 1]
+        if not others:
+            return None
+        total = torch.zeros_like(self._written_out.gradients)
+        squares = torch.zeros(len(self.recorder.layers), device=self.args.device)
+        for batch in others:
+            self._written_out(batch["input_ids"][0])
+            squares += self._add_clipped(total)
+        return total, squares, len(others)
+
+    def _add_clipped(self, total: torch.Tensor) -> torch.Tensor:
+        """Add the gradient that lies in the buffer to `total` as the optimizer would see it; the squared norm of each
+        parameter's part of it, (parameters,)."""
+        assert self._written_out is not None
+        squares = self._written_out.squared_norms()
+        limit = self.args.max_grad_norm or float("inf")
+        share = (limit / (squares.sum().sqrt() + 1e-6)).clamp(max=1.0)
+        scaled = share if self._loss_scale is None else share / self._loss_scale.factor
+        total.addcmul_(self._written_out.gradients, scaled)
+        return squares * share * share
+
+    def _compare(
+        self, total: torch.Tensor, squares: torch.Tensor, others: int
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Mean square, and mean product of any two, of the step's gradient and the others': of the whole, () each, and
+        of each parameter's part, (2, parameters)."""
+        assert self._written_out is not None
+        squares = squares + self._add_clipped(total)
+        count = others + 1
+        products = (self._written_out.squared_norms(total) - squares) / (count * others)
+        return (squares.sum() / count, products.sum()), torch.stack([squares / count, products])
+
+    def _next_loss(self) -> torch.Tensor | None:
+        """Loss of the document that comes next, at these weights; None where it is no document that is new."""
+        assert self._written_out is not None
+        if not self._ahead or not measuring.is_new(self._ahead[0]["sample"]):
+            return None
+        return self._written_out.loss_alone(self._ahead[0]["input_ids"][0])
+
+    def _look_back(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of the step's document once more, after its update, and that of the next one, before it; NaN where
+        the update was skipped."""
+        assert self._written_out is not None
+        input_ids = torch.tensor(sample.input_ids)
+        losses = self._written_out.loss_alone(input_ids), self._taught[1]
+        # Chosen on the device: it is not waited for.
+        after, following = (torch.where(self._not_finite > 0, self._unmeasured[0], loss) for loss in losses)
+        return after, following
+
+    def _without_memory(self, sample: Sample) -> torch.Tensor:
+        """The first time a step does not fit it is skipped: another program may have been at the card. Then it is the
+        model that does not fit, and UserError stops the run before anything of the step is applied."""
+        self._out_of_memory += 1
+        self.model.zero_grad(set_to_none=True)  # type: ignore[union-attr]
+        memory.give_back()
+        document = sample.document
+        if self._out_of_memory > 1 or self.news is not None:
+            again = ", again" if self._out_of_memory > 1 else ""
+            raise UserError(
+                f"out of memory at step {self.state.global_step} ({document.shard} row {document.row}){again}; "
+                "close what else uses the device, or start a run with a smaller --max_seq_length or --model"
+            )
+        self._update_skipped = "out of memory"
+        self.recorder.trouble(
+            f"step {self.state.global_step}: out of memory on {document.shard} row {document.row}; it is skipped, "
+            "the next time the run stops"
+        )
+        self._correct = torch.zeros((), device=self.args.device)
+        self._nats = torch.full((sample.predicted,), float("nan"), device=self.args.device)
+        return torch.full((), float("nan"), device=self.args.device)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean cross-entropy of the predicted tokens, times the sample's weight in its step; keeps the mean, that of
+        each token, and how many were right."""
+        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
+        logits, targets = outputs.logits[0, :-1].float(), inputs["labels"][0, 1:]  # (T-1, V), (T-1,)
+        nats = F.cross_entropy(logits, targets, reduction="none")  # (T-1,)
+        loss = nats.mean()
+        with torch.no_grad():
+            self._loss, self._nats = loss.detach(), nats.detach()
+            self._correct = (logits.argmax(dim=-1) == targets).sum()
+        if self._weight != 1.0:
+            loss = loss * self._weight
+        return (loss, outputs) if return_outputs else loss
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        """The norm of the gradient; the optimizer scales by it while it reads, which saves a pass over the weights."""
+        if self._written_out is None:
+            return super()._clip_grad_norm(model)
+        norm = self._written_out.squared_norms().sum().sqrt()
+        too_long_by = ((norm + 1e-6) / self.args.max_grad_norm).clamp(min=1.0)
+        self._divide_gradients(too_long_by if self._loss_scale is None else too_long_by * self._loss_scale.factor)
+        return norm
+
+    def _divide_gradients(self, by: torch.Tensor) -> None:
+        """Of the step that is written out; without a pass over them where the optimizer does it as it reads."""
+        assert self._written_out is not None
+        optimizer = self._plain_optimizer()
+        if optimization.scales_in_kernel(optimizer, by.device):
+            optimizer.grad_scale = by
+        else:
+            self._written_out.gradients.div_(by)
+
+    def _plain_optimizer(self) -> Any:
+        """The optimizer without accelerate's wrapping."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self._written_out is not None:
+            grad_norm = self._written_out.squared_norms().sum().sqrt()
+            if self._loss_scale is not None:
+                # A scale that is learned before the optimizer's step is the next step's.
+                self._divide_gradients(self._loss_scale.factor.clone())
+        norm = super()._get_grad_norm(model, grad_norm)
+        # Read before the update: after it the scheduler has moved on.
+        self._rate = float(self._plain_optimizer().param_groups[0]["lr"])
+        self._grad_norm = norm if isinstance(norm, torch.Tensor) else torch.tensor(float(norm))
+        self._grad_norm = _whole(self._grad_norm)
+        self._skip_update_unless_finite()
+        return norm
+
+    def _skip_update_unless_finite(self) -> None:
+        """Leave the weights as they are when the loss or the gradient is no number; the device is not waited for.
+
+        Fused optimizers take a flag for it on the device, made for gradient scaling (`found_inf`, torch/optim/adam.py),
+        where its kernels look at it; others, and a CPU, are told by having no gradients.
+        """
+        self._grad_norm = self._grad_norm.detach().to(self._loss.device)
+        finite = torch.isfinite(self._grad_norm)
+        if self.news is None:
+            # The loss of one sample among several is that process' own; all must decide alike.
+            finite = finite & torch.isfinite(self._loss)
+        self._not_finite = 1.0 - finite.float()
+        optimizer = self._plain_optimizer()
+        device = self._not_finite.device
+        if device.type != "cpu" and optimization.scales_in_kernel(optimizer, device):
+            optimizer.found_inf = self._not_finite
+        elif self._not_finite.item():
+            optimizer.zero_grad(set_to_none=True)
+        if self._loss_scale is not None:
+            # Nothing was computed in a step that did not fit.
+            self._loss_scale.learn(None if self._update_skipped else self._not_finite)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 x tokens x parameters, counted without walking over the modules at every step."""
+        return 6 * inputs["input_ids"].numel() * self._parameters
+
+    def accuracy_now(self) -> float:
+        """Next-token accuracy of the step that is on (of its first sample), a fraction; waits for the device."""
+        assert self.sample is not None
+        correct = self._own[0][1] if self._own else self._correct
+        return correct.item() / self.sample.predicted
+
+    def _record_step(self) -> bool:
+        """Hand the finished step to the recorder; False when the run has to stop."""
+        assert self.sample is not None
+        self.cursor = self.sample.after
+        self.steps_of_session += 1
+        self.skipped_records.update(self.sample.skipped)
+        step = self.state.global_step - 1
+        if self._measures_teaching(step):
+            taught = self._measured("teaching", functools.partial(self._look_back, self.sample))
+            self._taught = self._unmeasured if taught is None else taught
+        if self.average is not None:
+            self.average.step(step + 1)
+        rate = self._rate
+        if self.news is not None:
+            places = range(self.team.rank, len(self.sample.together), self.team.world_size)
+            # What only filled a place is another's.
+            own, self._own = self._own[: len(places)], []
+            of_step = torch.stack([self._grad_norm.float(), self._not_finite, *self._noise, *self._taught])
+            finished = Step(step, self.sample, own, of_step, rate, self.clock.lap())
+            self._take_in(self.news.add(finished))
+            return not self.news.failed
+        numbers = [self._loss.detach().float(), self._correct.float(), self._grad_norm.float(), self._not_finite,
+                   *self._noise, *self._taught]  # fmt: skip
+        values = [torch.stack(numbers), self._nats[: self.sample.predicted]]
+        if self._noise_by_parameter is not None:
+            values.append(self._noise_by_parameter.view(-1))
+        self.recorder.add(step, self.sample, torch.cat(values), rate, self.clock.lap(), self._update_skipped)
+        self._look_at_what_is_not_finite()
+        return self.failure is None
+
+    def tell_now(self) -> None:
+        """All processes at the same step: what they have not told each other yet."""
+        if self.news is not None:
+            self._take_in(self.news.tell())
+
+    def _take_in(self, told: list[Told]) -> None:
+        for step in told:
+            self.recorder.add_shared(step)
+        self._look_at_what_is_not_finite()
+        assert self.news is not None
+        # Told with the next news, so that all stop after the same step.
+        self.news.failing = self.failure is not None
+        if self.news.failed and self.failure is None:
+            self.failure = SaidByTheFirst("the first process stops the run")
+
+    def _look_at_what_is_not_finite(self) -> None:
+        bad = self.recorder.not_finite
+        most, scale = MOST_NOT_FINITE_IN_A_ROW, self._loss_scale
+        if scale is not None and len(bad) >= most and scale.may_be_too_large():
+            # A gradient beyond float16's range is no sign of lost weights while the scale still comes down.
+            bad = [row for row in bad if row["loss"] is None or not math.isfinite(row["loss"])]
+        if len(bad) >= most and self.failure is None:
+            places = ", ".join(f"{row['shard']} row {row['row']} (step {row['step']})" for row in bad)
+            good = checkpoints.newest_before_trouble(self.run_path)
+            advice = f"go on from {good} " if good else "no checkpoint is older than this; start again "
+            self.failure = UserError(
+                f"{len(bad)} steps in a row had a loss or a gradient that is no number and were skipped; the "
+                f"documents were {places}; {advice}with a smaller --learning_rate"
+                f"{' or with --precision float32' if self._loss_scale is not None else ''}"
+            )
+
+    # ---- evaluation ----
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Scores on held-out documents (`evaluation.py`), with the clock of training stopped."""
+        if self._held_out is None:
+            raise ValueError("no held-out documents were given to this trainer")
+        held_out = self._held_out
+        with self.clock.paused():
+            if self.is_fsdp_enabled or self.args.metric_for_best_model is not None:
+                # A sharded model computes with all processes or not at all.
+                metrics = held_out(self) if self.is_fsdp_enabled else self.team.first_does(lambda: held_out(self))
+            else:
+                metrics = self.team.first_does(
+                    lambda: self._unless_out_of_memory("evaluation", lambda: held_out(self)) or {}
+                )
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        # Of a run that began in float16 and goes on in another precision there is one in the checkpoint, and none here.
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Stage, write, add the manifest, rename. The ledger is on the disk before the checkpoint that counts on it."""
+        self.tell_now()
+        with self.clock.paused():
+            try:
+                self._stage_checkpoint(model, trial)
+                self.save_failure = None
+            except OthersLost:
+                raise
+            except (OSError, RuntimeError, SafetensorError, SaidByTheFirst) as error:
+                # torch and safetensors have errors of their own for a disk that is full.
+                self.save_failure = f"checkpoint-{self.state.global_step}: {self._why_not_saved(error)}"
+                self.recorder.trouble(
+                    f"not saved: {self.save_failure}; training goes on, and the next interval tries again"
+                )
+
+    def _why_not_saved(self, error: Exception) -> str:
+        # torch says of a full disk: "[enforce fail at inline_container.cc] . unexpected pos 528576 vs 528464".
+        free = shutil.disk_usage(self.run_path).free
+        if free < 12 * self._parameters:
+            return f"{free / 1e6:.1f} MB are free on the disk, too few for a checkpoint"
+        return " ".join(str(error).split())[:200]
+
+    def _stage_checkpoint(self, model: Any, trial: Any) -> None:
+        """The first process makes the folder and renames it; what is each process' own (the random generators, and the
+        shards of a sharded model) each writes into it itself."""
+        step, run, team = self.state.global_step, self.run_path, self.team
+        about = self.about | {"not_finite_in_a_row": len(self.recorder.not_finite)}
+        failure: Exception | None = None
+        with contextlib.ExitStack() as staged:
+
+            def stage() -> Path:
+                self.recorder.sync()
+                return staged.enter_context(checkpoints.staged(run, step, about | {"chain": self.recorder.chain}))
+
+            self._staging = team.first_does(stage)
+            try:
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    state = {"cursor": dataclasses.asdict(self.cursor)}
+                    path = checkpoints.path_of(self._staging, step) / checkpoints.DATA_STATE
+                    path.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+                if self.average is not None and self.average.is_there:
+                    self.average.save(checkpoints.path_of(self._staging, step), self.processing_class)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                if is_about_others(error):
+                    raise
+                failure = error
+            finally:
+                self._staging = None
+            # All have written: now the first renames, and all wait for it.
+            team.agree(failure)
+        team.first_does(lambda: checkpoints.keep_newest(run, self.args.save_total_limit))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Weights, configuration and tokenizer. Loaded elsewhere, the model shall generate with a cache."""
+        config = self.accelerator.unwrap_model(self.model).config
+        cache, config.use_cache = config.use_cache, True
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            config.use_cache = cache
+        if self.args.should_save:
+            # A pickle of all arguments, the Hub token among them; run_config.yaml says the same without it.
+            (Path(output_dir or self.run_path) / "training_args.bin").unlink(missing_ok=True)
+
+    def save_now(self) -> None:
+        """Save the state after the last finished step, unless its checkpoint is there already, or the weights are no
+        longer those of it."""
+        step = self.state.global_step
+        if step == 0 or self.args.save_strategy == "no" or self._updating:
+            return
+        if not self.team.first_does(checkpoints.path_of(self.run_path, step).exists):
+            self._save_checkpoint(self.model, trial=None)

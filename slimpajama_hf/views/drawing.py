@@ -1,0 +1,313 @@
+"""What all pictures are drawn with: axes, bands, running means, labels, texts that fit."""
+
+from __future__ import annotations
+
+import functools
+import math
+import textwrap
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from slimpajama_hf.agg import matplotlib
+
+# isort: split
+
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from slimpajama_hf import palette
+
+WINDOW = 50  # steps of a running mean
+
+
+RAW_STEPS = 2_500  # more steps than this are drawn as a band
+
+
+BINS = 400  # of a band or of marks at an edge: about one per two pixels
+
+
+LINE_POINTS = 600  # of a running mean over more than RAW_STEPS steps
+
+
+CLOUD_POINTS = 4_000  # of the panel of loss against accuracy
+
+
+DPI = 100
+
+
+LEFT = 0.62  # inches left of a plot, for its tick labels; titles start there
+
+
+BODY, TITLE = 12.5, 16.0  # points
+
+
+MONO = "DejaVu Sans Mono"  # ships with matplotlib: the same picture everywhere
+
+
+CHARACTER = 0.602 * BODY / 72  # advance of one character of MONO at BODY, inches
+
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": BODY,
+    "text.usetex": False,
+    "text.hinting": "no_hinting",  # even letter spacing, and a fifth faster
+    "text.parse_math": False,  # a `$` in a document is a dollar
+    "text.color": palette.INK,
+    "figure.facecolor": palette.PAPER,
+    "figure.autolayout": False,
+    "figure.constrained_layout.use": False,
+    "axes.facecolor": "none",
+    "axes.edgecolor": palette.MUTED,
+    "axes.labelcolor": palette.MUTED,
+    "axes.labelsize": BODY,
+    "axes.labelpad": 5,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": False,
+    "lines.antialiased": True,
+    "path.simplify": True,
+}
+
+#: Early steps pale, late steps dark: the present stands out. Without the end that is as pale as the paper.
+STEP_COLOURS = LinearSegmentedColormap.from_list("steps", matplotlib.colormaps["YlGnBu"](np.linspace(0.32, 1, 64)))
+
+
+# Numbers -------------------------------------------------------------------------------------------------------------
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last `window` finite values up to each position, fewer at the start; same shape (n,).
+
+    A value that is not finite repeats the mean before it; before the first finite value the mean is NaN.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(values)
+    kept = values[finite]
+    if not kept.size:
+        return np.full(values.shape, np.nan)
+    # Each window is the end of one block of `window` values and the start of the next. Sums never leave their block,
+    # so that one huge value cannot cancel the digits of all later means, as it would with a single cumulative sum.
+    blocks = np.zeros(-(-kept.size // window) * window)
+    blocks[: kept.size] = kept
+    blocks = blocks.reshape(-1, window)
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = np.cumsum(blocks, axis=1)
+        sums[1:, :-1] += np.cumsum(blocks[:-1, ::-1], axis=1)[:, ::-1][:, 1:]
+    means = sums.reshape(-1)[: kept.size] / np.minimum(np.arange(1, kept.size + 1), window)
+    last = np.cumsum(finite) - 1
+    return np.where(last >= 0, means[last], np.nan)
+
+
+def robust_limits(values: np.ndarray) -> tuple[float, float]:
+    """Limits of an axis that shows the course of `values` (n,), not its outliers.
+
+    Inside are what keeps to the fence among all values and among the first, and the medians of chunks: so a long run
+    still shows the height that it fell from.
+    """
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return 0.0, 1.0
+    chunk = max(5, -(-finite.size // BINS))
+    course = np.median(finite[: finite.size // chunk * chunk].reshape(-1, chunk), axis=1)
+    shown = np.concatenate([fenced(finite), fenced(finite[:WINDOW]), course])
+    low, high = float(shown.min()), float(shown.max())
+    pad = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
+    return (low - pad if low < 0 else max(low - pad, 0.0)), high + pad
+
+
+def fenced(values: np.ndarray) -> np.ndarray:
+    """Least and greatest of finite `values` (n,) within Tukey's far-out fence, 3 interquartile ranges."""
+    first, middle, third = (float(q) for q in np.percentile(values, (25, 50, 75)))
+    fence = 3 * (third - first) or abs(middle) or math.inf
+    inside = values[(values >= first - fence) & (values <= third + fence)]
+    return np.array([inside.min(), inside.max()])
+
+
+def spread(positions: Sequence[float] | np.ndarray, gap: float) -> np.ndarray:
+    """`positions` (k,) in [0, 1] moved as little as possible until neighbours are `gap` apart, order kept."""
+    order = np.argsort(positions, kind="stable")
+    room = max(1 - gap * (len(order) - 1), 0.0)
+    # With k gaps taken out, "apart" becomes "not decreasing": isotonic regression by pooling adjacent violators.
+    pools: list[list[float]] = []  # [mean, size]
+    for rank, index in enumerate(order):
+        pools.append([min(max(positions[index] - rank * gap, 0.0), room), 1])
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            mean, size = pools.pop()
+            pools[-1] = [(pools[-1][0] * pools[-1][1] + mean * size) / (pools[-1][1] + size), pools[-1][1] + size]
+    placed = np.empty(len(order))
+    placed[order] = np.repeat([p[0] for p in pools], [int(p[1]) for p in pools]) + gap * np.arange(len(order))
+    return placed
+
+
+def band(values: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Last index, 5 % and 95 % quantile (nearest rank) of each of about `bins` chunks of `values` (n,)."""
+    size = -(-values.size // bins)
+    padded = np.full(-(-values.size // size) * size, np.nan)
+    padded[: values.size] = np.where(np.isfinite(values), values, np.nan)
+    chunks = np.sort(padded.reshape(-1, size), axis=1)  # NaN goes last
+    top = np.isfinite(chunks).sum(axis=1) - 1
+    row = np.arange(len(chunks))
+    ends = np.minimum((row + 1) * size, values.size) - 1
+    low, high = (chunks[row, np.maximum(np.rint(q * top), 0).astype(int)] for q in (0.05, 0.95))
+    return ends, low, high
+
+
+def evenly(n: int, most: int) -> np.ndarray:
+    """At most `most` indices of `n`, evenly spaced, first and last included."""
+    return np.arange(n) if n <= most else np.linspace(0, n - 1, most).round().astype(np.int64)
+
+
+def short_number(value: float) -> str:
+    """A count to three digits: `2,500`, `33.1k`, `1.25M`."""
+    if abs(value) < 9_999.5:
+        return f"{value:,.0f}"
+    value = float(f"{value:.3g}")  # rounded first: 999,999 is 1M
+    size, letter = next(pair for pair in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= pair[0])
+    return f"{value / size:g}{letter}"
+
+
+def tick_text(value: float) -> str:
+    """A tick label, exact: `0.25`, `2,500`, `250k`, `1,234,200`."""
+    value = round(value, 9)
+    for size, letter in ((1_000_000, "M"), (1_000, "k")):
+        if abs(value) >= max(size, 10_000) and value % (size / 4) == 0:
+            return f"{value / size:g}{letter}"
+    return f"{value:,.0f}" if value == int(value) else f"{value:g}"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    """Code points that MONO can draw."""
+    return frozenset(font_manager.get_font(font_manager.findfont(MONO)).get_charmap())
+
+
+def printable(text: object, most: int = 2_000) -> str:
+    """The first `most` characters of `text` as one harmless line: line ends as ⏎, what cannot be drawn as `·`."""
+    shown: list[str] = []
+    for char in unicodedata.normalize("NFC", str(text)[:most].replace("\r\n", "\n")):
+        kind = unicodedata.category(char)
+        if char in "\n\u2028\u2029":
+            shown.append(" ⏎ ")
+        elif char == "\t" or kind == "Zs":
+            shown.append(" ")
+        elif kind in ("Cf", "Mn", "Me"):
+            continue  # invisible, turning the direction of the line, or piled onto its neighbour
+        elif ord(char) in _glyphs() and kind != "Cc":
+            shown.append(char)
+        elif shown[-3:] != ["·"] * 3:
+            shown.append("·")
+    return "".join(shown)
+
+
+def fit(text: object, width: float, lines: int) -> str:
+    """`text` made printable and broken into `lines` lines of MONO that fit into `width` inches, `…` where it is cut."""
+    characters = max(int(width / CHARACTER), 10)
+    return "\n".join(textwrap.wrap(printable(text), characters, max_lines=lines, placeholder=" …"))
+
+
+# Parts of panels -----------------------------------------------------------------------------------------------------
+
+
+def step_axis(ax: Axes, steps: np.ndarray) -> None:
+    """Horizontal axis of optimizer steps, from the first to the last of `steps`."""
+    first, last = (float(steps[0]), float(steps[-1])) if steps.size else (0.0, 1.0)
+    span = max(last - first, 1.0)
+    ax.set_xlim(first - 0.012 * span, first + 1.012 * span)
+    number_axis(ax, "x", "optimizer step", whole=True)
+
+
+def number_axis(ax: Axes, which: str, label: str, whole: bool = False) -> None:
+    """Ticks and label of the axis `which` ("x" or "y"); few ticks, for each costs time and ink."""
+    axis, pixels = (ax.xaxis, ax.bbox.width) if which == "x" else (ax.yaxis, ax.bbox.height)
+    nbins = min(max(int(pixels / (75 if which == "x" else 48)), 2), 7)
+    axis.set_major_locator(MaxNLocator(nbins=nbins, integer=whole, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value)))
+    if which == "x":
+        ax.set_xlabel(label)
+    else:
+        # Lies over the axis, so that it is read without turning the head.
+        ax.set_ylabel(label, rotation=0, ha="left", va="bottom")
+        ax.yaxis.set_label_coords(-LEFT * DPI / ax.bbox.width, 1 + 0.1 * DPI / ax.bbox.height)
+
+
+def draw_steps(ax: Axes, steps: np.ndarray, values: np.ndarray) -> str:
+    """Single steps: points while they are few, else the band from their 5 % to their 95 % quantile. Returns its key."""
+    if values.size <= RAW_STEPS:
+        size = 6.0 if values.size <= 300 else 3.6
+        ax.plot(steps, values, ls="none", marker="o", ms=size, mew=0, color=palette.POINT, alpha=0.65, gid="steps")
+        return "dots: single steps"
+    ends, low, high = band(values, BINS)
+    ax.fill_between(steps[ends], low, high, color=palette.POINT, alpha=0.38, lw=0, gid="band")
+    return "band: 5–95 % of steps"
+
+
+def draw_mean(
+    ax: Axes, steps: np.ndarray, values: np.ndarray, window: int, colour: str = palette.ACCENT, gid: str = "mean"
+) -> float:
+    """Running mean of `values` (n,) over `window` steps as a line; returns its last value."""
+    means = running_mean(values, window)
+    shown = evenly(means.size, means.size if means.size <= RAW_STEPS else LINE_POINTS)
+    marker = "o" if values.size == 1 else ""
+    ax.plot(steps[shown], means[shown], color=colour, lw=2, marker=marker, ms=7, gid=gid)
+    return float(means[-1]) if means.size else math.nan
+
+
+def label_ends(ax: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+    """Texts right of the plot at the heights of what they name, moved apart. `labels`: (data y, text, colour)."""
+    labels = [label for label in labels if math.isfinite(label[0])]
+    points = ax.transData.transform([(ax.get_xlim()[1], y) for y, _, _ in labels] or np.empty((0, 2)))
+    wanted = np.clip(ax.transAxes.inverted().transform(points)[:, 1], 0, 1) if labels else np.empty(0)
+    placed = spread(wanted, gap=1.3 * BODY * DPI / 72 / ax.bbox.height)
+    for (_, text, colour), want, got in zip(labels, wanted, placed, strict=True):
+        ax.annotate(
+            text, (1, got), xycoords="axes fraction", xytext=(14, 0), textcoords="offset points",
+            va="center_baseline", color=palette.text_colour(colour), gid="end",
+        )  # fmt: skip
+        if abs(got - want) > 0.01:
+            x = (1.0, 1 + 16 / ax.bbox.width)
+            ax.add_line(Line2D(x, (want, got), transform=ax.transAxes, color=colour, lw=0.8, clip_on=False))
+
+
+def mark_unseen(ax: Axes, steps: np.ndarray, values: np.ndarray, gutter: float = 0.0) -> None:
+    """Show where steps are not finite (red, at the top edge) or beyond the limits (triangles), and count them."""
+    lost = ~np.isfinite(values)
+    low, high = ax.get_ylim()
+    marks = ((lost, 1.0, "|", 13, palette.ALARM, "nonfinite"), (values > high, 0.985, "^", 6, palette.MUTED, "above"),
+             (values < low, 0.015, "v", 6, palette.MUTED, "below"))  # fmt: skip
+    for where, height, marker, size, colour, gid in marks:
+        if where.any():
+            x = steps[where]
+            # One mark per two pixels says as much as a million on top of each other.
+            x = x[np.unique((x - x[0]) * BINS // max(int(steps[-1] - steps[0]), 1), return_index=True)[1]]
+            ax.plot(
+                x, np.full(x.size, height), ls="none", marker=marker, ms=size, mew=2 if marker == "|" else 0,
+                color=colour, transform=ax.get_xaxis_transform(), clip_on=False, gid=gid,
+            )  # fmt: skip
+    note_unseen(ax, values, (low, high), gutter)
+
+
+def unseen(values: np.ndarray, limits: tuple[float, float]) -> list[str]:
+    """What to say of `values` (n,) that are not finite, and of those beyond `limits`; empty when all are seen."""
+    finite = np.isfinite(values)
+    lost = int((~finite).sum())
+    beyond = int((finite & ((values < limits[0]) | (values > limits[1]))).sum())
+    return [plural(lost, "non-finite step")] * (lost > 0) + [f"{beyond:,} off the axis"] * (beyond > 0)
+
+
+def note_unseen(ax: Axes, values: np.ndarray, limits: tuple[float, float], gutter: float = 0.0) -> None:
+    """Say what is `unseen` in the line of the title, up to `gutter` inches right of the plot."""
+    said = " · ".join(unseen(values, limits))
+    colour = palette.ALARM if "non-finite" in said else palette.MUTED
+    ax.set_title(said, loc="right", x=1 + gutter * DPI / ax.bbox.width, y=1.0, pad=28, fontsize=BODY, color=colour)

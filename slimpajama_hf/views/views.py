@@ -1,0 +1,122 @@
+"""What a run shows, made from its ledger alone: `metrics_history.json`, `text_samples.json`, charts.
+
+Everything here can be made again at any time: `python -m slimpajama_hf.views.views RUN` does it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slimpajama_hf import files
+from slimpajama_hf.record import columns
+from slimpajama_hf.record.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from slimpajama_hf.record.columns import Columns
+
+
+#: Keys of `metrics_history.json` and the ledger's column that each shows. The first five are a promise.
+METRICS = {
+    "steps": "step",
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "throughput": "throughput",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "tokens": "tokens",
+}
+
+
+def _strict(values: np.ndarray) -> list[Any]:
+    """A column as JSON values: what is not finite becomes None."""
+    items = values.tolist()
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        return [value if math.isfinite(value) else None for value in items]
+    return items
+
+
+def write_metrics_history(folder: RunFolder, columns: Columns) -> Path:
+    """`{"steps": [...], "loss": [...], ...}`: accuracy a fraction, throughput in tokens/s, NaN as null."""
+    path = folder.viz / "metrics_history.json"
+    files.write_json(path, {key: _strict(getattr(columns, column)) for key, column in METRICS.items()})
+    return path
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The generated samples, oldest first; a torn last line is left out."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def write_text_samples(folder: RunFolder, samples: list[dict[str, Any]]) -> Path:
+    """`[{"step", "input", "output", "accuracy", ...}]`."""
+    path = folder.viz / "text_samples.json"
+    files.write_json(path, samples, indent=1)
+    return path
+
+
+#: Up to so many steps the JSON files are written at every redraw.
+ALWAYS_WRITTEN_STEPS = 20_000
+#: Beyond, when the run has grown by this part since the last time, and at its end: a file that is written anew at every
+#: redraw would cost more with every step, this costs the same per step however long the run is.
+WRITTEN_AFTER_GROWTH = 0.05
+
+
+class Views:
+    """Redraws the views of one run, reading only what its ledger gained."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._reader = columns.Reader(folder.ledger)
+        self._written_at = 0
+
+    def _due(self, steps: int) -> bool:
+        return steps <= ALWAYS_WRITTEN_STEPS or steps >= (1 + WRITTEN_AFTER_GROWTH) * self._written_at
+
+    def redraw(self, steps: int | None, title: str, subtitle: str, max_steps: int, final: bool = True) -> Path:
+        """Write chart, metrics and samples as they are after `steps` steps (None: all); returns the chart's path.
+
+        Of a long run that is on (not `final`) the two JSON files are written after every 5 % of growth.
+        """
+        from slimpajama_hf.views import charts
+
+        columns = self._reader.update()
+        if steps is not None:
+            columns = columns.first(steps)
+        samples = [sample for sample in read_samples(self.folder.samples) if sample["step"] < max(len(columns), 1)]
+        self.folder.viz.mkdir(parents=True, exist_ok=True)
+        if final or self._due(len(columns)):
+            write_metrics_history(self.folder, columns)
+            write_text_samples(self.folder, samples)
+            self._written_at = len(columns)
+        return charts.write(self.folder.viz, columns, samples, charts.Caption(title, subtitle, max_steps))
+
+
+def caption_of(record: dict[str, Any]) -> tuple[str, str]:
+    """(title, subtitle) of a run's chart, from its `run.json`."""
+    model, corpus = record["model"], record["corpus"]
+    # Of a path the last two parts say enough.
+    corpus_name = "/".join(Path(corpus["name"]).parts[-2:]) if corpus["mirror"] == "local" else corpus["name"]
+    title = f"{model['name']} on {corpus_name}"
+    subtitle = f"{model['parameters'] / 1e6:.1f}M parameters · {corpus['mirror']} · tokenizer {record['tokenizer']}"
+    return title, f"{subtitle} · one document a step"
+
+
+def main(run: str) -> int:
+    folder = RunFolder(Path(run))
+    record = folder.read_record()
+    chart = Views(folder).redraw(None, *caption_of(record), max_steps=record["max_steps"])
+    sys.stderr.write(f"{chart}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))

@@ -1,0 +1,48 @@
+"""The progress bar, and the lines above it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from slimpajama_hf import screen
+from slimpajama_hf.screen import TrainingBar
+
+
+class ShowProgress(TrainerCallback):
+    """The progress bar. Listens to the recorder, so that it shows what the ledger holds."""
+
+    def __init__(self) -> None:
+        self.bar: TrainingBar | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = TrainingBar(state.max_steps, state.global_step)
+
+    def on_row(self, row: dict[str, Any]) -> None:
+        """A new row of the ledger (null stands for what is not finite)."""
+        if self.bar is not None:
+            loss = float("nan") if row["loss"] is None else row["loss"]
+            self.bar.update(loss, row["accuracy"], row["learning_rate"], row["tokens"], row["step_seconds"])
+
+    def say(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.say(line)
+        else:
+            screen.say(line)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if metrics:
+            line = (
+                f"held out @ {state.global_step}: loss {metrics['eval_loss']:.4f}, perplexity "
+                f"{metrics['eval_perplexity']:.1f}, accuracy {metrics['eval_accuracy']:.1%}, "
+                f"{metrics['eval_bits_per_byte']:.4f} bits per byte"
+            )
+            if "eval_averaged_loss" in metrics:
+                line += f"; averaged weights: loss {metrics['eval_averaged_loss']:.4f}"
+            self.say(line)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

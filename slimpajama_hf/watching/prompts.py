@@ -1,0 +1,76 @@
+"""`prompts.jsonl`: what the model writes after the same prompts as it learns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from slimpajama_hf.model import generation
+from slimpajama_hf.watching import budget
+from slimpajama_hf.watching.keeper import Keeper
+
+if TYPE_CHECKING:
+    from slimpajama_hf.record.run_folder import RunFolder
+    from slimpajama_hf.samples.encoder import Encoder
+
+
+PROMPTS = "prompts.jsonl"
+
+#: How far prompts may be ahead of their share, seconds: the beginning changes fastest.
+PROMPTS_AHEAD_SECONDS = 0.5
+
+#: What the model is asked to continue, always the same: prose, a list of facts, code.
+FIXED_PROMPTS = ("The most important thing about", "In the year 1815, the", "def main(")
+
+
+PROMPT_TOKENS = 32
+
+
+def is_half_decade(step: int) -> bool:
+    """Whether `step` is one of 0, 10, 30, 100, 300, 1,000, ..."""
+    digits = str(step)
+    return step == 0 or (step >= 10 and digits[0] in "13" and not digits[1:].strip("0"))
+
+
+class FixedPrompts(Keeper):
+    """What the model writes after the same prompts: at steps 0, 10, 30, 100, 300, ..., at checkpoints, at the end.
+
+    A line of `prompts.jsonl`: `step` (the weights are those of checkpoint-<step>) and `texts`, one object a prompt:
+    `prompt`, `output`. `interval`: steps between them, obeyed; None: within its budget.
+    """
+
+    def __init__(self, folder: RunFolder, encoder: Encoder, interval: int | None = None) -> None:
+        super().__init__(folder.path / PROMPTS, budget.PROMPTS, PROMPTS_AHEAD_SECONDS)
+        self._encoder, self._interval = encoder, interval
+        self._prompts = [encoder.encode(prompt)[0] for prompt in FIXED_PROMPTS]
+        self._at_checkpoint = False
+        self._last = -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A session that goes on begins where a checkpoint was saved."""
+        self._at_checkpoint = state.global_step > 0
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Written at the next step, before its update: so a resume from this checkpoint writes the same line.
+        self._at_checkpoint = True
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write with the weights of the step."""
+        step = state.global_step
+        regular = step % self._interval == 0 if self._interval else is_half_decade(step)
+        if self._able() and (self._at_checkpoint or regular) and (self._interval is not None or self._affordable()):
+            self._guarded(step, "fixed prompts", lambda: self._write(step))
+        self._at_checkpoint = False
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last word of a run is always written."""
+        if self._able() and state.global_step > self._last and state.global_step > 0:
+            self._guarded(state.global_step, "fixed prompts", lambda: self._write(state.global_step))
+
+    def _write(self, step: int) -> None:
+        texts = []
+        for prompt, ids in zip(FIXED_PROMPTS, self._prompts, strict=True):
+            written = generation.write_after(self._model, ids, PROMPT_TOKENS)
+            opening = self._encoder.decode(ids)
+            texts.append({"prompt": prompt, "output": self._encoder.decode(ids + written)[len(opening) :]})
+        self._last = step
+        self._append({"step": step, "texts": texts}, "fixed prompts")

@@ -1,0 +1,169 @@
+"""Experiment trackers (`--report_to tensorboard|trackio|wandb|...`) get every row of the ledger, off the step's path.
+
+The tools are spoken to by transformers' own integrations, so names and habits are theirs: `train/loss`, `eval/loss`,
+`train/global_step`. They are called in a thread of their own (TensorBoard's flushes its file at every call); one that
+fails is said once and left alone, and training goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+import json
+import os
+import queue
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK
+
+from slimpajama_hf import screen
+from slimpajama_hf.training import evaluation
+
+if TYPE_CHECKING:
+    from slimpajama_hf.record.run_folder import RunFolder
+
+
+#: Numbers of a ledger row that trackers get, and their names there (behind `train/`).
+METRICS = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "throughput": "tokens_per_second",
+    "tokens": "tokens",
+    "tokens_cut": "tokens_cut",
+}
+#: Rows that may wait for a slow tracker before rows are left out.
+MOST_WAITING = 10_000
+#: How long the end of a run waits for trackers, seconds.
+PATIENCE_SECONDS = 60.0
+
+
+def logs_of(row: dict[str, Any]) -> dict[str, float]:
+    """What a tracker gets of a ledger row; what is not finite there (null) is left out."""
+    logs = {name: row[key] for key, name in METRICS.items() if row[key] is not None}
+    if row["code_bits"] is not None and row["text_bytes"]:
+        logs["bits_per_byte"] = row["code_bits"] / row["text_bytes"]
+    return logs
+
+
+class Trackers(TrainerCallback):
+    """Sends ledger rows (`on_row`, a listener of the recorder) and held-out scores to the trackers of one run.
+
+    A run that goes on goes on in the same tracker's run. TensorBoard is told to forget what came after the checkpoint;
+    others get those steps again, with the same numbers.
+    """
+
+    def __init__(self, names: list[str], folder: RunFolder, run_id: str, first_step: int) -> None:
+        self._names, self._folder, self._run_id, self._first_step = names, folder, run_id, first_step
+        self._tools: dict[str, Any] = {}
+        self._jobs: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(MOST_WAITING)
+        self._thread: threading.Thread | None = None
+        self._context: tuple[Any, Any, Any, dict[str, Any]] | None = None
+        self.flush: Callable[[], None] = lambda: None
+        """Brings the last rows of the recorder."""
+        self.say: Callable[[str], None] = screen.say
+        self.left_out = 0
+        """Rows that a slow tracker did not get."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._names or not state.is_world_process_zero:
+            return
+        args = copy.copy(args)
+        args.run_name = args.run_name or f"{self._folder.path.name}-{self._run_id[:8]}"
+        # wandb takes the identity of a run from here alone.
+        os.environ.setdefault("WANDB_RUN_ID", self._run_id)
+        os.environ.setdefault("WANDB_RESUME", "allow")
+        for name in self._names:
+            with self._guarded(name):
+                tool = self._tools[name] = self._made(name)
+                tool.on_train_begin(args, state, control, **kwargs)
+        self._context = (args, copy.copy(state), control, kwargs)
+        # trackio keeps its run in a context variable, which a new thread does not have.
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._send,), daemon=True, name="trackers")
+        self._thread.start()
+        for step, metrics in self._forgotten_scores():
+            self._put(step, metrics)
+
+    def _forgotten_scores(self) -> list[tuple[int, dict[str, float]]]:
+        """The held-out scores of the checkpoint that the session begins with: TensorBoard forgets from its step on."""
+        path = self._folder.evaluations
+        if not self._first_step or not path.is_file():
+            return []
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [
+            (entry["step"], evaluation.metrics_of(entry["scores"]))
+            for entry in entries
+            if entry["step"] == self._first_step
+        ]
+
+    def _made(self, name: str) -> Any:
+        integration = INTEGRATION_TO_CALLBACK[name]
+        if name != "tensorboard":
+            return integration()
+        from torch.utils.tensorboard import SummaryWriter
+
+        where = os.environ.get("TENSORBOARD_LOGGING_DIR") or str(self._folder.path / "tensorboard")
+        return integration(SummaryWriter(where, purge_step=self._first_step or None))
+
+    def on_row(self, row: dict[str, Any]) -> None:
+        """A new row of the ledger."""
+        if self._thread is not None:
+            self._put(row["step"], logs_of(row))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if self._thread is not None and metrics:
+            numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+            self._put(state.global_step, numbers)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.flush()
+        self.close()
+
+    def close(self) -> None:
+        """Wait until all is sent, for a minute at most, and end the trackers' runs."""
+        thread, self._thread = self._thread, None
+        if thread is None or self._context is None:
+            return
+        with contextlib.suppress(queue.Full):
+            self._jobs.put(None, timeout=PATIENCE_SECONDS)
+        thread.join(PATIENCE_SECONDS)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.left_out += self._jobs.get_nowait() is not None
+        if thread.is_alive() or self.left_out:
+            self.say(f"{', '.join(self._names)}: {self.left_out:,} steps were not taken in time; the ledger has them")
+        if not thread.is_alive():
+            args, state, control, kwargs = self._context
+            for name, tool in list(self._tools.items()):
+                with self._guarded(name):
+                    tool.on_train_end(args, state, control, **kwargs)
+
+    def _put(self, step: int, logs: dict[str, float]) -> None:
+        try:
+            self._jobs.put_nowait((step, logs))
+        except queue.Full:
+            self.left_out += 1
+
+    def _send(self) -> None:
+        assert self._context is not None
+        args, state, control, kwargs = self._context
+        while (job := self._jobs.get()) is not None:
+            state.global_step, logs = job
+            for name, tool in list(self._tools.items()):
+                with self._guarded(name):
+                    tool.on_log(args, state, control, logs=dict(logs), **kwargs)
+
+    @contextlib.contextmanager
+    def _guarded(self, name: str) -> Any:
+        try:
+            yield
+        except Exception as error:
+            self._tools.pop(name, None)
+            why = " ".join(str(error).split())[:200]
+            self.say(f"--report_to {name}: it is left alone from here on ({type(error).__name__}: {why})")

@@ -1,0 +1,204 @@
+"""The views are drawn in a process of their own, so that a step never waits for a chart.
+
+Run as `python -m slimpajama_hf.watching.view_process RUN [stand-back]`: a JSON object per line comes in,
+`{"steps": N, "title": ..., "subtitle": ..., "max_steps": ..., "final": ...}`, and one goes out when it is drawn,
+`{"steps": N, "cpu_seconds": s}` or
+`{"steps": N, "error": "..."}`. It ends when its input ends, so it never outlives its run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from slimpajama_hf import ROOT, priority
+from slimpajama_hf.record.run_folder import RunFolder
+
+#: The report is written at the end, and with every so many charts; then the search index goes on too.
+CHARTS_PER_REPORT = 10
+
+#: Beyond so many steps the index (as large as the text) is made when it is first asked for, by `inspect --find`.
+INDEXED_STEPS = 100_000
+#: How long the end of a run waits for the index, seconds; `inspect --find` takes in what is missing then.
+INDEX_PATIENCE_SECONDS = 2.0
+
+#: How far drawing may fall behind an interval that the user typed before training waits for it.
+MOST_WAITING = 4
+
+
+class ViewProcess:
+    """The training side: asks for views, counts what they cost, never raises into the training loop."""
+
+    def __init__(self, folder: RunFolder, title: str, subtitle: str, max_steps: int) -> None:
+        self.folder = folder
+        self._request = {"title": title, "subtitle": subtitle, "max_steps": max_steps}
+        self._process: subprocess.Popen[str] | None = None
+        self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.waiting = 0
+        """Requests that are not answered yet."""
+        self.cpu_seconds = 0.0
+        """Processor time that all views have taken so far."""
+        self.last_cpu_seconds = 0.0
+        """Processor time of the last views; 0 before the first."""
+        self.drawn = 0
+        self.errors: list[str] = []
+
+    def request(self, steps: int, final: bool = False) -> None:
+        """Ask for the views as of `steps` steps. Waits only when `MOST_WAITING` requests are unanswered."""
+        self.collect()
+        while self.waiting >= MOST_WAITING and self._running():
+            self._take(timeout=1.0)
+        try:
+            if not self._running():
+                self._start(stand_back=not final)
+            assert self._process is not None and self._process.stdin is not None
+            self._process.stdin.write(json.dumps(self._request | {"steps": steps, "final": final}) + "\n")
+            self._process.stdin.flush()
+            self.waiting += 1
+        except OSError as error:
+            self.errors.append(f"step {steps}: {error}")
+
+    def collect(self) -> None:
+        """Take in the answers that have come."""
+        while self._take(timeout=None):
+            pass
+        if self.waiting and not self._running():
+            self.errors.append(f"the view process ended with {self.waiting} charts undrawn")
+            self.waiting = 0
+
+    def finish(self, steps: int, timeout: float = 300.0) -> bool:
+        """Draw the final views and end the process; whether the last drawing succeeded."""
+        before = len(self.errors)
+        self.request(steps, final=True)
+        deadline = time.monotonic() + timeout
+        while self.waiting and self._running() and time.monotonic() < deadline:
+            # Again and again: one that has just started stands back by itself first.
+            self._come_forward()
+            self._take(timeout=0.2)
+        self.collect()
+        if self._process is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()  # type: ignore[union-attr]
+            try:
+                self._process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+            self._process = None
+        return len(self.errors) == before
+
+    def _come_forward(self) -> None:
+        if self._process is not None:
+            priority.come_forward(self._process.pid)
+
+    def _running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def _start(self, stand_back: bool) -> None:
+        # A thread for arithmetic would only take a core from training.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        root = str(ROOT)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+        words = [
+            "-m",
+            "slimpajama_hf.watching.view_process",
+            str(self.folder.path),
+            *(["stand-back"] if stand_back else []),
+        ]
+        self._process = subprocess.Popen(
+            [sys.executable, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+        )
+        threading.Thread(target=self._listen, args=(self._process,), daemon=True, name="views").start()
+
+    def _listen(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self._answers.put(json.loads(line))
+
+    def _take(self, timeout: float | None) -> bool:
+        try:
+            answer = self._answers.get(block=timeout is not None, timeout=timeout)
+        except queue.Empty:
+            return False
+        self.waiting -= 1
+        self.cpu_seconds += answer["cpu_seconds"]
+        self.last_cpu_seconds = answer["cpu_seconds"]
+        if "error" in answer:
+            self.errors.append(f"step {answer['steps']}: {answer['error']}")
+        else:
+            self.drawn += 1
+        return True
+
+
+class _SearchIndex:
+    """Takes the documents of a run into its search index, beside the drawing: the corpus may be slow or away."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._thread: threading.Thread | None = None
+
+    def go_on(self, steps: int) -> None:
+        """Begin to take in what came since the last time, unless that is still under way."""
+        if steps <= INDEXED_STEPS and (self._thread is None or not self._thread.is_alive()):
+            self._thread = threading.Thread(target=self._extend, daemon=True, name="index")
+            self._thread.start()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join(INDEX_PATIENCE_SECONDS)
+
+    def _extend(self) -> None:
+        from slimpajama_hf.lookback import search_growing
+
+        # A disk that is full, a Hub that is away: whoever searches is told, and nobody else.
+        with contextlib.suppress(Exception):
+            search_growing.extend(self._folder)
+
+
+def serve(run: str, stand_back: bool) -> None:
+    """The drawing side: answer requests from stdin until it ends; `stand_back`: training is on."""
+    # Ctrl-C goes to the whole terminal; the training process decides when drawing ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if stand_back:
+        priority.stand_back()
+    from slimpajama_hf import report
+    from slimpajama_hf.views.views import Views
+
+    views = Views(RunFolder(Path(run)))
+    index = _SearchIndex(views.folder)
+    counted = 0.0
+    for drawn, line in enumerate(sys.stdin, 1):
+        request = json.loads(line)
+        answer: dict[str, Any] = {"steps": request["steps"]}
+        try:
+            views.redraw(**request)
+            if request["final"] or drawn % CHARTS_PER_REPORT == 0:
+                index.go_on(request["steps"])
+                report.write(views.folder.path)
+            if request["final"]:
+                index.wait()
+        except Exception as error:
+            answer["error"] = f"{type(error).__name__}: {error}"
+        # The first answer carries the cost of starting and importing too.
+        total = time.process_time()
+        answer["cpu_seconds"], counted = total - counted, total
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], "stand-back" in sys.argv[2:])

@@ -1,0 +1,77 @@
+"""Everything that looks at a run: bar, samples, passports, prompts, charts and report. None of it decides anything.
+
+To add one: a callback, and a line each where it is made and where it is listed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+
+from typing import TYPE_CHECKING
+
+from slimpajama_hf import devices
+from slimpajama_hf.settings import training_arguments
+from slimpajama_hf.views import views
+from slimpajama_hf.watching.drawing import DrawViews
+from slimpajama_hf.watching.passports import SamplePassports
+from slimpajama_hf.watching.progress import ShowProgress
+from slimpajama_hf.watching.prompts import FixedPrompts
+from slimpajama_hf.watching.trackers import Trackers
+from slimpajama_hf.watching.view_process import ViewProcess
+from slimpajama_hf.watching.written_samples import GenerateSamples
+
+if TYPE_CHECKING:
+    from slimpajama_hf.record.run_folder import RunFolder
+    from slimpajama_hf.samples.encoder import Encoder
+    from slimpajama_hf.settings.settings import Settings
+    from slimpajama_hf.training.recorder import StepRecorder
+    from slimpajama_hf.training.trainer import SlimPajamaTrainer
+
+
+class Watchers:
+    """The watchers of one run, their shared wiring, and what they cost. Intervals that somebody typed are obeyed."""
+
+    def __init__(self, settings: Settings, folder: RunFolder, encoder: Encoder, record: dict[str, Any]) -> None:
+        run, typed = settings.run, settings.typed
+        self.progress = ShowProgress()
+        self.samples = GenerateSamples(folder, encoder, run.display_samples, "display_samples" in typed, self.progress)
+        self.passports, self.prompts = SamplePassports(folder, encoder), FixedPrompts(folder, encoder)
+        self.views = ViewProcess(folder, *views.caption_of(record), max_steps=settings.training.max_steps)
+        first = record["sessions"][-1]["step"]
+        self.trackers = Trackers(training_arguments.asked(settings.training.report_to), folder, record["run_id"], first)
+        # Trainer would send what it logs itself, which is nothing.
+        settings.training.report_to = []
+        self.drawing = DrawViews(self.views, run.viz_interval, "viz_interval" in typed)
+
+    @property
+    def callbacks(self) -> list[TrainerCallback]:
+        """In the order in which they look at a step."""
+        # A sharded model computes with all processes or not at all: the first alone cannot ask it.
+        asking = [] if devices.is_sharded() else [self.passports, self.prompts, self.samples]
+        return [*asking, self.drawing, self.trackers, self.progress]
+
+    def listen_to(self, recorder: StepRecorder) -> None:
+        recorder.listeners.append(self.progress.on_row)
+        if not devices.is_sharded():
+            recorder.listeners.append(self.passports.on_row)
+        recorder.listeners.append(self.trackers.on_row)
+        self.trackers.flush = recorder.flush
+        recorder.trouble = self.trackers.say = self.progress.say
+
+    def look_at(self, trainer: SlimPajamaTrainer) -> None:
+        self.samples.trainer = self.drawing.trainer = self.passports.trainer = self.prompts.trainer = trainer
+
+    @property
+    def seconds(self) -> float:
+        """What all of it has taken: time beside training, and processor time of the process that draws."""
+        return self.samples.seconds + self.passports.seconds + self.prompts.seconds + self.views.cpu_seconds
+
+    def flush(self) -> str | None:
+        """End what is under way, write what the disk did not take so far; why that still cannot be written, or None."""
+        self.trackers.close()
+        problems = [each.file.flush() for each in (self.samples, self.passports, self.prompts)]
+        return next((problem for problem in problems if problem), None)

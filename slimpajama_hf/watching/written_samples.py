@@ -1,0 +1,103 @@
+"""`samples.jsonl`: the model continues the document of a step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from slimpajama_hf import terminal
+from slimpajama_hf.files import GrowingFile
+from slimpajama_hf.model import generation, memory
+from slimpajama_hf.watching import budget
+
+if TYPE_CHECKING:
+    from slimpajama_hf.record.run_folder import RunFolder
+    from slimpajama_hf.samples.encoder import Encoder
+    from slimpajama_hf.training.trainer import SlimPajamaTrainer
+    from slimpajama_hf.watching.progress import ShowProgress
+
+
+#: Samples may be this far ahead of their share, seconds: a run shows early how it writes.
+SAMPLES_AHEAD_SECONDS = 0.25
+
+
+class GenerateSamples(TrainerCallback):
+    """Every so many steps the model continues the document of the step, with the weights that scored it.
+
+    Samples are appended to `samples.jsonl`; a generation that fails is recorded as failed.
+    """
+
+    def __init__(
+        self, folder: RunFolder, encoder: Encoder, interval: int, obeyed: bool, progress: ShowProgress
+    ) -> None:
+        self.file = GrowingFile(folder.samples)
+        self._encoder = encoder
+        self._interval, self._obeyed = interval, obeyed
+        self._progress = progress
+        self.trainer: SlimPajamaTrainer | None = None
+        self.seconds = 0.0
+        """Time that all samples have taken."""
+        self.taken = 0
+        self.failures: list[str] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Before the update: the weights are those of checkpoint-<step>, and the document is not learned yet.
+        trainer = self.trainer
+        if trainer is None or state.global_step % self._interval or not state.is_world_process_zero:
+            return
+        cost = self.seconds / self.taken if self.taken else 0.0
+        if not self._obeyed and not budget.affordable(
+            trainer, budget.SAMPLES, self.seconds, cost, advance=SAMPLES_AHEAD_SECONDS
+        ):
+            return
+        before = trainer.clock._now()
+        with trainer.clock.paused():
+            sample = self._sample(trainer, state.global_step)
+            problem = self.file.append(sample)
+            if problem is not None:
+                self._progress.say(
+                    f"not saved: the sample of step {state.global_step} ({problem}); the next one tries again"
+                )
+        self.seconds += trainer.clock._now() - before
+        self.taken += 1
+
+    def _sample(self, trainer: SlimPajamaTrainer, step: int) -> dict[str, Any]:
+        """What the model writes after the opening of the step's document, with the accuracy of the step itself."""
+        assert trainer.sample is not None
+        ids = trainer.sample.input_ids
+        prompt = ids[: generation.PROMPT_TOKENS]
+        sample: dict[str, Any] = {
+            "step": step,
+            "input": self._encoder.decode(prompt),
+            "output": None,
+            "accuracy": trainer.accuracy_now(),
+            "domain": trainer.sample.document.domain,
+            "input_ids": prompt,
+            "output_ids": None,
+            # What really follows there, for the reader who compares.
+            "continuation": self._encoder.decode(ids[: generation.PROMPT_TOKENS + generation.NEW_TOKENS])[
+                len(self._encoder.decode(prompt)) :
+            ],
+        }
+        try:
+            with trainer.seeing() as model:
+                written = generation.write_after(model, prompt)
+            sample["output_ids"] = written
+            # Decoded behind its prompt, so that the space between the two is right.
+            sample["output"] = self._encoder.decode(prompt + written)[len(sample["input"]) :]
+            shown = " → ".join(
+                _one_line(terminal.written(sample[part]), width) for part, width in (("input", 60), ("output", 100))
+            )
+        except Exception as error:
+            sample["error"] = memory.in_words(error)
+            self.failures.append(f"step {step}: {sample['error']}")
+            shown = f"{_one_line(terminal.written(sample['input']), 60)} → failed: {sample['error']}"
+        self._progress.say(f"sample @ {step}: {shown}")
+        return sample
+
+
+def _one_line(text: str, width: int) -> str:
+    line = " ".join(text.split())
+    line = "".join(letter if letter.isprintable() else "·" for letter in line)
+    return line if len(line) <= width else line[: width - 1] + "…"

@@ -1,0 +1,137 @@
+"""Every field of TrainingArguments has its effect or is refused in a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from transformers import TrainingArguments
+
+from slimpajama_hf.errors import UsageError
+from slimpajama_hf.session import command_line
+from slimpajama_hf.settings.arguments import TRAINING_DEFAULTS
+from slimpajama_hf.settings.training_arguments import PASSED_ON, REFUSED
+from tests.conftest import NANO, read_ledger, run_script
+
+
+def test_every_field_of_this_version_has_been_decided_on():
+    ours, refused = set(TRAINING_DEFAULTS), set(REFUSED)
+    there = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    undecided = there - ours - PASSED_ON - refused
+    assert not undecided, "a new field of transformers: PASSED_ON or REFUSED in training_arguments.py?"
+    assert not PASSED_ON & (ours | refused)
+
+
+#: A value other than the default, as it is typed.
+ODD = {
+    "logging_strategy": "epoch", "log_level": "debug", "log_level_replica": "debug", "debug": "underflow_overflow",
+    "include_num_input_tokens_seen": "true", "include_for_metrics": "loss", "lr_scheduler_kwargs": '{"a": 1}',
+    "accelerator_config": '{"split_batches": true}',
+    "fsdp": "full_shard", "fsdp_config": '{"fsdp_version": 2}', "deepspeed": "x.json", "label_names": "labels",
+    "train_sampling_strategy": "sequential", "length_column_name": "n", "metric_for_best_model": "loss",
+    "dataloader_multiprocessing_context": "spawn", "greater_is_better": "true", "num_train_epochs": "5",
+}  # fmt: skip
+
+
+# `--parallelism_config` is no flag that can be typed.
+@pytest.mark.parametrize("name", sorted(REFUSED.keys() - {"parallelism_config"}))
+def test_a_field_without_effect_is_refused_and_says_what_to_use(name):
+    fields = {field.name: field for field in dataclasses.fields(command_line.parse([]).training)}
+    if name not in fields:
+        pytest.skip("not a field of this version of transformers")
+    default = fields[name].default
+    value = ODD.get(name) or (str(not default).lower() if isinstance(default, bool) else "3")
+    with pytest.raises(UsageError, match=f"--{name} .*: it would have no effect here: "):
+        command_line.parse([f"--{name}", value])
+
+
+@pytest.mark.parametrize("flags", [["--num_train_epochs", "3"], ["--logging_steps", "500"]])
+def test_a_number_without_effect_is_refused_though_it_is_the_default(flags):
+    with pytest.raises(UsageError, match="it would have no effect here"):
+        command_line.parse(flags)
+
+
+def test_a_default_that_is_typed_is_no_offence():
+    command_line.parse(["--logging_strategy", "no", "--dataloader_num_workers", "0", "--label_smoothing_factor", "0"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--eval_strategy", "epoch"], "--eval_steps N"),
+        (["--eval_steps", "5", "--save_strategy", "best"], "every --save_steps N"),
+        (["--eval_on_start", "true"], "--eval_steps N"),
+        (["--optim_args", "a=1"], "takes no --optim_args"),
+    ],
+)
+def test_flags_that_need_another_say_so(flags, said):
+    with pytest.raises(UsageError, match=said):
+        command_line.parse(flags)
+
+
+def test_a_share_of_warm_up_is_a_number_from_the_start():
+    settings = command_line.parse(["--warmup_steps", "0.5", "--max_steps", "200"])
+    assert "warmup_steps: 100\n" in settings.to_yaml()
+
+
+def test_more_steps_do_not_warm_up_again(tmp_path, shards):
+    run = tmp_path / "run"
+    flags = [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--output_dir", str(run), "--precision", "float32"]
+    assert run_script(*flags, "--max_steps", "8", "--warmup_steps", "0.5").returncode == 0
+    more = run_script("--output_dir", str(run), "--resume_from_checkpoint", "true", "--max_steps", "16")
+    assert more.returncode == 0, more.stderr
+    rates = [row["learning_rate"] for row in read_ledger(run)]
+    assert rates == [0.00025, 0.0005, 0.00075] + [0.001] * 13
+
+
+def test_a_run_of_an_older_version_goes_on_without_flags_that_had_no_effect(tmp_path, shards):
+    run = tmp_path / "run"
+    flags = [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--output_dir", str(run), "--precision", "float32"]
+    assert run_script(*flags, "--max_steps", "4").returncode == 0
+    config = run / "run_config.yaml"
+    config.write_text(config.read_text() + "logging_steps: 10\nnum_train_epochs: 5\n")
+    more = run_script("--output_dir", str(run), "--resume_from_checkpoint", "true", "--max_steps", "6")
+    assert more.returncode == 0, more.stderr
+    assert "logging_steps, num_train_epochs never had an effect" in more.stderr
+    assert len(read_ledger(run)) == 6
+
+
+def test_a_checkpoint_of_the_model_alone_is_refused_by_name(tmp_path, shards):
+    run = tmp_path / "run"
+    flags = [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--output_dir", str(run), "--precision", "float32"]
+    begun = run_script(*flags, "--max_steps", "4", "--save_only_model", "true")
+    assert begun.returncode == 0, begun.stderr
+    assert "saves  the model alone" in begun.stderr
+    for asked in ("true", str(run / "checkpoint-4")):
+        more = run_script("--output_dir", str(run), "--resume_from_checkpoint", asked, "--max_steps", "6")
+        assert more.returncode == 1
+        assert f"error: {run}/checkpoint-4: it lacks the optimizer's state and scheduler.pt" in more.stderr
+        assert (run / "checkpoint-4").is_dir()
+    assert len(read_ledger(run)) == 4
+
+
+def test_the_ledger_has_the_rate_of_the_optimizer(tmp_path, shards):
+    """The schedule of a checkpoint, not the formula: here they differ on purpose."""
+    import torch
+
+    from slimpajama_hf.record import checkpoints
+
+    run = tmp_path / "run"
+    flags = [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--output_dir", str(run), "--precision", "float32"]
+    assert run_script(*flags, "--max_steps", "4", "--warmup_steps", "2").returncode == 0
+    folder = run / "checkpoint-4"
+    state = torch.load(folder / "optimizer.pt", weights_only=True)
+    for group in state["param_groups"]:
+        group["lr"] *= 0.5
+    torch.save(state, folder / "optimizer.pt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = manifest["files"]["optimizer.pt"]
+    entry["bytes"], entry["sha256"] = (
+        (folder / "optimizer.pt").stat().st_size,
+        checkpoints._sha256(folder / "optimizer.pt"),
+    )
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    more = run_script("--output_dir", str(run), "--resume_from_checkpoint", "true", "--max_steps", "6")
+    assert more.returncode == 0, more.stderr
+    assert [row["learning_rate"] for row in read_ledger(run)][3:5] == [0.001, 0.0005]
