@@ -38,7 +38,7 @@ from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 from benchmarks.watched_program import MARK  # noqa: E402
 from slimpajama_hf import precision  # noqa: E402
-from slimpajama_hf.model import (
+from slimpajama_hf.model import (  # noqa: E402
     averaging,
     cuda_graph,
     gpt2_step,

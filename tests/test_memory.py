@@ -224,7 +224,7 @@ def unmeasured(corpus, tmp_path_factory):
 
 def failing(trainer, where):
     """Have the device run out of memory there, in what is measured."""
-    from slimpajama_hf.training import trainer as trainers
+    from slimpajama_hf.training.measuring import Measuring
 
     measuring = {"now": False}
 
@@ -252,7 +252,7 @@ def failing(trainer, where):
 
         return (gpt2_step.GPT2Step, "__call__", call)
     if where == "compare":
-        return (trainers.SlimPajamaTrainer, "_compare", raiser)
+        return (Measuring, "_compare", raiser)
     return (gpt2_step.GPT2Step, "loss_alone", raiser) if where == "teaching" else measuring
 
 
@@ -272,7 +272,7 @@ def test_what_is_only_measured_is_left_out_and_training_does_not_know(
     said = [line for line in trainer.recorder.said if "out of memory" in line]
     assert len(said) == 1 and "left out; training goes on" in said[0], "once a kind"
     # Noise at steps 5 and 11; teaching before and after the updates of steps 3, 7 and 11 (fewer: no new document next).
-    assert trainer.left_out.keys() == {kind} and trainer.left_out[kind] >= 2
+    assert trainer.measuring.left_out.keys() == {kind} and trainer.measuring.left_out[kind] >= 2
     rows, plain = read_ledger(tmp_path / "run"), read_ledger(unmeasured[0])
     assert [row["loss"] for row in rows] == [row["loss"] for row in plain]
     assert [row["grad_norm"] for row in rows] == [row["grad_norm"] for row in plain]
@@ -281,7 +281,9 @@ def test_what_is_only_measured_is_left_out_and_training_does_not_know(
     column = "loss_after" if kind == "teaching" else "grad_square"
     assert all(row[column] is None for row in rows)
     summary = plan.summary(RunFolder(tmp_path / "run"), trainer, "done", 0.0)
-    assert any(f"not measured  {kind} {trainer.left_out[kind]} times, for lack of memory" in line for line in summary)
+    assert any(
+        f"not measured  {kind} {trainer.measuring.left_out[kind]} times, for lack of memory" in line for line in summary
+    )
 
 
 def test_what_is_measured_is_measured_otherwise(corpus, tmp_path, monkeypatch, unmeasured):
@@ -291,7 +293,7 @@ def test_what_is_measured_is_measured_otherwise(corpus, tmp_path, monkeypatch, u
     trainer = make_trainer(corpus, tmp_path / "run", 14)
     weights = trained(trainer)
     rows = read_ledger(tmp_path / "run")
-    assert [row["step"] for row in rows if row["grad_square"] is not None] == [5, 11] and not trainer.left_out
+    assert [row["step"] for row in rows if row["grad_square"] is not None] == [5, 11] and not trainer.measuring.left_out
     assert [row["step"] for row in rows if row["loss_after"] is not None] == [3, 7, 11]
     assert all(torch.equal(one, two) for one, two in zip(weights, unmeasured[1], strict=True))
 

@@ -125,8 +125,10 @@ def summary(folder: RunFolder, trainer: SlimPajamaTrainer, outcome: str, seeing_
     taught = teaching.in_words(*teaching.of_columns(columns))
     if taught is not None:
         lines.append(f"       teaching  {taught}")
-    if trainer.left_out:
-        times = ", ".join(f"{kind} {count:,} time{'s' * (count > 1)}" for kind, count in trainer.left_out.most_common())
+    if trainer.measuring.left_out:
+        times = ", ".join(
+            f"{kind} {count:,} time{'s' * (count > 1)}" for kind, count in trainer.measuring.left_out.most_common()
+        )
         lines.append(f"   not measured  {times}, for lack of memory")
     skipped = trainer.skipped_records
     if skipped:

@@ -134,7 +134,7 @@ class Session:
         """Final views and summary; the exit code, or the failure again."""
         trainer, watchers, views = self.trainer, self.watchers, self.watchers.views
         trainer.recorder.close()
-        unsaved = trainer.save_failure or watchers.flush()
+        unsaved = trainer.saving.failure or watchers.flush()
         if trainer.recorder.unwritten:
             unsaved = unsaved or "rows of the ledger"
         if unsaved and failure is None:
@@ -151,7 +151,7 @@ class Session:
         outcome = self._outcome(failure)
         # Taken now: Ctrl-C while the last push is waited for is no Ctrl-C of the run.
         code = self.signals.exit_code
-        for line in plan.summary(self.folder, trainer, outcome, watchers.seconds + trainer.measuring_seconds):
+        for line in plan.summary(self.folder, trainer, outcome, watchers.seconds + trainer.measuring.seconds):
             screen.say(line)
         if self.settings.run.lr_find:
             from slimpajama_hf.training import range_test

@@ -1,13 +1,36 @@
-"""When it is looked at what a step teaches."""
+"""What is measured beside training, with its clock stopped: the noise of gradients, and what a step teaches.
+
+`Measuring` is asked three times a step: before its documents are taken (`look_ahead`), when its gradient is computed
+(`gradient`), and after its update (`after`).
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from slimpajama_hf.record import teaching
+import torch
+
+from slimpajama_hf.model import memory, transfers
+from slimpajama_hf.record import noise, teaching
 
 if TYPE_CHECKING:
+    from slimpajama_hf.model.gpt2_step import GPT2Step, Result
     from slimpajama_hf.samples.sample import Sample
+    from slimpajama_hf.training.clock import TrainingClock
+    from slimpajama_hf.training.loss_scale import LossScale
+
+#: What is only measured, in words.
+MEASURED = {
+    "noise": "the gradients of other documents (the noise scale)",
+    "teaching": "the loss of a document before or after another's update (what documents teach)",
+    "evaluation": "scores on held-out documents",
+}
+_Found = TypeVar("_Found")
 
 
 def is_due(step: int) -> bool:
@@ -18,3 +41,182 @@ def is_due(step: int) -> bool:
 def is_new(sample: Sample) -> bool:
     """Whether the sample that comes next is of another document than the one before it, and in its first pass."""
     return sample.part == 0 and sample.after.epoch == 0
+
+
+class Measuring:
+    """Measures at the weights of a step that is written out (`gpt2_step.py`); until `begin` it measures nothing.
+
+    What the device has no memory for is left out, counted and said: training goes on as if nobody had asked.
+    """
+
+    def __init__(self, clock: TrainingClock, say: Callable[[str], None]) -> None:
+        self._clock, self._say = clock, say
+        self._step: GPT2Step | None = None
+        self._unmeasured = (torch.tensor(math.nan),) * 2
+        self.ahead: deque[dict[str, Any]] = deque()
+        """Batches that were asked for before their step, to be measured at the weights of an earlier one."""
+        self.seconds = 0.0
+        """Time that measuring has taken in this session."""
+        self.left_out: Counter[str] = Counter()
+        """What was not measured in this session because the device had no memory for it, how often."""
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing is measured of the step that begins."""
+        self.noise: tuple[torch.Tensor, torch.Tensor] = self._unmeasured
+        """Mean square and mean product of gradients at this step's weights, () each; NaN where not measured."""
+        self.noise_by_parameter: torch.Tensor | None = None
+        """The same of each parameter's part of them, (2, parameters), where they were measured."""
+        self.taught: tuple[torch.Tensor, torch.Tensor] = self._unmeasured
+        """Loss of the step's document after its update, and of the next one before it; NaN where nobody looked."""
+
+    def on(self, device: torch.device) -> None:
+        """The device on which training computes."""
+        self._unmeasured = (torch.full((), math.nan, device=device),) * 2
+        self.forget()
+
+    def begin(
+        self, step: GPT2Step, max_grad_norm: float, loss_scale: LossScale | None, documents_are_whole: bool
+    ) -> None:
+        """The step is ready. `documents_are_whole`: each sample is of one document, so it can be said what it teaches.
+        `max_grad_norm`: what gradients are clipped at, 0 for no clipping."""
+        self._step, self._limit, self._loss_scale = step, max_grad_norm or math.inf, loss_scale
+        self._teaches = documents_are_whole
+
+    def _is_noise_due(self, number: int) -> bool:
+        return self._step is not None and number % noise.STEPS_BETWEEN == noise.STEPS_BETWEEN - 1
+
+    def _is_teaching_due(self, number: int) -> bool:
+        return self._step is not None and self._teaches and is_due(number)
+
+    def look_ahead(self, number: int, batches: Iterator) -> None:
+        """Have the documents at hand that a measurement needs beside its step's own; each still gets its step."""
+        needed = 2 if self._is_teaching_due(number) else 0
+        if self._is_noise_due(number):
+            needed = noise.DOCUMENTS
+        if needed:
+            with self._clock.paused():
+                while len(self.ahead) < needed and (batch := next(batches, None)) is not None:
+                    self.ahead.append(batch)
+
+    def gradient(self, number: int, input_ids: torch.Tensor) -> Result:
+        """Loss and gradient of step `number` on its sample, (T,) on the host, and what is measured at its weights."""
+        step = self._step
+        assert step is not None
+        if self._is_teaching_due(number):
+            following = self._measured(number, "teaching", self._next_loss)
+            self.taught = self._unmeasured[0], self._unmeasured[1] if following is None else following
+        others = self._measured(number, "noise", self._other_gradients) if self._is_noise_due(number) else None
+        result = None
+        try:
+            result = step(input_ids)
+        except Exception as error:
+            if others is None or not memory.is_out(error):
+                raise
+        if result is None:
+            # The gradients of others stood in its way. A step overwrites its gradients: it is made again, whole.
+            others = None
+            self._leave_out(number, "noise")
+            result = step(input_ids)
+        if others is not None:
+            compared = self._measured(number, "noise", functools.partial(self._compare, *others))
+            if compared is not None:
+                self.noise, self.noise_by_parameter = compared
+        return result
+
+    def after(self, number: int, sample: Sample, not_finite: torch.Tensor) -> None:
+        """The update of step `number` is made. `not_finite`: 1.0 on the device where it was skipped, ()."""
+        if self._is_teaching_due(number):
+            taught = self._measured(number, "teaching", functools.partial(self._look_back, sample, not_finite))
+            self.taught = self._unmeasured if taught is None else taught
+
+    # ---- within time and memory ----
+
+    def _measured(self, number: int, kind: str, measure: Callable[[], _Found]) -> _Found | None:
+        """As `unless_out_of_memory`, beside training: its clock stands still, and the time is counted; a device's too,
+        which is waited for before and after. That is seldom."""
+        device = self._unmeasured[0].device
+        transfers.wait_for(device)
+        began = time.perf_counter()
+        with self._clock.paused():
+            found = self.unless_out_of_memory(number, kind, measure)
+            transfers.wait_for(device)
+        self.seconds += time.perf_counter() - began
+        return found
+
+    def unless_out_of_memory(self, number: int, kind: str, measure: Callable[[], _Found]) -> _Found | None:
+        """What `measure` finds; None where the device has no memory for it. `kind`: one of `MEASURED`."""
+        try:
+            return measure()
+        except Exception as error:
+            if not memory.is_out(error):
+                raise
+        self._leave_out(number, kind)
+        return None
+
+    def _leave_out(self, number: int, kind: str) -> None:
+        """Count what is not measured for lack of memory, and say so the first time."""
+        memory.give_back()
+        self.left_out[kind] += 1
+        if self.left_out[kind] == 1:
+            self._say(
+                f"step {number}: out of memory for {MEASURED[kind]}, which is left out; training goes on, and the next "
+                "time it is tried again"
+            )
+
+    # ---- noise ----
+
+    def _other_gradients(self) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+        """Sum of the clipped gradients of the next documents at these weights, sum of the squares of each parameter's
+        part of them, (parameters,), how many; None where there are none."""
+        assert self._step is not None
+        others = list(self.ahead)[: noise.DOCUMENTS - 1]
+        if not others:
+            return None
+        total = torch.zeros_like(self._step.gradients)
+        squares: torch.Tensor | None = None
+        for batch in others:
+            self._step(batch["input_ids"][0])
+            added = self._add_clipped(total)
+            squares = added if squares is None else squares + added
+        assert squares is not None
+        return total, squares, len(others)
+
+    def _add_clipped(self, total: torch.Tensor) -> torch.Tensor:
+        """Add the gradient that lies in the buffer to `total` as the optimizer would see it; the squared norm of each
+        parameter's part of it, (parameters,)."""
+        assert self._step is not None
+        squares = self._step.squared_norms()
+        share = (self._limit / (squares.sum().sqrt() + 1e-6)).clamp(max=1.0)
+        scaled = share if self._loss_scale is None else share / self._loss_scale.factor
+        total.addcmul_(self._step.gradients, scaled)
+        return squares * share * share
+
+    def _compare(
+        self, total: torch.Tensor, squares: torch.Tensor, others: int
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Mean square, and mean product of any two, of the step's gradient and the others': of the whole, () each, and
+        of each parameter's part, (2, parameters)."""
+        assert self._step is not None
+        squares = squares + self._add_clipped(total)
+        count = others + 1
+        products = (self._step.squared_norms(total) - squares) / (count * others)
+        return (squares.sum() / count, products.sum()), torch.stack([squares / count, products])
+
+    # ---- teaching ----
+
+    def _next_loss(self) -> torch.Tensor | None:
+        """Loss of the document that comes next, at these weights; None where it is no document that is new."""
+        assert self._step is not None
+        if not self.ahead or not is_new(self.ahead[0]["sample"]):
+            return None
+        return self._step.loss_alone(self.ahead[0]["input_ids"][0])
+
+    def _look_back(self, sample: Sample, not_finite: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of the step's document once more, after its update, and that of the next one, before it; NaN where
+        the update was skipped."""
+        assert self._step is not None
+        losses = self._step.loss_alone(torch.tensor(sample.input_ids)), self.taught[1]
+        # Chosen on the device: it is not waited for.
+        after, following = (torch.where(not_finite > 0, self._unmeasured[0], loss) for loss in losses)
+        return after, following

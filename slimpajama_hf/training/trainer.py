@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
-import json
 import math
-import shutil
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from slimpajama_hf import devices, precision
 from slimpajama_hf.errors import SaidByTheFirst, UserError
-from slimpajama_hf.model import memory, optimization, transfers
+from slimpajama_hf.model import memory, optimization
 from slimpajama_hf.model.averaging import WeightAverage
 from slimpajama_hf.model.gpt2_step import GPT2Step, unsupported
 from slimpajama_hf.record import checkpoints, noise
 from slimpajama_hf.settings.arguments import HIDDEN_RATES
-from slimpajama_hf.training import loss_scale, measuring, range_test
+from slimpajama_hf.training import loss_scale, range_test
 from slimpajama_hf.training.batches import Batches, collate
 from slimpajama_hf.training.clock import TrainingClock
 from slimpajama_hf.training.loss_scale import LossScale
-from slimpajama_hf.training.processes import OthersLost, Processes, Step, is_about_others
+from slimpajama_hf.training.measuring import Measuring
+from slimpajama_hf.training.processes import Processes, Step
 from slimpajama_hf.training.recorder import AfterEachStep
+from slimpajama_hf.training.saving import Saving
 from slimpajama_hf.training.schedule import get_learning_rate
 
 if TYPE_CHECKING:
@@ -46,14 +42,6 @@ if TYPE_CHECKING:
 
 #: So many updates in a row that cannot be made mean that the weights are lost, not that a document is odd.
 MOST_NOT_FINITE_IN_A_ROW = 10
-
-#: What is only measured, in words.
-_MEASURED = {
-    "noise": "the gradients of other documents (the noise scale)",
-    "teaching": "the loss of a document before or after another's update (what documents teach)",
-    "evaluation": "scores on held-out documents",
-}
-_Found = TypeVar("_Found")
 
 #: Private methods of Trainer that we override or call: a test fails when their signature moves.
 PRIVATE_HOOKS = {
@@ -122,8 +110,6 @@ class SlimPajamaTrainer(Trainer):
         """Where a step has several samples, how their losses come together (`processes.py`)."""
         self.recorder = recorder
         self.clock = TrainingClock()
-        self.about = about
-        """What goes into the manifest of every checkpoint."""
         self.sample: Sample | None = None
         """The sample of the step that is on."""
         self.cursor = stream.start
@@ -141,21 +127,9 @@ class SlimPajamaTrainer(Trainer):
         """Of each sample of the step that this process had, where it had several: loss, tokens right, surprisals."""
         self._backward = backward
         self._written_out: GPT2Step | None = None
-        self._ahead: deque[dict[str, Any]] = deque()
-        """Batches that were asked for before their step, to be measured at the weights of an earlier one."""
-        self._unmeasured = (torch.tensor(float("nan")),) * 2
-        self._noise: tuple[torch.Tensor, torch.Tensor] = self._unmeasured
-        """Mean square and mean product of gradients at this step's weights; NaN where they were not measured."""
-        self._noise_by_parameter: torch.Tensor | None = None
-        """The same of each parameter's part of them, (2, parameters), where they were measured."""
-        self._taught: tuple[torch.Tensor, torch.Tensor] = self._unmeasured
-        """Loss of the step's document after its update, and of the next one before it; NaN where nobody looked."""
-        self.measuring_seconds = 0.0
-        """Time that measuring noise, and what steps teach, has taken."""
         self._loss_scale: LossScale | None = None
         """In float16 what the loss is multiplied by."""
-        self.left_out: Counter[str] = Counter()
-        """What was not measured in this session because the device had no memory for it, how often."""
+        self.measuring = Measuring(self.clock, recorder.trouble)
         self._out_of_memory = 0
         self._updating = False
         """Whether the optimizer is at work: what stops it leaves weights of which some have moved and some have not."""
@@ -168,13 +142,10 @@ class SlimPajamaTrainer(Trainer):
         self._update_skipped = ""
         self.failure: UserError | None = None
         """Why training stopped by itself, if it did."""
-        self.save_failure: str | None = None
-        """Why the last save did not succeed, if it did not."""
         self.computes_in = "unknown"
         """The precision of the step's products, as seen when training began."""
         self._rate = 0.0
         """The learning rate of the step that is on, from the optimizer."""
-        self._staging: Path | None = None
         after_each_step = AfterEachStep(
             self.clock, self._begin_training, self._record_step, self.tell_now, self._note_update
         )
@@ -193,6 +164,7 @@ class SlimPajamaTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.run_path = Path(str(self.args.output_dir))
         self._parameters: int = self.accelerator.unwrap_model(self.model).num_parameters(exclude_embeddings=True)
+        self.saving = Saving(self.run_path, recorder, self.team, about, self.args.save_total_limit, self._parameters)
 
     # ---- data ----
 
@@ -207,34 +179,16 @@ class SlimPajamaTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """The next samples. Each knows its weight, so nothing is counted; at the end of the stream training stops."""
         batches = []
-        self._look_ahead(epoch_iterator)
+        ahead = self.measuring.ahead
+        self.measuring.look_ahead(self.state.global_step, epoch_iterator)
         for _ in range(num_batches):
             try:
-                batches.append(self._ahead.popleft() if self._ahead else next(epoch_iterator))
+                batches.append(ahead.popleft() if ahead else next(epoch_iterator))
             except StopIteration:
                 self.stream_ended = True
                 self.control.should_training_stop = True
                 break
         return batches, None
-
-    def _measures_noise(self) -> bool:
-        """Whether the next step's gradient is compared with others': where it is written out, and one document's."""
-        step = self.state.global_step
-        return self._written_out is not None and step % noise.STEPS_BETWEEN == noise.STEPS_BETWEEN - 1
-
-    def _measures_teaching(self, step: int) -> bool:
-        """Whether it is looked at what a step teaches: where it is written out, and one document's."""
-        return self._written_out is not None and self.stream.mode != "pack" and measuring.is_due(step)
-
-    def _look_ahead(self, batches: Iterator) -> None:
-        """Have the documents at hand that a measurement needs beside the step's own; each still gets its step."""
-        needed = 2 if self._measures_teaching(self.state.global_step) else 0
-        if self._measures_noise():
-            needed = noise.DOCUMENTS
-        if needed:
-            with self.clock.paused():
-                while len(self._ahead) < needed and (batch := next(batches, None)) is not None:
-                    self._ahead.append(batch)
 
     # ---- the step ----
 
@@ -337,7 +291,7 @@ class SlimPajamaTrainer(Trainer):
     def _begin_training(self) -> None:
         """Weights are loaded, the optimizer is there: now the step can be made ready."""
         self.stream.say = self.recorder.trouble
-        self._unmeasured = self._noise = (torch.full((), float("nan"), device=self.args.device),) * 2
+        self.measuring.on(self.args.device)
         self._begin_average()
         if self.accelerator.scaler is not None:
             self._loss_scale = LossScale(self.accelerator.scaler, self.args.device)
@@ -356,6 +310,8 @@ class SlimPajamaTrainer(Trainer):
                     optimizer.matrices if isinstance(optimizer, optimization.AdamWWithMuon) else (),
                     self._loss_scale.factor if self._loss_scale is not None else None,
                 )
+            whole = self.stream.mode != "pack"
+            self.measuring.begin(self._written_out, self.args.max_grad_norm, self._loss_scale, whole)
         self.computes_in = self._observe_precision()
 
     def _observe_precision(self) -> str:
@@ -385,12 +341,13 @@ class SlimPajamaTrainer(Trainer):
         sample: Sample = inputs.pop("sample")
         self._weight = sample.weight
         self._update_skipped = ""
-        self._noise, self._noise_by_parameter = self._unmeasured, None
-        self._taught = self._unmeasured
+        self.measuring.forget()
         out_of_memory = False
         try:
             if self._written_out is not None:
-                self._step_written_out(inputs)
+                # From the host: the step sends what it needs, and the labels are the ids.
+                result = self.measuring.gradient(self.state.global_step, inputs["input_ids"][0])
+                self._loss, self._correct, self._nats = result.loss, result.correct, result.nats
             else:
                 super().training_step(model, inputs, num_items_in_batch)
         except Exception as error:
@@ -409,117 +366,6 @@ class SlimPajamaTrainer(Trainer):
                 return self._loss
         self.sample = sample
         return self._loss
-
-    def _step_written_out(self, inputs: dict[str, Any]) -> None:
-        """The step by `gpt2_step.py`, and what is measured at the same weights."""
-        assert self._written_out is not None
-        if self._measures_teaching(self.state.global_step):
-            following = self._measured("teaching", self._next_loss)
-            self._taught = self._taught[0], self._unmeasured[1] if following is None else following
-        others = self._measured("noise", self._other_gradients) if self._measures_noise() else None
-        # From the host: the step sends what it needs, and the labels are the ids.
-        input_ids = inputs["input_ids"][0]
-        result = None
-        try:
-            result = self._written_out(input_ids)
-        except Exception as error:
-            if others is None or not memory.is_out(error):
-                raise
-        if result is None:
-            # The gradients of others stood in its way. A step overwrites its gradients: it is made again, whole.
-            others = None
-            self._leave_out("noise")
-            result = self._written_out(input_ids)
-        if others is not None:
-            compared = self._measured("noise", functools.partial(self._compare, *others))
-            if compared is not None:
-                self._noise, self._noise_by_parameter = compared
-        self._loss, self._correct, self._nats = result.loss, result.correct, result.nats
-
-    def _measured(self, kind: str, measure: Callable[[], _Found]) -> _Found | None:
-        """As `_unless_out_of_memory`, beside training: its clock stands still, and the time is counted; a device's too,
-        which is waited for before and after. That is seldom."""
-        transfers.wait_for(self.args.device)
-        began = time.perf_counter()
-        with self.clock.paused():
-            found = self._unless_out_of_memory(kind, measure)
-            transfers.wait_for(self.args.device)
-        self.measuring_seconds += time.perf_counter() - began
-        return found
-
-    def _unless_out_of_memory(self, kind: str, measure: Callable[[], _Found]) -> _Found | None:
-        """What `measure` finds; None where the device has no memory for it: then training goes on as if nobody had
-        asked."""
-        try:
-            return measure()
-        except Exception as error:
-            if not memory.is_out(error):
-                raise
-        self._leave_out(kind)
-        return None
-
-    def _leave_out(self, kind: str) -> None:
-        """Count what is not measured for lack of memory, and say so the first time."""
-        memory.give_back()
-        self.left_out[kind] += 1
-        if self.left_out[kind] == 1:
-            self.recorder.trouble(
-                f"step {self.state.global_step}: out of memory for {_MEASURED[kind]}, which is left out; training goes "
-                "on, and the next time it is tried again"
-            )
-
-    def _other_gradients(self) -> tuple[torch.Tensor, torch.Tensor, int] | None:
-        """Sum of the clipped gradients of the next documents at these weights, sum of the squares of each parameter's
-        part of them, (parameters,), how many; None where there are none."""
-        assert self._written_out is not None
-        others = list(self._ahead)[: noise.DOCUMENTS - 1]
-        if not others:
-            return None
-        total = torch.zeros_like(self._written_out.gradients)
-        squares = torch.zeros(len(self.recorder.layers), device=self.args.device)
-        for batch in others:
-            self._written_out(batch["input_ids"][0])
-            squares += self._add_clipped(total)
-        return total, squares, len(others)
-
-    def _add_clipped(self, total: torch.Tensor) -> torch.Tensor:
-        """Add the gradient that lies in the buffer to `total` as the optimizer would see it; the squared norm of each
-        parameter's part of it, (parameters,)."""
-        assert self._written_out is not None
-        squares = self._written_out.squared_norms()
-        limit = self.args.max_grad_norm or float("inf")
-        share = (limit / (squares.sum().sqrt() + 1e-6)).clamp(max=1.0)
-        scaled = share if self._loss_scale is None else share / self._loss_scale.factor
-        total.addcmul_(self._written_out.gradients, scaled)
-        return squares * share * share
-
-    def _compare(
-        self, total: torch.Tensor, squares: torch.Tensor, others: int
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Mean square, and mean product of any two, of the step's gradient and the others': of the whole, () each, and
-        of each parameter's part, (2, parameters)."""
-        assert self._written_out is not None
-        squares = squares + self._add_clipped(total)
-        count = others + 1
-        products = (self._written_out.squared_norms(total) - squares) / (count * others)
-        return (squares.sum() / count, products.sum()), torch.stack([squares / count, products])
-
-    def _next_loss(self) -> torch.Tensor | None:
-        """Loss of the document that comes next, at these weights; None where it is no document that is new."""
-        assert self._written_out is not None
-        if not self._ahead or not measuring.is_new(self._ahead[0]["sample"]):
-            return None
-        return self._written_out.loss_alone(self._ahead[0]["input_ids"][0])
-
-    def _look_back(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of the step's document once more, after its update, and that of the next one, before it; NaN where
-        the update was skipped."""
-        assert self._written_out is not None
-        input_ids = torch.tensor(sample.input_ids)
-        losses = self._written_out.loss_alone(input_ids), self._taught[1]
-        # Chosen on the device: it is not waited for.
-        after, following = (torch.where(self._not_finite > 0, self._unmeasured[0], loss) for loss in losses)
-        return after, following
 
     def _without_memory(self, sample: Sample) -> torch.Tensor:
         """The first time a step does not fit it is skipped: another program may have been at the card. Then it is the
@@ -634,9 +480,8 @@ class SlimPajamaTrainer(Trainer):
         self.steps_of_session += 1
         self.skipped_records.update(self.sample.skipped)
         step = self.state.global_step - 1
-        if self._measures_teaching(step):
-            taught = self._measured("teaching", functools.partial(self._look_back, self.sample))
-            self._taught = self._unmeasured if taught is None else taught
+        self.measuring.after(step, self.sample, self._not_finite)
+        measured = self.measuring
         if self.average is not None:
             self.average.step(step + 1)
         rate = self._rate
@@ -644,15 +489,15 @@ class SlimPajamaTrainer(Trainer):
             places = range(self.team.rank, len(self.sample.together), self.team.world_size)
             # What only filled a place is another's.
             own, self._own = self._own[: len(places)], []
-            of_step = torch.stack([self._grad_norm.float(), self._not_finite, *self._noise, *self._taught])
+            of_step = torch.stack([self._grad_norm.float(), self._not_finite, *measured.noise, *measured.taught])
             finished = Step(step, self.sample, own, of_step, rate, self.clock.lap())
             self._take_in(self.news.add(finished))
             return not self.news.failed
         numbers = [self._loss.detach().float(), self._correct.float(), self._grad_norm.float(), self._not_finite,
-                   *self._noise, *self._taught]  # fmt: skip
+                   *measured.noise, *measured.taught]  # fmt: skip
         values = [torch.stack(numbers), self._nats[: self.sample.predicted]]
-        if self._noise_by_parameter is not None:
-            values.append(self._noise_by_parameter.view(-1))
+        if measured.noise_by_parameter is not None:
+            values.append(measured.noise_by_parameter.view(-1))
         self.recorder.add(step, self.sample, torch.cat(values), rate, self.clock.lap(), self._update_skipped)
         self._look_at_what_is_not_finite()
         return self.failure is None
@@ -701,7 +546,12 @@ class SlimPajamaTrainer(Trainer):
                 metrics = held_out(self) if self.is_fsdp_enabled else self.team.first_does(lambda: held_out(self))
             else:
                 metrics = self.team.first_does(
-                    lambda: self._unless_out_of_memory("evaluation", lambda: held_out(self)) or {}
+                    lambda: (
+                        self.measuring.unless_out_of_memory(
+                            self.state.global_step, "evaluation", lambda: held_out(self)
+                        )
+                        or {}
+                    )
                 )
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -709,7 +559,8 @@ class SlimPajamaTrainer(Trainer):
     # ---- checkpoints ----
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+        staging = self.saving.staging
+        return str(staging) if staging is not None else super()._get_output_dir(trial)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         # Of a run that began in float16 and goes on in another precision there is one in the checkpoint, and none here.
@@ -719,56 +570,14 @@ class SlimPajamaTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Stage, write, add the manifest, rename. The ledger is on the disk before the checkpoint that counts on it."""
         self.tell_now()
+
+        def write(folder: Path) -> None:
+            super(SlimPajamaTrainer, self)._save_checkpoint(model, trial)
+            if self.average is not None and self.average.is_there:
+                self.average.save(folder, self.processing_class)
+
         with self.clock.paused():
-            try:
-                self._stage_checkpoint(model, trial)
-                self.save_failure = None
-            except OthersLost:
-                raise
-            except (OSError, RuntimeError, SafetensorError, SaidByTheFirst) as error:
-                # torch and safetensors have errors of their own for a disk that is full.
-                self.save_failure = f"checkpoint-{self.state.global_step}: {self._why_not_saved(error)}"
-                self.recorder.trouble(
-                    f"not saved: {self.save_failure}; training goes on, and the next interval tries again"
-                )
-
-    def _why_not_saved(self, error: Exception) -> str:
-        # torch says of a full disk: "[enforce fail at inline_container.cc] . unexpected pos 528576 vs 528464".
-        free = shutil.disk_usage(self.run_path).free
-        if free < 12 * self._parameters:
-            return f"{free / 1e6:.1f} MB are free on the disk, too few for a checkpoint"
-        return " ".join(str(error).split())[:200]
-
-    def _stage_checkpoint(self, model: Any, trial: Any) -> None:
-        """The first process makes the folder and renames it; what is each process' own (the random generators, and the
-        shards of a sharded model) each writes into it itself."""
-        step, run, team = self.state.global_step, self.run_path, self.team
-        about = self.about | {"not_finite_in_a_row": len(self.recorder.not_finite)}
-        failure: Exception | None = None
-        with contextlib.ExitStack() as staged:
-
-            def stage() -> Path:
-                self.recorder.sync()
-                return staged.enter_context(checkpoints.staged(run, step, about | {"chain": self.recorder.chain}))
-
-            self._staging = team.first_does(stage)
-            try:
-                super()._save_checkpoint(model, trial)
-                if self.args.should_save:
-                    state = {"cursor": dataclasses.asdict(self.cursor)}
-                    path = checkpoints.path_of(self._staging, step) / checkpoints.DATA_STATE
-                    path.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-                if self.average is not None and self.average.is_there:
-                    self.average.save(checkpoints.path_of(self._staging, step), self.processing_class)
-            except (OSError, RuntimeError, SafetensorError) as error:
-                if is_about_others(error):
-                    raise
-                failure = error
-            finally:
-                self._staging = None
-            # All have written: now the first renames, and all wait for it.
-            team.agree(failure)
-        team.first_does(lambda: checkpoints.keep_newest(run, self.args.save_total_limit))
+            self.saving.save(self.state.global_step, self.cursor, write)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Weights, configuration and tokenizer. Loaded elsewhere, the model shall generate with a cache."""
