@@ -515,8 +515,8 @@ def program(
     ledger = folder / "ledger.jsonl"
     try:
         if kill_at is not None:
-            _kill(process, folder / f"checkpoint-{kill_at[0]}", ledger, kill_at[1])
-        output, _ = process.communicate(timeout=100)
+            _kill(process, bench.dry, folder / f"checkpoint-{kill_at[0]}", ledger, kill_at[1])
+        output, _ = process.communicate(timeout=400 if bench.dry else 100)
     except subprocess.TimeoutExpired:
         process.kill()
         output = process.communicate()[0] + "\nit took too long\n"
@@ -538,8 +538,8 @@ def program(
     }, rows
 
 
-def _kill(process: subprocess.Popen[str], checkpoint: Path, ledger: Path, rows: int) -> None:
-    limit = time.monotonic() + 90
+def _kill(process: subprocess.Popen[str], patient: bool, checkpoint: Path, ledger: Path, rows: int) -> None:
+    limit = time.monotonic() + (400 if patient else 90)
     while process.poll() is None and time.monotonic() < limit:
         if checkpoint.is_dir() and ledger.is_file() and ledger.read_bytes().count(b"\n") >= rows:
             process.kill()

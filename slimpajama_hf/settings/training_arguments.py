@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 from typing import Any, NoReturn
 
+from accelerate.utils import DynamoBackend
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_liger_kernel_available
@@ -171,6 +173,13 @@ class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
             )
         if self.optim_args and any(pair.count("=") != 1 for pair in self.optim_args.split(",")):
             raise ValueError(f"--optim_args {self.optim_args}: expected name=value, several as a=1,b=2")
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "liger_kernel_config"):
+            value = getattr(self, name, None)
+            if isinstance(value, str) and not _is_json_object(value):
+                raise ValueError(f"--{name} {value}: expected a JSON object, as '{{\"name\": 1}}'")
+        backends = [backend.value.lower() for backend in DynamoBackend if backend.value != "NO"]
+        if self.torch_compile_backend and self.torch_compile_backend.lower() not in backends:
+            raise ValueError(f"--torch_compile_backend {self.torch_compile_backend}: expected {', '.join(backends)}")
         if self.use_liger_kernel and not is_liger_kernel_available():
             raise ValueError("--use_liger_kernel: liger-kernel is not installed; pip install it, or leave this out")
 
@@ -193,6 +202,13 @@ def _is_usual(value: Any, default: Any) -> bool:
     """Whether a field is at its default. argparse turns some defaults that say "off" into others."""
     off: tuple[Any, ...] = (None, False, "", "no", "none", [], {})
     return value == default or (value in off and default in off)
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def _as_typed(value: Any) -> str:

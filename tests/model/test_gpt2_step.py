@@ -151,15 +151,18 @@ def test_bfloat16_is_autocast_to_its_rounding(tokenizer, length):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("changes", "words"),
     [
-        ("resid_pdrop=0.1", "dropout"),
-        ("activation_function=relu", "activation"),
-        ("reorder_and_upcast_attn=true", "attention"),
+        ({"resid_pdrop": 0.1}, "dropout"),
+        ({"activation_function": "relu"}, "activation"),
+        ({"reorder_and_upcast_attn": True}, "attention"),
     ],
 )
-def test_what_it_cannot_do_is_said(tokenizer, overrides, words):
-    model = build(tokenizer, overrides)
+def test_what_it_cannot_do_is_said(tokenizer, changes, words):
+    """In the configuration itself: as a flag the last one is refused."""
+    model = build(tokenizer)
+    for name, value in changes.items():
+        setattr(model.config, name, value)
     assert words in unsupported(model)
     with pytest.raises(ValueError, match=words):
         GPT2Step(model, "float32", 64)

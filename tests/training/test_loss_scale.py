@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,36 @@ def test_a_scale_that_comes_down_ends_no_run_and_lost_weights_do():
     for _ in range(26):
         scale.learn(scale_of(1.0))
     assert "--precision float32" in failing([2.0] * 26, scale)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("limit", [0.0, 0.5])
+def test_gradients_are_divided_by_the_scale_that_they_were_made_with(tokenizer, fused, limit):  # noqa: F811
+    """Clipped or not, by the optimizer or before it; a scale that is halved in the same step is the next one's."""
+    model = build(tokenizer)
+    ids = ids_of(40, len(tokenizer))
+    exact = together(reference(model, ids)[1])
+    trainer = object.__new__(trainers.SlimPajamaTrainer)
+    trainer._loss_scale = LossScale(loss_scale.for_a_cpu(), torch.device("cpu"))
+    trainer._written_out = GPT2Step(model, "float32", 64, scale=trainer._loss_scale.factor)
+    trainer.optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    trainer.args = types.SimpleNamespace(max_grad_norm=limit, fp16=True)
+    trainer.accelerator = types.SimpleNamespace(distributed_type="NO")
+    trainer.news, trainer._update_skipped = None, ""
+    trainer._loss = trainer._written_out(ids).loss
+    before = trainer._written_out.gradients.clone()
+    norm = trainer._get_grad_norm(model, trainer._clip_grad_norm(model) if limit else None)
+    assert norm.item() == pytest.approx(exact.norm().item(), rel=1e-4)
+    by = 2.0**16 * max(norm.item() / limit if limit else 1.0, 1.0)
+    if fused:
+        assert trainer.optimizer.grad_scale.item() == pytest.approx(by, rel=1e-4)
+        assert torch.equal(trainer._written_out.gradients, before), "no pass over them"
+    else:
+        assert (trainer._written_out.gradients - exact / (by / 2.0**16)).norm() < 1e-4 * exact.norm()
+    trainer._written_out(ids)
+    trainer._written_out.gradients[0] = math.inf
+    trainer._get_grad_norm(model, trainer._clip_grad_norm(model) if limit else None)
+    assert trainer._loss_scale.factor.item() == 2.0**15 and trainer._not_finite.item() == 1.0
+    if fused and not limit:
+        assert trainer.optimizer.grad_scale.item() == 2.0**16
+    assert all(parameter.grad is None for parameter in model.parameters())
