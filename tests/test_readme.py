@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 
@@ -15,6 +16,7 @@ from slimpajama_hf.settings.arguments import OURS, TRAINING_DEFAULTS
 from tests.conftest import ROOT, read_ledger
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINES = [
     line.split("  #")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", README, re.S)
@@ -55,6 +57,40 @@ def test_named_flags_and_files_exist():
         assert flag.replace("-", "_") in flags, flag
     for path in re.findall(r"`((?:slimpajama_hf|configs|docs)/[\w./-]+)`|\]\((docs/[\w./-]+)\)", README):
         assert (ROOT / (path[0] or path[1])).exists(), path
+
+
+def test_the_tree_of_the_house_has_each_folder_with_its_own_sentence():
+    tree = re.search(r"```\nslimpajama_hf/\n(.*?)```", README, re.S).group(1)
+    said = dict(re.findall(r"^[├└]── (\w+)/ +(.+)$", tree, re.M))
+    assert len(said) == tree.count("\n")
+    folders = {path.parent.name: path for path in (ROOT / "slimpajama_hf").glob("*/__init__.py")}
+    docstrings = {name: ast.get_docstring(ast.parse(path.read_text("utf-8"))) for name, path in folders.items()}
+    assert said == {name: text.splitlines()[0] for name, text in docstrings.items()}
+
+
+def test_names_in_where_to_add_things_are_in_the_files_of_their_row():
+    table = README.partition("## Where to add things")[2].partition("\n## ")[0]
+    for row in re.findall(r"^\| (?!to add|-)(.*) \|$", table, re.M):
+        paths = re.findall(r"`(slimpajama_hf/[\w./]+)`", row)
+        texts = [(ROOT / path).read_text("utf-8") for path in paths if not path.endswith("/")]
+        texts += [
+            file.read_text("utf-8") for path in paths if path.endswith("/") for file in (ROOT / path).glob("*.py")
+        ]
+        assert texts, row
+        for name in re.findall(r"`(\w[\w.]*)(?:\(\w*\))?`", row):
+            assert any(re.search(rf"\b{name.rpartition('.')[2]}\b", text) for text in texts), (name, row)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_between_pages_lead_somewhere(path):
+    """To a file, and where a link names a place in it, to that place."""
+    for target, place in re.findall(r"\]\((?!https?:)([\w./-]*)(?:#([\w-]+))?\)", path.read_text("utf-8")):
+        found = path.parent / target if target else path
+        assert found.exists(), target
+        if place:
+            page = found.read_text("utf-8")
+            headings = {"-".join(re.findall(r"[\w-]+", line.lower())) for line in re.findall(r"^#+ (.*)$", page, re.M)}
+            assert place in headings | set(re.findall(r'<a id="([\w-]+)">', page)), (target, place)
 
 
 def test_the_row_and_the_folder_are_as_described(finished):
