@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 from slimpajama_hf import devices
-from slimpajama_hf.errors import UsageError
+from slimpajama_hf.errors import UsageError, UserError
 
 #: accelerate's names of the precisions.
 ACCELERATE = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -110,6 +110,29 @@ def seen_by_a_hook(model: Any, forward: Any) -> str:
         for handle in handles:
             handle.remove()
     return " and ".join(sorted(found)) or "unknown"
+
+
+def seen_in(model: Any, tokens: int, device: torch.device) -> str:
+    """The precision that `model` computes a few tokens in, as it is now; it is in its former mode after."""
+    import torch
+
+    input_ids = torch.zeros((1, tokens), dtype=torch.long, device=device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return seen_by_a_hook(model, lambda: model(input_ids=input_ids, use_cache=False))
+    finally:
+        model.train(training)
+
+
+def refuse_another(short: str, seen: str) -> None:
+    """Raise UserError where what was asked for (`short`, accelerate's name) is not what was seen."""
+    asked = next(name for name, its_short in ACCELERATE.items() if its_short == short)
+    if seen != "unknown" and asked not in seen.split(" and "):
+        raise UserError(
+            f"--precision {asked}: this model computes in {seen} here; type --precision {seen.split(' and ')[0]}"
+        )
 
 
 def _linear_layers(model: Any) -> list[Any]:

@@ -188,7 +188,7 @@ def test_the_script_fits_on_one_screen():
 
 #: Longer than this no file is a page that one reads; those named here still are, and shall not grow.
 LONGEST = 450
-STILL_LONGER: dict[str, int] = {"model/gpt2_step.py": 457, "training/trainer.py": 792}
+STILL_LONGER: dict[str, int] = {"training/trainer.py": 560}
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))

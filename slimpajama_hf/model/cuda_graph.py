@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
+import torch.nn.functional as F
+
+from slimpajama_hf.model import transfers
 
 Made = TypeVar("Made")
 
@@ -61,3 +65,37 @@ def _shortage(error: BaseException | None) -> torch.OutOfMemoryError | None:
 def recorder_of(device: torch.device) -> Callable[[Callable[[], Any]], Any] | None:
     """What captures work on `device`; None where nothing does."""
     return Recording if device.type == "cuda" else None
+
+
+class Replayed:
+    """A step captured at one `length`: shorter samples are padded, and their padding has no share in the loss.
+
+    Causal attention lets no token see what follows it, so padding changes nothing before it. `run`: the step on ids and
+    shares, (length,) each; it returns a dataclass of tensors. `shares`: of so many tokens of a length (`GPT2Step`).
+    """
+
+    def __init__(
+        self,
+        run: Callable[[torch.Tensor, torch.Tensor], Any],
+        shares: Callable[[int, int], torch.Tensor],
+        length: int,
+        device: torch.device,
+        record: Callable[[Callable[[], Any]], Any],
+    ) -> None:
+        self._length = length
+        self._ids = torch.zeros(length, dtype=torch.long, device=device)
+        self._shares = shares(length, length)
+        self._recording = record(lambda: run(self._ids, self._shares))
+
+    def __call__(self, input_ids: torch.Tensor) -> Any:
+        """The step on (T,) ids with T <= length."""
+        tokens = input_ids.numel()
+        transfers.into(self._ids, F.pad(input_ids, (0, self._length - tokens)))
+        self._shares.zero_()
+        self._shares[: tokens - 1].fill_(1.0 / (tokens - 1))
+        self._recording.replay()
+        # The next replay overwrites these.
+        made = self._recording.result
+        return dataclasses.replace(
+            made, **{field.name: getattr(made, field.name).clone() for field in dataclasses.fields(made)}
+        )

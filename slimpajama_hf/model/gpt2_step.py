@@ -150,7 +150,7 @@ class GPT2Step:
         self._final = transformer.ln_f
         self._positions_used = 0
         self._mask = torch.full((1, 1), 0.0, device=self._device)
-        self._replayed: _Replayed | None = None
+        self._replayed: cuda_graph.Replayed | None = None
         self._record = cuda_graph.recorder_of(self._device)
         """What captures a step; None: nothing does, here or any more."""
 
@@ -211,7 +211,9 @@ class GPT2Step:
             return None
         if self._replayed is None:
             try:
-                self._replayed = _Replayed(self, self._record)
+                self._replayed = cuda_graph.Replayed(
+                    self._run, self._shares, self._max_length, self._device, self._record
+                )
             except cuda_graph.Refused as why:
                 self._record = None
                 self._trouble(f"the step runs without a CUDA graph, somewhat slower: it could not be captured ({why})")
@@ -432,26 +434,3 @@ class GPT2Step:
         if length < self._positions_used:
             positions[length : self._positions_used].zero_()
         self._positions_used = length
-
-
-class _Replayed:
-    """The step captured at one length: shorter samples are padded, and their padding has no share in the loss.
-
-    Causal attention lets no token see what follows it, so padding changes nothing before it.
-    """
-
-    def __init__(self, step: GPT2Step, record: Callable[[Callable[[], Any]], Any]) -> None:
-        self._length, device = step._max_length, step._device
-        self._ids = torch.zeros(self._length, dtype=torch.long, device=device)
-        self._shares = step._shares(self._length, self._length)
-        self._recording = record(lambda: step._run(self._ids, self._shares))
-
-    def __call__(self, input_ids: torch.Tensor) -> Result:
-        tokens = input_ids.numel()
-        transfers.into(self._ids, F.pad(input_ids, (0, self._length - tokens)))
-        self._shares.zero_()
-        self._shares[: tokens - 1].fill_(1.0 / (tokens - 1))
-        self._recording.replay()
-        # The next replay overwrites these.
-        made = self._recording.result
-        return Result(made.loss.clone(), made.correct.clone(), made.nats.clone())

@@ -78,6 +78,19 @@ def set_apart(optimizer: torch.optim.Optimizer, which: list[nn.Parameter], rate:
             optimizer.add_param_group(same | options | {"params": moved, "lr": group["lr"] * rate})
 
 
+def with_hidden_matrices(
+    optimizer: Any, model: nn.Module, hidden_optim: str, rate: float, product_dtype: torch.dtype, documents: int
+) -> Any:
+    """An `optimizer` that has made no step, by which the hidden matrices of `model` learn as `--hidden_optim` says, at
+    `rate` times its rate. `product_dtype` and `documents` as for `AdamWWithMuon`."""
+    if hidden_optim == "muon":
+        assert isinstance(optimizer, torch.optim.AdamW)
+        return AdamWWithMuon.of(optimizer, model, rate, product_dtype, documents)
+    if rate != 1.0:
+        set_apart(optimizer, hidden_matrices(model), rate)
+    return optimizer
+
+
 class AdamWWithMuon(torch.optim.AdamW):
     """AdamW, and Muon for the groups that say `muon`, whose parameters are matrices.
 

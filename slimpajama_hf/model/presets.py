@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 from slimpajama_hf import screen
 from slimpajama_hf.errors import UserError
-from slimpajama_hf.model import memory
+from slimpajama_hf.model import causality, memory
 
 #: Sizes of GPT-2 (Radford et al. 2019, table 2), and one that learns visibly on a CPU. Parameters with GPT-2's
 #: vocabulary of 50,257 (`tiny`: with the builtin tokenizer's 4,096).
@@ -85,10 +85,6 @@ WITHOUT_EFFECT: dict[str, str] = {
 #: Not a field, but it has its effect: `eager`, `sdpa`, ...
 _ATTENTION = "_attn_implementation"
 
-#: A position of a causal model whose logits change by more than this share of what the last one's do has seen what
-#: comes after it. Of a model that sees ahead it was 0.002 or more, of one that rounds differently (experts) 4e-7.
-_SEEN_AHEAD = 1e-4
-
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many rows an embedding needs for the ids of a tokenizer; those of some have gaps."""
@@ -122,7 +118,7 @@ def model_config(
         config = _of_values(kind, values)
     except Exception as error:
         # Every architecture has checks of its own, with exceptions of its own.
-        raise UserError(f"--model {model}: not a model configuration ({_in_one_line(error)})") from None
+        raise UserError(f"--model {model}: not a model configuration ({causality.in_one_line(error)})") from None
     _refuse_what_is_not_trained(model, config)
     for size in map(config.attribute_map.get, SIZES, SIZES):
         if isinstance(getattr(config, size, None), int) and getattr(config, size) < 1:
@@ -137,7 +133,7 @@ def model_config(
             if _ATTENTION in changes:
                 setattr(config, _ATTENTION, changes[_ATTENTION])
         except Exception as error:
-            raise UserError(f"--config_overrides {overrides}: {_in_one_line(error)}") from None
+            raise UserError(f"--config_overrides {overrides}: {causality.in_one_line(error)}") from None
     needed = vocabulary(tokenizer)
     own_size = values.get(vocab := _own_name(config, "vocab_size"), values.get("vocab_size"))
     if own_size not in (None, needed) and vocab not in changes:
@@ -164,13 +160,6 @@ def model_config(
     return config
 
 
-def _in_one_line(error: BaseException, longest: int = 300) -> str:
-    text = " ".join(str(error).split())
-    text = text if isinstance(error, ValueError) or not text else f"{type(error).__name__}: {text}"
-    text = text or type(error).__name__
-    return text if len(text) <= longest else text[: longest - 1] + "…"
-
-
 def _read(path: str) -> tuple[dict[str, Any], str]:
     """The values of a config.json, and its `model_type`."""
     from transformers import CONFIG_MAPPING
@@ -183,7 +172,7 @@ def _read(path: str) -> tuple[dict[str, Any], str]:
         if kind not in CONFIG_MAPPING:
             raise ValueError(f"transformers knows no model_type {kind!r}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--model {path}: not a model configuration ({_in_one_line(error)})") from None
+        raise UserError(f"--model {path}: not a model configuration ({causality.in_one_line(error)})") from None
     return values, kind
 
 
@@ -340,103 +329,14 @@ def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
             raise UserError(
                 "out of memory while the model was built; take a smaller --model, or smaller --config_overrides"
             ) from None
-        raise UserError(f"--model, --config_overrides: the model cannot be built ({_in_one_line(error)})") from None
-    _refuse_what_sees_ahead(model)
+        raise UserError(
+            f"--model, --config_overrides: the model cannot be built ({causality.in_one_line(error)})"
+        ) from None
+    causality.refuse_what_sees_ahead(model)
     # The Trainer divides GPT-2's loss by L where L-1 tokens are predicted, unless the loss has this name
-    # (transformers trainer.py, 5.23, lines 543 and 2327).
+    # (`_get_num_items_in_batch` and `get_batch_samples` of its trainer.py).
     model.loss_type = "ForCausalLM"
     return model
-
-
-def _refuse_what_sees_ahead(model: PreTrainedModel) -> None:
-    """Raise UserError for a model that cannot compute a text, or whose logits change with tokens that come later.
-
-    What a configuration says of itself is not asked: there are architectures that are decoders by their configuration,
-    and look ahead all the same (transformers#48745).
-    """
-    kind = model.config.model_type
-    try:
-        ahead, behind = _seen(model)
-        if behind == 0.0:
-            # As they are drawn, its weights let no token through to another (zeros that training is to fill).
-            ahead, behind = _seen(_shaken(model))
-    except Exception as error:
-        raise UserError(
-            f"--model: a {kind} model with this configuration cannot compute the logits of a text "
-            f"({_in_one_line(error)}); choose another --model or other --config_overrides"
-        ) from None
-    if not math.isfinite(ahead) or not behind > 0:
-        raise UserError(
-            f"--model: the logits of this {kind} model are no finite numbers, or do not depend on the tokens before; "
-            "choose other --config_overrides"
-        )
-    if ahead > _SEEN_AHEAD:
-        cures = [name for name in ("is_decoder", "causal") if _is_causal_with(model.config, name)]
-        raise UserError(
-            f"--model: {kind} as configured sees the future: its logits change with the tokens that come after them, "
-            "so that it would learn to copy, not to predict; "
-            + (f"add --config_overrides {cures[0]}=true" if cures else "choose another model, such as gpt2 or llama")
-        )
-
-
-def _is_causal_with(config: PreTrainedConfig, name: str) -> bool:
-    """Whether a model would not see ahead if `name` were true in its configuration."""
-    from transformers import AutoModelForCausalLM
-
-    if getattr(config, name, True) is not False:
-        return False
-    changed = copy.deepcopy(config)
-    setattr(changed, name, True)
-    try:
-        ahead, behind = _seen(AutoModelForCausalLM.from_config(changed))
-    except Exception:
-        return False
-    return ahead <= _SEEN_AHEAD and behind > 0
-
-
-def _shaken(model: Any) -> Any:
-    """The same architecture with weights that are all noise."""
-    import torch
-
-    noise = torch.Generator().manual_seed(0)
-    shaken = copy.deepcopy(model)
-    with torch.no_grad():
-        for weight in shaken.parameters():
-            weight.add_(torch.randn(weight.shape, generator=noise), alpha=0.02)
-    return shaken
-
-
-def _seen(model: Any) -> tuple[float, float]:
-    """By how much the logits of the positions before change with the last token, and those of the positions behind with
-    the first one; both as a share of how much the logits of the last token itself change (NaN where they do not, or
-    are not finite).
-
-    The model is in its former mode after, and the random generator where it was.
-    """
-    import torch
-
-    rows = model.config.get_text_config(decoder=True).vocab_size
-    # Far from each other and from the ends, where special tokens are; a text that no generator is needed for.
-    tokens = 8
-    ids = torch.tensor([[(place + 1) * rows // (tokens + 3) for place in range(tokens)]] * 3)  # (3, T)
-    ids[1, -1] = (tokens + 1) * rows // (tokens + 3)
-    ids[2, 0] = (tokens + 2) * rows // (tokens + 3)
-    # Some architectures draw in their forward too.
-    drawn, training = torch.get_rng_state(), model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits.double()  # (3, T, V)
-    finally:
-        model.train(training)
-        torch.set_rng_state(drawn)
-    if logits.shape != (3, tokens, rows):
-        raise ValueError(f"they are of shape {tuple(logits.shape)}, expected {(3, tokens, rows)}")
-    with_last, with_first = (logits[1:] - logits[0]).abs().amax(2)  # (T,) each
-    own = float(with_last[-1])
-    if not bool(logits.isfinite().all()) or own == 0.0:
-        return math.nan, math.nan
-    return float(with_last[:-1].max()) / own, float(with_first[1:].max()) / own
 
 
 def checkpoint_bytes(model: PreTrainedModel, averaged: bool, hidden_optim: str) -> int:

@@ -181,7 +181,7 @@ def precision_of(settings: Settings, folder: RunFolder, model: Any) -> str:
     `auto` is what the run began with, on whatever device it goes on.
     """
     from slimpajama_hf import precision
-    from slimpajama_hf.training.trainer import why_autograd
+    from slimpajama_hf.training.backward import why_autograd
 
     training, run = settings.training, settings.run
     goes_on = is_asked(training.resume_from_checkpoint) and folder.record.is_file()

@@ -15,14 +15,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from slimpajama_hf import devices, precision
+from slimpajama_hf import precision
 from slimpajama_hf.errors import SaidByTheFirst, UserError
 from slimpajama_hf.model import memory, optimization
 from slimpajama_hf.model.averaging import WeightAverage
-from slimpajama_hf.model.gpt2_step import GPT2Step, unsupported
+from slimpajama_hf.model.gpt2_step import GPT2Step
 from slimpajama_hf.record import checkpoints, noise
 from slimpajama_hf.settings.arguments import HIDDEN_RATES
-from slimpajama_hf.training import loss_scale, range_test
+from slimpajama_hf.training import loss_scale, range_test, stopping
+from slimpajama_hf.training.backward import why_autograd
 from slimpajama_hf.training.batches import Batches, collate
 from slimpajama_hf.training.clock import TrainingClock
 from slimpajama_hf.training.loss_scale import LossScale
@@ -52,24 +53,6 @@ PRIVATE_HOOKS = {
     "_save": "(self, output_dir=None, state_dict=None)",
     "_save_checkpoint": "(self, model, trial)",
 }
-
-
-def why_autograd(args: Any, model: Any, backward: str) -> str | None:
-    """Why the step of `model` is left to autograd, in words; None where it is written out (`gpt2_step.py`).
-
-    `args`: the training arguments. `backward`: what `--backward` is.
-    """
-    if backward == "autograd":
-        return "--backward autograd"
-    if args.world_size > 1 or devices.is_sharded():
-        return "several processes, whose gradients meet while autograd still works on the others"
-    if args.gradient_accumulation_steps > 1 or args.gradient_checkpointing:
-        return "gradient accumulation or checkpointing"
-    if args.torch_compile or devices.launcher_compiles():
-        return "torch.compile"
-    if args.neftune_noise_alpha is not None:
-        return "NEFTune noise"
-    return unsupported(model)
 
 
 def _whole(norm: torch.Tensor) -> torch.Tensor:
@@ -213,18 +196,18 @@ class SlimPajamaTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if there or self.hidden_optim not in HIDDEN_RATES:
             return optimizer
+        # Orthogonal is a matrix up to a factor of 2 here: that is not where `--precision float32` is exact.
+        fast = precision.choose("auto", self.args.device)
         network: Any = model if model is not None else self.model
-        if self.hidden_optim == "muon":
-            assert isinstance(optimizer, torch.optim.AdamW)
-            # Orthogonal is a matrix up to a factor of 2 here: that is not where `--precision float32` is exact.
-            fast = precision.choose("auto", self.args.device)
-            dtype = torch.bfloat16 if fast == "bfloat16" else torch.float32
-            documents = self.args.world_size * self.args.gradient_accumulation_steps
-            optimizer = optimization.AdamWWithMuon.of(optimizer, network, self.hidden_rate, dtype, documents)
-            self.optimizer = optimizer
-        elif self.hidden_rate != 1.0:
-            optimization.set_apart(optimizer, optimization.hidden_matrices(network), self.hidden_rate)
-        return optimizer
+        self.optimizer = optimization.with_hidden_matrices(
+            optimizer,
+            network,
+            self.hidden_optim,
+            self.hidden_rate,
+            torch.bfloat16 if fast == "bfloat16" else torch.float32,
+            self.args.world_size * self.args.gradient_accumulation_steps,
+        )
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """Linear warm-up to the rate, then constant; the first step trains at lr/warmup where transformers' has 0."""
@@ -271,12 +254,11 @@ class SlimPajamaTrainer(Trainer):
 
     def _where_memory_ended(self) -> str:
         step = self.state.global_step
-        cure = "close what else uses the device, or take a smaller --max_seq_length or --model"
-        if not self._updating:
-            return f"out of memory at step {step}; {cure}"
-        newest = max(checkpoints.steps(self.run_path), default=None)
-        where = f"go on from checkpoint-{newest}" if newest is not None else "start again"
-        return f"out of memory in the update of step {step}: it is half made, and not saved; {where}: {cure}"
+        return (
+            stopping.half_made(step, self.run_path)
+            if self._updating
+            else f"out of memory at step {step}; {stopping.CURE}"
+        )
 
     def _begin_average(self) -> None:
         # Of a sharded model no process has the weights.
@@ -312,29 +294,11 @@ class SlimPajamaTrainer(Trainer):
                 )
             whole = self.stream.mode != "pack"
             self.measuring.begin(self._written_out, self.args.max_grad_norm, self._loss_scale, whole)
-        self.computes_in = self._observe_precision()
-
-    def _observe_precision(self) -> str:
-        """The precision that the step computes in, seen in the model as it is now. Raises UserError when it is not the
-        one that was asked for."""
         if self._written_out is not None:
-            seen = self._written_out.computes_in()
+            self.computes_in = self._written_out.computes_in()
         else:
-            model: Any = self.model
-            input_ids = torch.zeros((1, min(8, self.stream.max_length)), dtype=torch.long, device=self.args.device)
-            training = model.training
-            model.eval()
-            try:
-                with torch.no_grad():
-                    seen = precision.seen_by_a_hook(model, lambda: model(input_ids=input_ids, use_cache=False))
-            finally:
-                model.train(training)
-        asked = next(name for name, short in precision.ACCELERATE.items() if short == self.args.mixed_precision)
-        if seen != "unknown" and asked not in seen.split(" and "):
-            raise UserError(
-                f"--precision {asked}: this model computes in {seen} here; type --precision {seen.split(' and ')[0]}"
-            )
-        return seen
+            self.computes_in = precision.seen_in(self.model, min(8, self.stream.max_length), self.args.device)
+        precision.refuse_another(self.args.mixed_precision, self.computes_in)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward on one sample; returns its loss, nats per token, on the device."""
@@ -524,14 +488,7 @@ class SlimPajamaTrainer(Trainer):
             # A gradient beyond float16's range is no sign of lost weights while the scale still comes down.
             bad = [row for row in bad if row["loss"] is None or not math.isfinite(row["loss"])]
         if len(bad) >= most and self.failure is None:
-            places = ", ".join(f"{row['shard']} row {row['row']} (step {row['step']})" for row in bad)
-            good = checkpoints.newest_before_trouble(self.run_path)
-            advice = f"go on from {good} " if good else "no checkpoint is older than this; start again "
-            self.failure = UserError(
-                f"{len(bad)} steps in a row had a loss or a gradient that is no number and were skipped; the "
-                f"documents were {places}; {advice}with a smaller --learning_rate"
-                f"{' or with --precision float32' if self._loss_scale is not None else ''}"
-            )
+            self.failure = stopping.weights_are_lost(bad, self.run_path, scale is not None)
 
     # ---- evaluation ----
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from slimpajama_hf.errors import UserError
+from slimpajama_hf.model import causality
 from slimpajama_hf.model import presets as models
 from tests.conftest import read_ledger, run_command, run_script
 
@@ -142,15 +143,15 @@ def test_zeros_that_hide_what_is_seen_are_looked_through(config_of):
     blind = models.build(config_of(GPT2), 1)
     with torch.no_grad():
         blind.transformer.h[0].attn.c_proj.weight.zero_()
-    assert models._seen(blind)[1] == 0.0
-    models._refuse_what_sees_ahead(blind)
+    assert causality.seen(blind)[1] == 0.0
+    causality.refuse_what_sees_ahead(blind)
     # The same of one that sees ahead.
     model = AutoModelForCausalLM.from_config(config_of(small("bert")))
     for layer in model.bert.encoder.layer:
         layer.attention.output.dense.weight.data.zero_()
-    assert models._seen(model) == (0.0, 0.0)
+    assert causality.seen(model) == (0.0, 0.0)
     with pytest.raises(UserError, match="bert as configured sees the future"):
-        models._refuse_what_sees_ahead(model)
+        causality.refuse_what_sees_ahead(model)
 
 
 def test_bert_as_a_decoder_is_a_causal_model(config_of):
