@@ -42,9 +42,11 @@ ROWS = {
     "ours, outputs off": "run_clm_slimpajama.py with ledger and bar, no charts, no samples",
     "ours, everything on": "run_clm_slimpajama.py at its defaults",
     "ours, 2 processes": "the same by two processes (DDP), half of the cores or a GPU for each: two documents a step",
+    "ours, 2 accumulated": "the same by one process that accumulates two documents a step (autograd)",
 }
+PROCESSES = {"ours, 2 processes": 2}
 #: Documents of a step.
-DOCUMENTS = {"ours, 2 processes": 2}
+DOCUMENTS = PROCESSES | {"ours, 2 accumulated": 2}
 
 
 def samples(count: int) -> Iterator[list[int]]:
@@ -233,7 +235,7 @@ def stock_trainer(options: argparse.Namespace, plain_callbacks: bool) -> list[fl
     return ended
 
 
-def ours(options: argparse.Namespace, outputs: bool) -> list[float]:
+def ours(options: argparse.Namespace, outputs: bool, accumulated: int = 1) -> list[float]:
     """The real program, with a clock in its recorder."""
     import run_clm_slimpajama
     from slimpajama_hf.model import presets
@@ -267,6 +269,7 @@ def ours(options: argparse.Namespace, outputs: bool) -> list[float]:
         "--dataset", "embedded", "--sample_mode", "pack", "--model", options.model, "--tokenizer", "builtin",
         "--max_steps", str(options.steps), "--learning_rate", "1e-6", "--no-checkpoint",
         "--output_dir", tempfile.mkdtemp(), "--precision", options.precision,
+        "--gradient_accumulation_steps", str(accumulated),
     ]  # fmt: skip
     if not outputs:
         flags += ["--viz_interval", "1000000000", "--display_samples", "1000000000"]
@@ -298,6 +301,7 @@ def measure(options: argparse.Namespace, started: float) -> dict[str, float]:
         "ours, outputs off": lambda: ours(options, outputs=False),
         "ours, everything on": lambda: ours(options, outputs=True),
         "ours, 2 processes": lambda: ours(options, outputs=True),
+        "ours, 2 accumulated": lambda: ours(options, outputs=True, accumulated=2),
     }
     ended = functions[options.row]()
     if options.row == "floor":
@@ -365,15 +369,15 @@ def main() -> None:
     interpreters = dict.fromkeys(ROWS, sys.executable) | {"litgpt": str(ROOT / ".venv" / "litgpt" / "bin" / "python")}
     there = [row for row in options.rows if Path(interpreters[row]).exists()]
     if options.history or not two_devices():
-        there = [row for row in there if row not in DOCUMENTS]
+        there = [row for row in there if row not in PROCESSES]
     found: dict[str, list[dict[str, float]]] = {row: [] for row in there}
     for number in range(options.rounds):
         for row in found:
             print(f"round {number + 1} of {options.rounds}: {row}", file=sys.stderr)
             launcher, environment = [], dict(os.environ)
-            if row in DOCUMENTS:
-                launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(DOCUMENTS[row])]
-                environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // DOCUMENTS[row]))
+            if row in PROCESSES:
+                launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES[row])]
+                environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // PROCESSES[row]))
             done = subprocess.run(
                 [interpreters[row], *launcher, __file__, "--row", row, "--model", options.model,
                  "--precision", options.precision, "--steps", str(options.steps), "--history", str(options.history)],
