@@ -17,7 +17,7 @@ _SEEN_AHEAD = 1e-4
 
 
 def in_one_line(error: BaseException, longest: int = 300) -> str:
-    """What an error says, in one line of at most `longest` characters; with its kind where it is no plain ValueError."""
+    """What an error says, in one line of at most `longest` characters."""
     text = " ".join(str(error).split())
     text = text if isinstance(error, ValueError) or not text else f"{type(error).__name__}: {text}"
     text = text or type(error).__name__
