@@ -59,7 +59,7 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
         from slimpajama_hf.training.trainer import SlimPajamaTrainer
         from slimpajama_hf.watching.watchers import Watchers
 
-        chosen = resume.precision_of(settings, folder, gpt)
+        chosen = team.first_does(lambda: resume.precision_of(settings, folder, gpt))
         precision.settle(training, chosen)
         held_out = held_out_documents.during_training(settings, corpus, encoder, folder)
 

@@ -36,7 +36,11 @@ class _SayPrecision(TrainerCallback):
         screen.say(f"{'computes':>10}  in {seen}, seen in the layers of the model")
         record = self._folder.read_record()
         record["model"]["computed_in"] = seen
-        files.write_json(self._folder.record, record, indent=1)
+        try:
+            files.write_json(self._folder.record, record, indent=1)
+        except OSError as error:
+            # A full disk stops the saving, not the training.
+            screen.say(f"not saved: the precision in {self._folder.record} ({error.strerror})")
 
 
 @dataclasses.dataclass
