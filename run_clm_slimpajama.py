@@ -29,7 +29,7 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
     from slimpajama_hf.session import held_out_documents, resume, run_record, session
     from slimpajama_hf.training import processes
 
-    training, data, model = settings.training, settings.data, settings.model
+    training, data, model = settings.for_trainer(), settings.data, settings.model
     screen.quiet_libraries()
     devices.use_one_gpu(training, settings.run.gpu)
     team = processes.join(training)
@@ -68,6 +68,7 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
     record = team.first_does(
         lambda: run_record.record_run(settings, folder, corpus, tokenizer_name, tokenizer, gpt, chosen, point)
     )
+    signals = StopSignals()
     stream = SampleStream(
         corpus,
         encoder,
@@ -82,17 +83,12 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
         skip_broken_shards=data.skip_broken_shards,
         patience_seconds=data.stream_patience,
         leave_out=data.leave_out or (),
+        start=point.cursor,
+        stop=lambda: signals.received is not None and team.world_size == 1,
     )
-    stream.start = point.cursor
-
-    # What is kept of every step, and what watches; of several processes the first does.
     recorder = run_record.recorder_of_run(folder, point, presets.vocabulary(tokenizer), team)
-    watchers = Watchers(settings, folder, encoder, record)
-    uploads = background.Uploads(settings, folder, destination, point.step)
 
-    with StopSignals() as signals:
-        news = processes.news(team, training, signals)
-        stream.stop = lambda: signals.received is not None and team.world_size == 1
+    with signals:
         trainer = SlimPajamaTrainer(
             model=gpt,
             args=training,
@@ -100,17 +96,19 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
             stream=stream,
             recorder=recorder,
             about={"run_id": record["run_id"]},
-            callbacks=[*([*watchers.callbacks, uploads] if team.is_first else []), StopOnSignal(signals)],
             held_out=held_out,
             backward=model.backward,
             average_half_life=model.average_weights,
             hidden_optim=model.hidden_optim,
             hidden_rate=model.hidden_rate,
-            news=news,
+            news=processes.news(team, training, signals),
             lr_find=settings.run.lr_find,
         )
-        watchers.look_at(trainer)
-        uploads.trainer = trainer
+        # What watches, and what uploads; of several processes the first does.
+        watchers = Watchers(trainer, settings, folder, encoder, record)
+        uploads = background.Uploads(folder, destination, point.step, settings.run.hub_patience, trainer.clock)
+        for callback in [*([*watchers.callbacks, uploads] if team.is_first else []), StopOnSignal(signals)]:
+            trainer.add_callback(callback)
         return session.Session(
             settings, trainer, folder, point, signals, watchers, chosen, tokenizer_name, uploads
         ).run()

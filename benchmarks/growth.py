@@ -35,7 +35,7 @@ def columns(rows: int) -> Any:
     draw = np.random.default_rng(0)
     steps = np.arange(rows)
     made = Columns()
-    made.domains = [f"domain {number}" for number in range(7)]
+    made.names["domain"] = [f"domain {number}" for number in range(7)]
     loss = 3 + 5 * np.exp(-steps / 20_000) + 0.4 * draw.standard_normal(rows)
     # What is measured at some steps only.
     seldom = {
@@ -45,14 +45,14 @@ def columns(rows: int) -> Any:
             ("loss_after", 100, loss - 0.05), ("next_loss", 100, loss),
         )
     }  # fmt: skip
-    made._store = {
+    made._store = {name: np.zeros(rows, array.dtype) for name, array in made._store.items()} | {
         "step": steps, "loss": loss, "accuracy": np.clip(0.5 - loss / 20, 0, 1), "throughput": 3000 + 50 * loss,
         "learning_rate": np.minimum(1, (steps + 1) / 1000) * 1e-3, "grad_norm": np.exp(draw.standard_normal(rows)),
         "tokens": np.full(rows, 256), "text_bytes": np.full(rows, 1000), "code_bits": loss * 256 / 0.693,
-        "domain": draw.integers(0, 7, rows).astype(np.int16), "samples": np.ones(rows, np.int32),
+        "domain": draw.integers(0, 7, rows).astype(np.int32), "samples": np.ones(rows, np.int32),
         "predicted": np.full(rows, 255), **seldom,
     }  # fmt: skip
-    made._size = rows
+    made._sha1, made._size = np.zeros((rows, 20), np.uint8), rows
     return made
 
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,35 @@ class GrowingFile:
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     """Write `value` as strict JSON (no NaN) with `write_whole`."""
     write_whole(path, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent) + "\n")
+
+
+def refuse_constant(name: str) -> None:
+    """For `json`'s `parse_constant`: NaN and Infinity are no JSON."""
+    raise ValueError(f"not strict JSON ({name})")
+
+
+def strict_json(text: str | bytes) -> Any:
+    """The value of a text of strict JSON. Raises ValueError where it is none."""
+    try:
+        return json.loads(text, parse_constant=refuse_constant)
+    except RecursionError:
+        raise ValueError("too many brackets, one in the other") from None
+
+
+def json_lines(path: Path, passed_over: list[str] | None = None) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """(line, its object) of a file of JSON objects, none where there is no file. Lines that hold none are passed over
+    and named in `passed_over`; a torn last one is passed over without a word."""
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = None
+            if isinstance(value, dict):
+                yield line, value
+            elif passed_over is not None:
+                passed_over.append(f"line {number:,} of {path.name}")

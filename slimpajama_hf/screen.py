@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 #: Seconds between two lines of progress where there is no terminal.
 SECONDS_BETWEEN_LINES = 10.0
@@ -40,6 +40,8 @@ class _Screen:
 
     muted = False
     """Nothing is shown: of several processes one speaks."""
+    bar: Any = None
+    """The tqdm bar that stands in the last line, if one does."""
 
     def write(self, text: str) -> int:
         text = redacted(text)
@@ -119,8 +121,11 @@ def redacted(text: str) -> str:
 
 
 def say(line: str) -> None:
-    """Write one line to stderr."""
-    SCREEN.write(line + "\n")
+    """Write one line to stderr; where there is a progress bar, above it."""
+    if SCREEN.bar is not None:
+        SCREEN.bar.write(line, file=SCREEN)
+    else:
+        SCREEN.write(line + "\n")
 
 
 def is_terminal() -> bool:
@@ -212,6 +217,7 @@ class TrainingBar:
                 # Time left by the mean rate of this session, as in the lines below.
                 smoothing=0,
             )
+            SCREEN.bar = self._bar
 
     def update(self, loss: float, accuracy: float, learning_rate: float, tokens: int, seconds: float) -> None:
         """One more step: its numbers, its tokens and the training seconds that it took."""
@@ -245,18 +251,12 @@ class TrainingBar:
         """Seconds left at the mean step time of this session."""
         return self._seconds / max(self.done - self.first, 1) * (self.total - self.done)
 
-    def say(self, line: str) -> None:
-        """A line above the bar."""
-        if self._bar is not None:
-            self._bar.write(line, file=SCREEN)
-        else:
-            say(line)
-
     def close(self) -> None:
         """Leave the last step's numbers on the screen."""
         if self._bar is not None:
             if self.done > self.first:
                 self._bar.set_postfix_str(self._words(*self._numbers), refresh=True)
+            SCREEN.bar = None
             self._bar.close()
             self._bar = None
         elif self.done > self._shown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gzip
 import json
 import os
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.fork_server import ForkServer
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -153,28 +156,30 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | more
 
 
+_FORK_SERVER = ForkServer(environment())
+atexit.register(_FORK_SERVER.close)
+
+
+def python(
+    *arguments: str, timeout: float = 200, cwd: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` (`script.py ...` or `-m module ...`) in a process of its own, its output as text."""
+    env = environment(**variables)
+    if _FORK_SERVER.takes(env):
+        return _FORK_SERVER.run(list(arguments), env, cwd, timeout)
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=timeout, env=env, cwd=cwd
+    )
+
+
 def run_script(*flags: str, timeout: float = 200, **variables: str) -> subprocess.CompletedProcess[str]:
     """`python run_clm_slimpajama.py FLAGS`."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "run_clm_slimpajama.py"), *flags],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment(**variables),
-        cwd=ROOT,
-    )
+    return python(str(ROOT / "run_clm_slimpajama.py"), *flags, timeout=timeout, **variables)
 
 
 def run_command(*words: str, timeout: float = 200, **variables: str) -> subprocess.CompletedProcess[str]:
     """`python -m slimpajama_hf WORDS`."""
-    return subprocess.run(
-        [sys.executable, "-m", "slimpajama_hf", *words],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment(**variables),
-        cwd=ROOT,
-    )
+    return python("-m", "slimpajama_hf", *words, timeout=timeout, **variables)
 
 
 def read_ledger(run: Path) -> list[dict[str, Any]]:

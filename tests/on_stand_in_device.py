@@ -31,6 +31,7 @@ from slimpajama_hf.record import noise, teaching
 from slimpajama_hf.record.ledger import Ledger, last_rows
 from slimpajama_hf.samples.sample import Sample
 from slimpajama_hf.training.recorder import StepRecorder
+from slimpajama_hf.training.step_numbers import SampleNumbers, Step, StepNumbers, pack
 from tests import stand_in_device
 from tests.conftest import read_ledger, run_script
 from tests.stand_in_device import NAME, Recording, StandIn, moved
@@ -50,7 +51,8 @@ def sample(tokens: int = 5) -> Sample:
 
 def values_of(step: int) -> torch.Tensor:
     """What the trainer hands to the recorder for a sample of 5 tokens."""
-    return torch.tensor([2.5 + step, 3.0, 0.1, 0.0, *[math.nan] * 4, 1.0, 2.0, 3.0, 4.0])
+    values = SampleNumbers.pack(torch.tensor(2.5 + step), torch.tensor(3.0), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    return pack(StepNumbers(grad_norm=torch.tensor(0.1), not_finite=torch.tensor(0.0)), [values])
 
 
 @check
@@ -78,7 +80,7 @@ def the_stand_in_refuses_a_mix_and_counts_what_waits(device: StandIn) -> None:
 def rows_of(device: StandIn, folder: Path) -> list[dict[str, Any]]:
     recorder = StepRecorder(Ledger(folder / "ledger.jsonl"), vocab_size=16)
     for step in range(3):
-        recorder.add(step, sample(), values_of(step).to(NAME), learning_rate=1e-3, seconds=0.5)
+        recorder.add(Step(step, sample(), 1e-3, 0.5), values_of(step).to(NAME))
     recorder.close()
     return last_rows(folder / "ledger.jsonl", 3)
 
@@ -90,7 +92,7 @@ def numbers_leave_a_device_with_streams_without_a_wait(device: StandIn) -> None:
         device.waits.clear()
         recorder = StepRecorder(Ledger(Path(folder) / "ledger.jsonl"), vocab_size=16)
         for step, values in enumerate(on_device):
-            recorder.add(step, sample(), values, learning_rate=1e-3, seconds=0.5)
+            recorder.add(Step(step, sample(), 1e-3, 0.5), values)
             # What the device does to them afterwards is not what was handed over.
             values.zero_()
         recorder.close()

@@ -17,7 +17,7 @@ from tests.conftest import ROOT, environment
 
 def test_the_columns_of_a_long_run_are_those_of_a_ledger():
     made = growth.columns(3000)
-    assert set(made._store) == set(columns.NUMBERS) | set(columns.COUNTED)
+    assert set(made._store) == set(columns.NUMBERS) | set(columns.COUNTED) | set(columns.NAMES)
     assert len(made) == 3000 and all(len(getattr(made, name)) == 3000 for name in made._store)
     assert np.isfinite(made.grad_square).sum() == 6 and np.isfinite(made.loss_after).sum() == 30
     assert len(charts.render(made, [], charts.Caption("growth", "synthetic rows", 3000))) > 100_000

@@ -391,8 +391,6 @@ def make_trainer(corpus: Path, run: Path, steps: int, backward: str = "auto") ->
     run.mkdir(parents=True)
     stream = SampleStream(opening.open_corpus(f"{corpus}/*.jsonl.zst"), Encoder(tokenizer), "truncate", 64)
     recorder = StepRecorder(Ledger(run / ledger.FILE_NAME), config.vocab_size)
-    recorder.said = []  # type: ignore[attr-defined]
-    recorder.trouble = recorder.said.append  # type: ignore[attr-defined]
     arguments = SlimPajamaTrainingArguments(
         output_dir=str(run), max_steps=steps, save_steps=10, warmup_steps=5, use_cpu=True
     )
@@ -476,8 +474,10 @@ def test_the_count_in_a_row_survives_a_resume(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("backward", ["auto", "autograd"])
-def test_out_of_memory_is_skipped_once_and_then_stops_the_run(corpus, tmp_path, fault_table, backward, monkeypatch):
-    from slimpajama_hf.gpt2_step import GPT2Step
+def test_out_of_memory_is_skipped_once_and_then_stops_the_run(
+    corpus, tmp_path, fault_table, backward, monkeypatch, capsys
+):
+    from slimpajama_hf.model.gpt2_step import GPT2Step
 
     run = tmp_path / "run"
     trainer = make_trainer(corpus, run, 30, backward)
@@ -499,7 +499,7 @@ def test_out_of_memory_is_skipped_once_and_then_stops_the_run(corpus, tmp_path, 
     rows = read_ledger(run)
     assert len(rows) == 15
     assert rows[7]["update_skipped"] == "out of memory" and rows[7]["loss"] is None and rows[8]["loss"] is not None
-    assert any("step 7: out of memory" in line for line in trainer.recorder.said)
+    assert any("step 7: out of memory" in line for line in capsys.readouterr().err.splitlines())
     assert checkpoints.steps(run) == [10, 15]
     fault_table("out of memory (simulated): skipped once, then a resumable stop", 2, bit_equal=None)
 
@@ -522,13 +522,11 @@ def test_a_sample_that_fails_is_recorded_as_failed_and_training_goes_on(
 ):
     from slimpajama_hf.model import generation
     from slimpajama_hf.record.run_folder import RunFolder
-    from slimpajama_hf.watching.progress import ShowProgress
     from slimpajama_hf.watching.written_samples import GenerateSamples
 
     trainer = make_trainer(corpus, tmp_path / "run", 6)
     folder = RunFolder(tmp_path / "run")
-    callback = GenerateSamples(folder, encoder, 2, True, ShowProgress())
-    callback.trainer = trainer
+    callback = GenerateSamples(trainer, folder, encoder, 2, True)
     trainer.add_callback(callback)
     real = generation.write_after
 

@@ -269,7 +269,7 @@ def test_what_is_only_measured_is_left_out_and_training_does_not_know(
     monkeypatch.setattr(*failing(trainer, where))
     weights = trained(trainer)
     kind = "teaching" if where == "teaching" else "noise"
-    said = [line for line in trainer.recorder.said if "out of memory" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
     assert len(said) == 1 and "left out; training goes on" in said[0], "once a kind"
     # Noise at steps 5 and 11; teaching before and after the updates of steps 3, 7 and 11 (fewer: no new document next).
     assert trainer.measuring.left_out.keys() == {kind} and trainer.measuring.left_out[kind] >= 2

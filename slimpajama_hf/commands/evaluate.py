@@ -67,7 +67,6 @@ def of_checkpoint(
     from transformers import AutoModelForCausalLM
 
     from slimpajama_hf.corpus import opening, unchanged
-    from slimpajama_hf.corpus.documents import Cursor
     from slimpajama_hf.corpus.opening import validation_of
     from slimpajama_hf.model import averaging
     from slimpajama_hf.model.presets import vocabulary as size_of_vocabulary
@@ -99,7 +98,6 @@ def of_checkpoint(
         metric = next_token_accuracy()
         start = time.perf_counter()
         stream = SampleStream(corpus, encoder, "truncate", length)
-        stream.start = Cursor()
 
         def on_sample(done: int) -> None:
             waiting(f"scoring: {done} of {documents} documents")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimpajama_hf import palette, terminal
 from slimpajama_hf.errors import UsageError, UserError
+from slimpajama_hf.record import ledger
 from slimpajama_hf.screen import Waiting
 from slimpajama_hf.settings.arguments import positive
 
@@ -81,6 +82,7 @@ def _passport_lines(found: Inspection) -> list[tuple[str, str]]:
         ("learning rate", f"{row['learning_rate']:.3e}"),
         ("time", f"{1000 * row['step_seconds']:,.1f} ms, {row['throughput']:,.0f} tokens/s"),
     ]
+    lines += [(name.replace("_", " "), terminal.number(value)) for name, value in ledger.added(row).items()]
     if found.places[1:]:
         joined = ", ".join(f"{place.name} ({place.tokens})" for place in found.places)
         lines[1] = ("documents", f"{len(found.places)} joined by EOS (tokens): {joined}")

@@ -24,8 +24,7 @@ from slimpajama_hf.training import signals
 if TYPE_CHECKING:
     from slimpajama_hf.hub.account import Destination
     from slimpajama_hf.record.run_folder import RunFolder
-    from slimpajama_hf.settings.settings import Settings
-    from slimpajama_hf.training.trainer import SlimPajamaTrainer
+    from slimpajama_hf.training.clock import TrainingClock
 
 
 #: Seconds that the end of a run which is done waits for a push that goes on; one that was stopped has no such time.
@@ -41,14 +40,18 @@ class Uploads(TrainerCallback):
     Never raises into the training loop, never waits in it: a save costs a dozen hard links and a line into a pipe.
     """
 
-    def __init__(self, settings: Settings, folder: RunFolder, destination: Destination | None, step: int) -> None:
-        """`step`: where the run goes on; what lies in the outbox beyond it is dropped."""
+    def __init__(
+        self,
+        folder: RunFolder,
+        destination: Destination | None,
+        step: int,
+        patience_seconds: float,
+        clock: TrainingClock,
+    ) -> None:
+        """`step`: where the run goes on; what lies in the outbox beyond it is dropped. `clock` of training stands still
+        while something is laid ready."""
         self._folder, self._destination = folder, destination
-        self._patience = settings.run.hub_patience
-        # Trainer would push too: a second time, and without a word when it fails.
-        training: Any = settings.training
-        training.push_to_hub = False
-        self.trainer: SlimPajamaTrainer | None = None
+        self._patience, self._clock = patience_seconds, clock
         self._process: subprocess.Popen[str] | None = None
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._failing: dict[str, Any] | None = None
@@ -74,7 +77,7 @@ class Uploads(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._destination is not None and self._destination.strategy != "end":
-            with self.trainer.clock.paused() if self.trainer is not None else contextlib.nullcontext():
+            with self._clock.paused():
                 self._lay(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -148,7 +151,7 @@ class Uploads(TrainerCallback):
                 self._say(f"not pushed: {event['why']}")
 
     def _say(self, line: str) -> None:
-        (self.trainer.recorder.trouble if self.trainer is not None else screen.say)(screen.redacted(line))
+        screen.say(line)
 
     # ---- at the end ----
 

@@ -198,22 +198,12 @@ def _is_plain(name: str) -> bool:
 
 def _wrong_in_ledger(path: Path, step: int, chain: str | None) -> str | None:
     """What is wrong with the fetched ledger, or None when its rows lead to the checkpoint's hash, each by its own."""
-    last, count = ledger.CHAIN_START, 0
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-                stated = row.pop("chain")
-            except (ValueError, KeyError, AttributeError):
-                return f"row {count} of its ledger cannot be read"
-            last = ledger.chain_hash(last, row)
-            if stated != last:
-                return f"row {count} of its ledger is not what was written (its hash differs)"
-            count += 1
-            if count == step:
-                break
-    if count != step or (chain is not None and last != chain):
-        return f"its ledger ({count:,} rows) is not that of its checkpoint (step {step:,})"
+    try:
+        last = ledger.check(path, step).chain
+    except ledger.Damaged as error:
+        return str(error)
+    if chain is not None and last != chain:
+        return f"its ledger is not that of its checkpoint (step {step:,})"
     return None
 
 

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ import yaml
 from slimpajama_hf import files, report
 from slimpajama_hf.hub import portable_tokenizer
 from slimpajama_hf.model import averaging
-from slimpajama_hf.record import checkpoints, ledger, surprisals
+from slimpajama_hf.record import checkpoints, ledger, run_folder
 from slimpajama_hf.record.columns import read_columns
 from slimpajama_hf.record.run_folder import RunFolder
 from slimpajama_hf.views import model_card, views
@@ -56,8 +56,6 @@ OURS = (
     "passports.jsonl",
     "prompts.jsonl",
 )
-
-_GROWING = ("samples", "passports", "prompts")
 
 
 class NotOfThisRun(Exception):
@@ -129,30 +127,13 @@ def prepare(
 
 def _cut_records(run: RunFolder, cut: RunFolder, step: int, chain: str) -> columns.Columns:
     """The run's records up to `step`, copied; its ledger as arrays. Raises NotOfThisRun."""
-    last, rows = b"", 0
-    with open(run.ledger, "rb") as source, open(cut.ledger, "wb") as target:
-        for _, line in zip(range(step), source, strict=False):
-            target.write(line)
-            last, rows = line, rows + 1
-    found = json.loads(last)["chain"] if rows else ledger.CHAIN_START
-    columns = read_columns(cut.ledger)
-    if found != chain or len(columns) != step:
+    try:
+        found = run_folder.cut_to(run, cut, step).chain
+    except ledger.Damaged as error:
+        raise NotOfThisRun(f"checkpoint-{step} does not fit the ledger that lies in {run.path} ({error})") from None
+    if found != chain:
         raise NotOfThisRun(f"checkpoint-{step} is not of the ledger that lies in {run.path}")
-    for name in _GROWING:
-        _copy_lines(getattr(run, name), getattr(cut, name), lambda entry: entry["step"] < step)
-    _copy_lines(run.evaluations, cut.evaluations, lambda entry: entry["step"] <= step)
-    if run.surprisals.is_file():
-        predicted = int(columns.predicted.sum())
-        shutil.copyfile(run.surprisals, cut.surprisals)
-        surprisals.cut_back(cut.surprisals, predicted)
-    return columns
-
-
-def _copy_lines(source: Path, target: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    if not source.is_file():
-        return
-    with open(source, encoding="utf-8") as file, open(target, "w", encoding="utf-8") as kept:
-        kept.writelines(line for line in file if line.endswith("\n") and keep(json.loads(line)))
+    return read_columns(cut.ledger)
 
 
 def _draw(cut: RunFolder, record: dict[str, Any]) -> list[str]:

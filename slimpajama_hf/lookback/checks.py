@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slimpajama_hf import files
 from slimpajama_hf.lookback.checkpoint_checks import (
     checkpoint_chain,
     checkpoint_cursor,
@@ -29,7 +30,7 @@ from slimpajama_hf.lookback.checkpoint_checks import (
     checkpoint_identity,
 )
 from slimpajama_hf.lookback.findings import Finding, Problems
-from slimpajama_hf.lookback.run import Report, Run, refuse_constant, shown_value
+from slimpajama_hf.lookback.run import Report, Run, shown_value
 from slimpajama_hf.record import ledger, surprisals
 from slimpajama_hf.views.views import METRICS
 
@@ -104,7 +105,7 @@ def _read_history(path: Path) -> dict[str, np.ndarray]:
     """
     if not path.is_file():
         return {}
-    history = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+    history = files.strict_json(path.read_text(encoding="utf-8"))
     if missing := [key for key in list(METRICS)[:5] if key not in history]:
         raise ValueError(f"{path.name} has no {', '.join(missing)}")
     # Lists are let go one by one: a million steps are 50 MB as arrays.
@@ -121,7 +122,7 @@ def text_samples(run: Run) -> Finding:
     path = run.folder.viz / "text_samples.json"
     if not path.is_file():
         return Finding(True, f"no {path.name} yet (python -m slimpajama_hf views makes it)")
-    pairs = itertools.zip_longest(_elements(path.read_text(encoding="utf-8")), _json_lines(run.folder.samples))
+    pairs = itertools.zip_longest(_elements(path.read_text(encoding="utf-8")), _samples(run))
     for number, (shown, sample) in enumerate(pairs):
         if shown is None:
             break
@@ -137,7 +138,7 @@ def text_samples(run: Run) -> Finding:
 
 def _elements(text: str) -> Iterator[Any]:
     """The elements of a JSON array one by one. Raises ValueError where it is none."""
-    decoder, blank = json.JSONDecoder(parse_constant=refuse_constant), re.compile(r"[\s,]*")
+    decoder, blank = json.JSONDecoder(parse_constant=files.refuse_constant), re.compile(r"[\s,]*")
     place = text.index("[") + 1
     while (place := blank.match(text, place).end()) < len(text) and text[place] != "]":  # type: ignore[union-attr]
         value, place = decoder.raw_decode(text, place)
@@ -146,16 +147,14 @@ def _elements(text: str) -> Iterator[Any]:
         raise ValueError("a JSON array that has no end")
 
 
-def _json_lines(path: Path) -> Iterator[Any]:
-    if path.is_file():
-        with open(path, encoding="utf-8") as file:
-            yield from (json.loads(line) for line in file if line.endswith("\n"))
+def _samples(run: Run) -> Iterator[Any]:
+    return (sample for _, sample in files.json_lines(run.folder.samples))
 
 
 def samples_of_the_ledger(run: Run) -> Watch:
     """Each sample's accuracy and domain are those of the row of its step."""
     problems, count, last = Problems(), 0, -1
-    samples = _json_lines(run.folder.samples)
+    samples = _samples(run)
     sample = next(samples, None)
     while (row := (yield)) is not None:
         last = row["step"]

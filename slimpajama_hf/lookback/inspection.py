@@ -7,7 +7,6 @@ surprised the model then is in `surprisals.f32`; with a checkpoint the same toke
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,24 +136,13 @@ def mean_of(nats: np.ndarray | None) -> float | None:
 def find_row(folder: RunFolder, step: int) -> tuple[dict[str, Any], int]:
     """(row of a step, tokens predicted before it). Raises UserError when the ledger has not got it."""
     predicted = number = 0
-    if folder.ledger.is_file():
-        with open(folder.ledger, "rb") as file:
-            for number, line in enumerate(file):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    row = json.loads(line)
-                    if row["step"] != number:
-                        raise ValueError(f"its line holds step {row['step']}")
-                    if number == step:
-                        return row, predicted
-                    predicted += ledger.predicted(row)
-                except (ValueError, KeyError, TypeError) as error:
-                    raise UserError(
-                        f"{folder.ledger}: step {number} cannot be read ({error}); "
-                        f"see python -m slimpajama_hf verify {folder.path}"
-                    ) from None
-                number += 1
+    try:
+        for row in ledger.rows(folder.ledger):
+            if number == step:
+                return row, predicted
+            predicted, number = predicted + ledger.predicted(row), number + 1
+    except ledger.Damaged as error:
+        raise UserError(f"{error}; see python -m slimpajama_hf verify {folder.path}") from None
     there = f"has steps 0 to {number - 1:,}" if number else "has no step yet"
     raise UserError(f"--step {step}: {folder.path} {there}; name one of them")
 

@@ -20,25 +20,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    pass
-
-from typing import TYPE_CHECKING
-
 from slimpajama_hf import files, screen
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.lookback import replay, side_by_side
 from slimpajama_hf.lookback.run import Run
-from slimpajama_hf.record import checkpoints, ledger, run_folder, surprisals
+from slimpajama_hf.record import checkpoints, ledger, run_folder
 from slimpajama_hf.record.run_folder import RunFolder
 from slimpajama_hf.settings import yaml_file
 
 if TYPE_CHECKING:
     from slimpajama_hf.lookback.run import Row
 
-
-#: What a run appends to, one object a line with its `step`: the new run begins with what lies before its checkpoint.
-_JSON_LINES = ("samples.jsonl", "passports.jsonl", "prompts.jsonl")
 
 #: Documents behind the one left out over which means are shown: does what it did last?
 SPANS = (1, 10, 100, 1000)
@@ -258,16 +250,7 @@ def _lay_out(run: Run, plan: _Plan, again: Path) -> None:
     }, indent=1)  # fmt: skip
     if not plan.start:
         return
-    with open(old.ledger, "rb") as source, open(new.ledger, "wb") as copy:
-        copy.writelines(itertools.islice(source, plan.start))
-    for name in _JSON_LINES:
-        if (old.path / name).is_file():
-            shutil.copyfile(old.path / name, again / name)
-            run_folder.cut_back_lines(again / name, lambda entry: entry["step"] < plan.start)
-    if old.surprisals.is_file():
-        shutil.copyfile(old.surprisals, new.surprisals)
-        predicted = sum(ledger.predicted(row) for row in itertools.islice(run.whole_rows(), plan.start))
-        surprisals.cut_back(new.surprisals, predicted)
+    run_folder.cut_to(old, new, plan.start)
     target = checkpoints.path_of(again, plan.start)
     shutil.copytree(checkpoints.path_of(old.path, plan.start), target, copy_function=_link_or_copy)
     manifest = json.loads((target / checkpoints.MANIFEST).read_text(encoding="utf-8"))

@@ -15,13 +15,6 @@ from slimpajama_hf.settings import yaml_file
 
 Row = dict[str, Any]
 
-#: Fields that every row has; later versions may add fields that have a default.
-_REQUIRED = frozenset(
-    field.name
-    for field in dataclasses.fields(ledger.Row)
-    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-) | {"chain"}
-
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -58,7 +51,7 @@ class Run:
         with open(self.folder.ledger, "rb") as file:
             for line in file:
                 try:
-                    row = read_row(line)
+                    row = ledger.decode(line)
                 except ValueError as error:
                     self.unreadable.append(str(error))
                 else:
@@ -66,14 +59,10 @@ class Run:
 
     def whole_rows(self) -> Iterator[Row]:
         """The rows of the ledger, each with the step that its line stands for. Raises UserError at the first other."""
-        for number, row in enumerate(self.rows()):
-            if self.unreadable or row["step"] != number:
-                wrong = self.unreadable[0] if self.unreadable else f"its line holds step {row['step']}"
-                raise UserError(
-                    f"{self.folder.ledger}: step {number}: {wrong}; "
-                    f"see python -m slimpajama_hf verify {self.folder.path}"
-                )
-            yield row
+        try:
+            yield from ledger.rows(self.folder.ledger)
+        except ledger.Damaged as error:
+            raise UserError(f"{error}; see python -m slimpajama_hf verify {self.folder.path}") from None
 
 
 def _manifest(run: Path, step: int) -> dict[str, Any] | None:
@@ -82,29 +71,6 @@ def _manifest(run: Path, step: int) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return manifest if isinstance(manifest, dict) else None
-
-
-def refuse_constant(name: str) -> None:
-    raise ValueError(f"not strict JSON ({name})")
-
-
-def read_row(line: bytes) -> Row:
-    """A line of a ledger as a row. Raises ValueError saying what is wrong with it in a few words."""
-    if not line.endswith(b"\n"):
-        raise ValueError("a torn line (it has no end)")
-    try:
-        row = json.loads(line, parse_constant=refuse_constant)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at character {error.pos})") from None
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    if missing := _REQUIRED - row.keys():
-        raise ValueError(f"fields are missing ({', '.join(sorted(missing))})")
-    if type(row["step"]) is not int:
-        raise ValueError(f"its step is no number ({row['step']!r})")
-    return row
 
 
 def checkpoint_problem(run: Run, step: int) -> str | None:

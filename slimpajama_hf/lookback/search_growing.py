@@ -24,6 +24,7 @@ from slimpajama_hf.lookback.search_index import (
     trouble_with,
     write_meta,
 )
+from slimpajama_hf.record import ledger
 
 if TYPE_CHECKING:
     from slimpajama_hf.lookback.reread import Place
@@ -141,27 +142,15 @@ class _Extension:
         if not self.folder.ledger.is_file():
             raise UserError(f"{self.folder.path}: no ledger in it yet; nothing was read")
         offset, step = self._agreed()
-        rows = []
-        with open(self.folder.ledger, "rb") as file:
-            file.seek(offset)
-            for line in itertools.islice(file, most):
-                if not line.endswith(b"\n"):
-                    break
-                row = self._row(line, step)
-                rows.append(row)
-                offset, step = offset + len(line), step + 1
-        return rows, offset
+        rows = list(itertools.islice(self._rows_from(offset, step), most))
+        return [row for row, _ in rows], rows[-1][1] if rows else offset
 
-    def _row(self, line: bytes, step: int) -> dict[str, Any]:
+    def _rows_from(self, offset: int, step: int) -> Iterator[tuple[dict[str, Any], int]]:
+        """The rows from `step` on, whose line begins at byte `offset`, each with the byte behind its line."""
         try:
-            row = json.loads(line)
-            if row["step"] == step and {"chain", "text_sha1", "shard", "row", "tokens", "text_bytes"} <= row.keys():
-                return row
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise UserError(
-            f"{self.folder.ledger}: step {step} cannot be read; see python -m slimpajama_hf verify {self.folder.path}"
-        )
+            yield from ledger.rows_and_ends(self.folder.ledger, offset, step)
+        except ledger.Damaged as error:
+            raise UserError(f"{error}; see python -m slimpajama_hf verify {self.folder.path}") from None
 
     def _agreed(self) -> tuple[int, int]:
         """(byte of the ledger, step) up to which index and ledger agree; what the ledger has otherwise is let go."""
@@ -174,11 +163,10 @@ class _Extension:
             return offset, last[0] + 1
         offset = agreed = 0
         stored = self.connection.execute("SELECT chain FROM steps ORDER BY step")
-        with open(self.folder.ledger, "rb") as file:
-            for line, (chain,) in zip(file, stored, strict=False):
-                if not line.endswith(b"\n") or self._row(line, agreed)["chain"] != chain:
-                    break
-                offset, agreed = offset + len(line), agreed + 1
+        for (row, end), (chain,) in zip(self._rows_from(0, 0), stored, strict=False):
+            if row["chain"] != chain:
+                break
+            offset, agreed = end, agreed + 1
         self._let_go(agreed)
         write_meta(self.connection, "offset", offset)
         return offset, agreed
@@ -216,8 +204,7 @@ class _Extension:
         steps = {step for (step,) in self.connection.execute("SELECT step FROM steps WHERE trouble IS NOT NULL")}
         if not steps:
             return []
-        with open(self.folder.ledger, "rb") as file:
-            return [self._row(line, step) for step, line in enumerate(file) if step in steps]
+        return [row for row, _ in self._rows_from(0, 0) if row["step"] in steps]
 
     _asked_again = False
 

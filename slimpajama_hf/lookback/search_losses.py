@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -91,12 +90,10 @@ class _OwnLoss:
 def _rows(folder: RunFolder, steps: set[int]) -> Iterator[tuple[dict[str, Any], int]]:
     """(row, tokens predicted before it) of some steps, in order."""
     predicted = 0
-    with open(folder.ledger, "rb") as file:
-        for number, line in enumerate(file):
-            if not steps:
-                return
-            row = json.loads(line)
-            if number in steps:
-                steps.discard(number)
-                yield row, predicted
-            predicted += ledger.predicted(row)
+    for row in ledger.rows(folder.ledger):
+        if not steps:
+            return
+        if row["step"] in steps:
+            steps.discard(row["step"])
+            yield row, predicted
+        predicted += ledger.predicted(row)

@@ -1,4 +1,4 @@
-"""The ledger as columns: one array for each number of a step."""
+"""The ledger as columns: an array for each field of its rows, which grows with the file."""
 
 from __future__ import annotations
 
@@ -9,46 +9,54 @@ from typing import Any
 
 import numpy as np
 
-from slimpajama_hf.record.ledger import predicted, samples_of
+from slimpajama_hf.record import ledger
 
-#: Numeric columns that views need, with the type they are kept in.
-NUMBERS = {
+#: Numeric fields of every row and the type they are kept in. What a row lacks, for it is older, is NaN or 0.
+NUMBERS: dict[str, Any] = {
     "step": np.int64,
     "loss": np.float64,
     "accuracy": np.float64,
+    "tokens": np.int64,
+    "text_bytes": np.int64,
     "throughput": np.float64,
     "learning_rate": np.float64,
     "grad_norm": np.float64,
-    "tokens": np.int64,
-    "text_bytes": np.int64,
+    "row": np.int64,
+    "tokens_cut": np.int64,
+    "tokens_cut_exact": np.int8,
     "code_bits": np.float64,
+    "step_seconds": np.float64,
+    "part": np.int64,
     "grad_square": np.float64,
     "grad_agreement": np.float64,
     "loss_after": np.float64,
     "next_loss": np.float64,
 }
-
-
-#: Those that rows of older versions lack.
-_NEWER = ("grad_square", "grad_agreement", "loss_after", "next_loss")
-
-
 #: What is counted for each row.
-COUNTED = {"domain": np.int16, "samples": np.int32, "predicted": np.int64}
+COUNTED: dict[str, Any] = {"samples": np.int32, "predicted": np.int64, "first_predicted": np.int64}
+#: Texts that repeat, kept as the numbers of their first appearance.
+NAMES = ("domain", "shard", "mirror")
+#: What only few rows have, kept in dictionaries by step.
+SELDOM = ("update_skipped", "spike", "skipped", "gaps", "documents", "grad_layers")
 
 
 class Columns:
-    """The ledger as arrays that grow: each attribute of `NUMBERS` is an array of shape (steps,).
+    """The ledger as arrays: each name of `NUMBERS` is an attribute of shape (steps,), NaN where it was null.
 
-    `predicted` (steps,) counts the tokens that each step predicted, `samples` (steps,) its samples. `domain`
-    (steps,) holds indices into `domains`. NaN stands for what was not finite.
+    `predicted` (steps,) counts the tokens that each step predicted, `first_predicted` those of its first sample,
+    `samples` its samples. `domain`, `shard` and `mirror` are indices into `names[field]`. `sha1` is (steps, 20).
+    `seldom[field]` is a dictionary by step. `added` holds numbers that the ledger has beside those (`ledger.added`).
     """
 
     def __init__(self) -> None:
         self._size = 0
-        self._store = {name: np.empty(1024, dtype) for name, dtype in (NUMBERS | COUNTED).items()}
-        self.domains: list[str] = []
-        self._domain_index: dict[str, int] = {}
+        kinds = NUMBERS | COUNTED | dict.fromkeys(NAMES, np.int32)
+        self._store = {name: np.zeros(1024, kind) for name, kind in kinds.items()}
+        self._sha1 = np.zeros((1024, 20), np.uint8)
+        self._index: dict[str, dict[str, int]] = {name: {} for name in NAMES}
+        self._added: dict[str, np.ndarray] = {}
+        self.names: dict[str, list[str]] = {name: [] for name in NAMES}
+        self.seldom: dict[str, dict[int, Any]] = {name: {} for name in SELDOM}
 
     def __len__(self) -> int:
         return self._size
@@ -59,28 +67,62 @@ class Columns:
             raise AttributeError(name)
         return store[name][: self._size]
 
+    @property
+    def domains(self) -> list[str]:
+        """The domains, in the order of their first step."""
+        return self.names["domain"]
+
+    @property
+    def sha1(self) -> np.ndarray:
+        """SHA-1 of each step's document, (steps, 20) bytes; zeros where the ledger has none."""
+        return self._sha1[: self._size]
+
+    @property
+    def added(self) -> dict[str, np.ndarray]:
+        """Numbers that rows have beside the usual ones, (steps,) each, NaN where a row has none."""
+        return {name: values[: self._size] for name, values in self._added.items()}
+
     def append(self, row: dict[str, Any]) -> None:
         """Add one decoded row."""
-        if self._size == len(self._store["step"]):
+        at = self._size
+        if at == len(self._sha1):
             # Doubling: the cost of growth is constant per row.
-            self._store = {name: np.resize(array, 2 * self._size) for name, array in self._store.items()}
-        domain = row["domain"]
-        if domain not in self._domain_index:
-            self._domain_index[domain] = len(self.domains)
-            self.domains.append(domain)
-        for name in NUMBERS:
-            value = row.get(name) if name in _NEWER else row[name]
-            self._store[name][self._size] = math.nan if value is None else value
-        self._store["domain"][self._size] = self._domain_index[domain]
-        self._store["samples"][self._size] = samples_of(row)
-        self._store["predicted"][self._size] = predicted(row)
+            self._store = {name: np.resize(array, 2 * at) for name, array in self._store.items()}
+            self._added = {name: np.resize(array, 2 * at) for name, array in self._added.items()}
+            self._sha1 = np.resize(self._sha1, (2 * at, 20))
+        for name, kind in NUMBERS.items():
+            value = row.get(name)
+            if value is None:
+                value = math.nan if kind is np.float64 else at if name == "step" else 0
+            self._store[name][at] = value
+        for name in NAMES:
+            text = str(row.get(name, "unknown"))
+            index = self._index[name]
+            if text not in index:
+                index[text] = len(index)
+                self.names[name].append(text)
+            self._store[name][at] = index[text]
+        self._store["samples"][at] = ledger.samples_of(row)
+        known = "tokens" in row
+        self._store["predicted"][at] = ledger.predicted(row) if known else 0
+        self._store["first_predicted"][at] = ledger.predicted(next(ledger.each_sample(row))) if known else 0
+        digest = bytes.fromhex(row.get("text_sha1", ""))
+        self._sha1[at] = np.frombuffer(digest, np.uint8) if len(digest) == 20 else 0
+        for name in SELDOM:
+            if row.get(name):
+                self.seldom[name][int(self._store["step"][at])] = row[name]
+        added = ledger.added(row)
+        for name in self._added.keys() | added.keys():
+            value = added.get(name)
+            if name not in self._added:
+                self._added[name] = np.full(len(self._sha1), math.nan)
+            self._added[name][at] = math.nan if value is None else value
         self._size += 1
 
     def first(self, steps: int) -> Columns:
         """The first `steps` rows, sharing their memory."""
         part = Columns()
-        part._store, part._size = self._store, min(steps, self._size)
-        part.domains, part._domain_index = self.domains, self._domain_index
+        part.__dict__.update(self.__dict__, _size=min(steps, self._size))
         return part
 
     def prequential_bits_per_byte(self) -> float:
@@ -97,12 +139,17 @@ class Reader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.columns = Columns()
+        self.trouble = ""
+        """What is wrong with the ledger, in words; empty when nothing is."""
         self._offset = 0
 
     def update(self) -> Columns:
-        """Take in the new rows. A torn last line waits for the next call; a ledger that was cut back is read anew."""
+        """Take in the new rows, up to one that cannot be read. A torn last line waits for the next call; a ledger that
+        was cut back is read anew."""
         if not self.path.exists():
+            self.trouble = "there is no ledger in this folder yet"
             return self.columns
+        self.trouble = ""
         if self.path.stat().st_size < self._offset:
             self.columns, self._offset = Columns(), 0
         with open(self.path, "rb") as file:
@@ -110,7 +157,14 @@ class Reader:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                self.columns.append(json.loads(line))
+                try:
+                    self.columns.append(json.loads(line))
+                except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+                    self.trouble = (
+                        f"the ledger cannot be read beyond its row {len(self.columns):,}; "
+                        "python -m slimpajama_hf verify says what is wrong"
+                    )
+                    break
                 self._offset += len(line)
         return self.columns
 

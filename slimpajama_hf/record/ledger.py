@@ -6,14 +6,20 @@ A resume cuts the file back to the step of its checkpoint; nothing else ever rew
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
+
+from slimpajama_hf import files
 
 FILE_NAME = "ledger.jsonl"
 
@@ -89,6 +95,26 @@ class Row:
     rank, shard, row, text_sha1, domain, part, tokens, text_bytes, tokens_cut, loss, accuracy, documents. Then `loss`
     and `accuracy` of the row are means over all predicted tokens, `tokens`, `text_bytes`, `tokens_cut` and `code_bits`
     sums, and the document that the row names is the first's."""
+    added: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Numbers beside these, by name; in the file they are fields of the row like any other."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as the file has them, `chain` left out."""
+        # Not `dataclasses.asdict`: it copies deeply, which takes longer than the rest of a row.
+        record = dict(vars(self))
+        return record | record.pop("added")
+
+
+#: Names that a row may have and that are no added number.
+_FIELDS = frozenset(field.name for field in dataclasses.fields(Row)) | {"chain"}
+
+
+def added(row: dict[str, Any]) -> dict[str, float | None]:
+    """The numbers that a row of the file has beside the fields of `Row`; None where one was not finite."""
+    others = row.keys() - _FIELDS
+    if not others:
+        return {}
+    return {name: row[name] for name in row if name in others and isinstance(row[name], int | float | None)}
 
 
 def samples_of(row: dict[str, Any]) -> int:
@@ -138,8 +164,7 @@ class Ledger:
 
     def append(self, row: Row) -> dict[str, Any]:
         """Write one row and return it as written (with `chain`). Raises OSError when the disk is full."""
-        # Not `dataclasses.asdict`: it copies deeply, which takes longer than the rest of this.
-        record = dict(vars(row))
+        record = row.as_dict()
         record["chain"] = chain_hash(self.chain, record)
         line = (encode(record) + "\n").encode("utf-8", "surrogatepass")
         start = self._file.seek(0, os.SEEK_END)
@@ -163,39 +188,70 @@ class Ledger:
         self._file.close()
 
 
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """What a ledger holds after it was cut back."""
+# ---- reading ----
 
-    chain: str
-    """Chain hash of the last row."""
-    predicted: int
-    """Tokens that its steps predicted: where the surprisals of the next step begin."""
+#: Fields that a row of any version has; later ones have a default.
+_ALWAYS = frozenset(
+    field.name
+    for field in dataclasses.fields(Row)
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+) | {"chain"}
 
 
-def cut_back(path: Path, step: int) -> Kept:
-    """Drop the rows of `step` and later (and a torn last line).
+class Damaged(ValueError):
+    """A ledger that cannot be read on. `step`: the first step that is not as it was written."""
 
-    Raises ValueError when the ledger ends before `step`: then it does not belong to the checkpoint.
-    """
-    chain, kept, expected, trained = CHAIN_START, 0, 0, 0
-    if path.exists():
-        with open(path, "rb") as file:
-            for line in file:
-                if expected == step or not line.endswith(b"\n"):
-                    break
-                row = json.loads(line)
-                if row["step"] != expected:
-                    raise ValueError(f"{path} has step {row['step']} where step {expected} was expected")
-                chain, expected = row["chain"], expected + 1
-                trained += predicted(row)
-                kept += len(line)
-        with open(path, "r+b") as file:
-            file.truncate(kept)
-            os.fsync(file.fileno())
-    if expected < step:
-        raise ValueError(f"{path} holds {expected} steps, the checkpoint was taken after {step}")
-    return Kept(chain, trained)
+    def __init__(self, path: Path, step: int, why: str) -> None:
+        super().__init__(f"{path}: step {step}: {why}")
+        self.step = step
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """A line as a row. Raises ValueError saying in a few words what is wrong with it."""
+    if not line.endswith(b"\n"):
+        raise ValueError("a torn line (it has no end)")
+    try:
+        row = files.strict_json(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at character {error.pos})") from None
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    if missing := _ALWAYS - row.keys():
+        raise ValueError(f"fields are missing ({', '.join(sorted(missing))})")
+    if type(row["step"]) is not int:
+        raise ValueError(f"its step is no number ({row['step']!r})")
+    return row
+
+
+def rows_and_ends(path: Path, offset: int = 0, first: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """The rows of a ledger from step `first` on, whose line begins at byte `offset`, and the byte behind each. A torn
+    last line ends them. Raises Damaged at a line that is not the row of its step."""
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        file.seek(offset)
+        for step, line in enumerate(file, first):
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            yield _row_of(path, line, step), offset
+
+
+def _row_of(path: Path, line: bytes, step: int) -> dict[str, Any]:
+    try:
+        row = decode(line)
+        if row["step"] != step:
+            raise ValueError(f"its line holds step {row['step']}")
+    except ValueError as error:
+        raise Damaged(path, step, str(error)) from None
+    return row
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a ledger in order; none where there is no file. Raises Damaged as `rows_and_ends` does."""
+    return (row for row, _ in rows_and_ends(path))
 
 
 def last_rows(path: Path, count: int) -> list[dict[str, Any]]:
@@ -212,10 +268,83 @@ def last_rows(path: Path, count: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in block.splitlines()[-count:]]
 
 
-def read_row(path: Path, step: int) -> dict[str, Any] | None:
-    """The row of `step`, or None."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file):
-            if number == step and line.endswith(b"\n"):
-                return json.loads(line)
-    return None
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What the first rows of a ledger hold."""
+
+    chain: str = CHAIN_START
+    """Chain hash of the last row."""
+    bytes: int = 0
+    """Size of their lines."""
+    predicted: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    """Tokens that each step predicted, (steps,)."""
+    losses: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    """Loss of each step, (steps,) nats per token, NaN where it has none."""
+
+
+#: What a line that this program wrote looks like: the fields that are needed, the clock's, and the hash at the end.
+_LINE = re.compile(
+    rb'\{"step":(\d+),"loss":([^,]+),"accuracy":[^,]+,"tokens":(\d+),"text_bytes":\d+,("throughput":[^,]+,)'
+)
+_SECONDS, _END = b'"step_seconds":', re.compile(rb',"chain":"([0-9a-f]{32})"\}\n$')
+
+
+def check(path: Path, steps: int | None = None) -> Kept:
+    """Check the hash chain of the first `steps` rows (None: of all) and say what they hold.
+
+    A line is hashed as it stands, without a JSON object of it, wherever it looks as this program writes it. Raises
+    Damaged at the first row that is not as it was written, or where the rows end before `steps`.
+    """
+    chain, size, step = CHAIN_START, 0, 0
+    predicted_, losses = array.array("q"), array.array("d")
+    if path.is_file():
+        with open(path, "rb") as file:
+            for line in file:
+                if step == steps or not line.endswith(b"\n"):
+                    break
+                found = _checked_by_bytes(line, step, chain) or _checked(path, line, step, chain)
+                chain = found[0]
+                predicted_.append(found[1])
+                losses.append(found[2])
+                size, step = size + len(line), step + 1
+    if steps is not None and step < steps:
+        raise Damaged(path, step, f"its row is missing (the file holds {step:,} of {steps:,} steps)")
+    return Kept(chain, size, np.array(predicted_, np.int64), np.array(losses, np.float64))
+
+
+def _checked_by_bytes(line: bytes, step: int, before: str) -> tuple[str, int, float] | None:
+    """(chain hash, tokens predicted, loss) of a line that is as it was written; None: this way it cannot be told."""
+    begin, end = _LINE.match(line), _END.search(line, max(len(line) - 50, 0))
+    # In a string a quotation mark has a backslash before it: this is the field.
+    seconds = line.find(_SECONDS, begin.end()) if begin is not None else -1
+    if begin is None or end is None or seconds < 0 or int(begin[1]) != step or b'"samples":[]' not in line:
+        return None
+    behind = line.find(b",", seconds) + 1
+    clockless = line[: begin.start(4)], line[begin.end(4) : seconds], line[behind : end.start()]
+    hashed = b"".join((before.encode(), *clockless, b"}"))
+    chain = end[1].decode()
+    if hashlib.blake2b(hashed, digest_size=16).hexdigest() != chain:
+        return None
+    loss = math.nan if begin[2] == b"null" else float(begin[2])
+    return chain, max(int(begin[3]) - 1, 0), loss
+
+
+def _checked(path: Path, line: bytes, step: int, before: str) -> tuple[str, int, float]:
+    row = _row_of(path, line, step)
+    try:
+        if chain_hash(before, row) != row["chain"]:
+            raise ValueError("a value was changed (its hash does not follow from the row)")
+        return row["chain"], predicted(row), math.nan if row["loss"] is None else float(row["loss"])
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise Damaged(path, step, str(error)) from None
+
+
+def cut_back(path: Path, steps: int) -> Kept:
+    """Check the first `steps` rows and drop what follows (a torn last line too). Raises Damaged, and drops nothing,
+    where they are not as they were written or not all there."""
+    kept = check(path, steps)
+    if path.exists() and path.stat().st_size != kept.bytes:
+        with open(path, "r+b") as file:
+            file.truncate(kept.bytes)
+            os.fsync(file.fileno())
+    return kept

@@ -14,6 +14,11 @@ from slimpajama_hf.errors import UserError
 from slimpajama_hf.record import checkpoints, ledger, surprisals
 from slimpajama_hf.record.lock import FolderLock
 
+EVALUATIONS = "evaluations.jsonl"
+
+#: What a run appends to beside its ledger and its surprisals: one JSON object a line, with its `step`.
+GROWING = ("samples.jsonl", "passports.jsonl", "prompts.jsonl", EVALUATIONS)
+
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
@@ -51,7 +56,7 @@ class RunFolder:
     @property
     def evaluations(self) -> Path:
         """Held-out scores, one JSON object per line, append-only."""
-        return self.path / "evaluations.jsonl"
+        return self.path / EVALUATIONS
 
     @property
     def record(self) -> Path:
@@ -137,8 +142,7 @@ def _written(folder: RunFolder) -> list[Path]:
     made = [checkpoints.path_of(folder.path, step) for step in checkpoints.steps(folder.path)]
     made += [
         folder.viz, folder.path / "_index", folder.path / "tensorboard", folder.ledger, folder.surprisals,
-        folder.samples, folder.passports, folder.prompts, folder.evaluations, folder.record, folder.config,
-        folder.report,
+        *(folder.path / name for name in GROWING), folder.record, folder.config, folder.report,
     ]  # fmt: skip
     return [path for path in made if path.exists()]
 
@@ -204,9 +208,47 @@ def resume_command(folder: Path, record: dict[str, Any]) -> str:
     return f"{launch} run_clm_slimpajama.py --config {folder / 'run_config.yaml'} --resume_from_checkpoint true"
 
 
-def cut_back_lines(path: Path, keep: Any) -> None:
-    """Keep the lines of a JSON-lines file whose object satisfies `keep`; a torn last line goes."""
-    if path.exists():
-        with open(path, encoding="utf-8") as file:
-            kept = [line for line in file if line.endswith("\n") and keep(json.loads(line))]
-        files.write_whole(path, "".join(kept))
+def cut_to(source: RunFolder, target: RunFolder, steps: int) -> ledger.Kept:
+    """The records of the first `steps` steps of `source`, in `target`, which may be the same folder: its ledger,
+    surprisals, and the lines of `GROWING`. Lines that cannot be read are left out, counted and said.
+
+    Raises `ledger.Damaged`, with nothing changed, where the ledger is not as it was written.
+    """
+    if source == target:
+        kept = ledger.cut_back(target.ledger, steps)
+    else:
+        kept = ledger.check(source.ledger, steps)
+        with open(source.ledger, "rb") as whole:
+            target.ledger.write_bytes(whole.read(kept.bytes))
+        if source.surprisals.is_file():
+            shutil.copyfile(source.surprisals, target.surprisals)
+    if target.surprisals.is_file() or source == target:
+        damaged = surprisals.cut_back(target.surprisals, kept)
+        if damaged:
+            screen.say(
+                f"{target.surprisals}: the tokens of {len(damaged):,} steps do not have their loss as their mean (the "
+                f"first: step {damaged[0]}); those are not known from here on, the ledger is whole"
+            )
+    for name in GROWING:
+        if (source.path / name).is_file():
+            _cut_lines(source.path / name, target.path / name, steps)
+    return kept
+
+
+def _cut_lines(source: Path, target: Path, steps: int) -> None:
+    passed_over: list[str] = []
+    kept = [line for line, entry in files.json_lines(source, passed_over) if _is_before(source.name, entry, steps)]
+    content = b"".join(kept)
+    if source != target or len(content) != source.stat().st_size:
+        files.write_whole(target, content)
+    if passed_over:
+        screen.say(
+            f"{source}: {len(passed_over):,} lines cannot be read and are left out (the first: {passed_over[0]}); "
+            "what is computed does not depend on them"
+        )
+
+
+def _is_before(name: str, entry: dict[str, Any], steps: int) -> bool:
+    step = entry.get("step")
+    # Scores are taken after a step: those of step N belong to checkpoint N.
+    return isinstance(step, int) and (step < steps or (name == EVALUATIONS and step == steps))

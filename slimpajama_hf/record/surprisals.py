@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from slimpajama_hf.record.ledger import Kept
 
 FILE_NAME = "surprisals.f32"
 DTYPE = np.dtype("<f4")
@@ -45,8 +49,10 @@ class Surprisals:
         os.close(self._file)
 
 
-def cut_back(path: Path, predicted: int) -> None:
-    """Keep the first `predicted` values; where the file is shorter (or not there), the rest reads as NaN."""
+def cut_back(path: Path, kept: Kept) -> list[int]:
+    """Keep the values of the rows of `kept`; where the file is shorter (or not there), the rest reads as NaN. Values
+    whose mean is not the loss of their step become NaN: the steps where that is so."""
+    predicted = int(kept.predicted.sum())
     size = path.stat().st_size if path.exists() else 0
     if size > predicted * DTYPE.itemsize:
         os.truncate(path, predicted * DTYPE.itemsize)
@@ -54,6 +60,35 @@ def cut_back(path: Path, predicted: int) -> None:
         with open(path, "r+b" if size else "wb") as file:
             file.seek(size // DTYPE.itemsize * DTYPE.itemsize)
             file.write(np.full(missing, np.nan, DTYPE).tobytes())
+    if not predicted:
+        return []
+    values = np.memmap(path, DTYPE, "r+", shape=(predicted,))
+    damaged = steps_that_differ(values, kept.predicted, kept.losses)
+    begins = offsets(kept.predicted)
+    for step in damaged:
+        values[begins[step] : begins[step + 1]] = np.nan
+    if damaged:
+        values.flush()
+    return damaged
+
+
+def steps_that_differ(values: np.ndarray, predicted: np.ndarray, losses: np.ndarray, block: int = 4096) -> list[int]:
+    """The steps whose values do not have the loss of the step as their mean; those without a loss or without any value
+    are not among them. `predicted`, `losses`: of each step, (steps,)."""
+    begins, found = offsets(predicted), []
+    for first in range(0, len(predicted), block):
+        last = min(first + block, len(predicted))
+        steps = first + np.flatnonzero(predicted[first:last])
+        if not len(steps):
+            continue
+        part = np.asarray(values[begins[first] : begins[last]], np.float64)
+        starts = begins[steps] - begins[first]
+        with np.errstate(invalid="ignore", over="ignore"):
+            means = np.add.reduceat(part, starts) / predicted[steps]
+            empty = np.add.reduceat(np.isnan(part), starts) == predicted[steps]
+            same = np.abs(means - losses[steps]) <= 1e-4 * np.maximum(1.0, np.abs(losses[steps]))
+        found += steps[~same & ~empty & np.isfinite(losses[steps])].tolist()
+    return found
 
 
 def offsets(predicted: np.ndarray) -> np.ndarray:

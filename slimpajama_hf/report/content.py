@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slimpajama_hf import __version__
+from slimpajama_hf import __version__, files
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.record import checkpoints, run_folder
 from slimpajama_hf.report import documents, numbers
-from slimpajama_hf.report.texts import Texts, pack_passports, prompts_of, samples_of, unusual_documents
+from slimpajama_hf.report.texts import Texts, pack_passports, prompts_of, samples_of, unusual_documents, with_surprisals
 from slimpajama_hf.views import views
 
 if TYPE_CHECKING:
+    from slimpajama_hf.record.columns import Columns, Reader
     from slimpajama_hf.record.run_folder import RunFolder
-    from slimpajama_hf.report.rows import Rows
 
 
 #: Spikes, skipped updates and passed-over records of one kind that the page lists.
@@ -28,70 +28,33 @@ MOST_EVENTS = 2_000
 MOST_BYTES = 3_450_000
 
 
-def gather(folder: RunFolder, rows: Rows, most_passports: int = documents.MOST_PASSPORTS) -> tuple[Any, Any]:
-    """(JSON values, arrays by name) of the run as it stands; `rows` is brought up to date first.
+def gather(folder: RunFolder, reader: Reader, most_passports: int = documents.MOST_PASSPORTS) -> tuple[Any, Any]:
+    """(JSON values, arrays by name) of the run as it stands; `reader` takes in the new rows first.
 
     Whatever is missing in an old, torn or young run is said in `notes`; raises UserError only where there is no run.
     """
-    rows.update()
-    notes = [_capital(rows.trouble)] if rows.trouble else []
-    try:
-        record = folder.read_record()
-    except UserError as error:
-        if not folder.ledger.exists():
-            raise UserError(
-                f"{folder.path}: no run in it (neither run.json nor ledger.jsonl); expected the folder of a run, "
-                "as in python -m slimpajama_hf report runs/embedded-tiny"
-            ) from error
-        record = {}
-        notes.append("run.json is missing or torn: what the run was is not known, its numbers are.")
+    rows = reader.update()
+    notes = [_capital(reader.trouble)] if reader.trouble else []
+    record = _record(folder, notes)
     carried, every = numbers.carried_rows(rows, folder)
     domains, domain_of = numbers.domains_of(rows)
-    arrays = numbers.step_arrays(rows, carried, every, domain_of)
-    passports = documents.read_passports(folder.path / documents.PASSPORTS, len(rows))
-    passports = [passports[place] for place in documents.spread(len(passports), most_passports)]
     nats, nats_note = numbers.surprisals_of(folder, rows)
     if nats_note:
         notes.append(nats_note)
-    vocabulary = pack_passports(passports, rows, nats, arrays)
-    texts = Texts(record, rows, passports)
-    samples = samples_of(folder, texts, notes)
-    unusual = unusual_documents(rows, texts)
-    texts.read(samples, unusual)
+    passports = documents.read_passports(folder.path / documents.PASSPORTS, len(rows))
+    passports = [passports[place] for place in documents.spread(len(passports), most_passports)]
+    passports = with_surprisals(passports, rows, nats)
+    of_passports, vocabulary = pack_passports(passports)
+    arrays = numbers.step_arrays(rows, carried, every, domain_of) | of_passports
     meta = {
         **_caption(record, folder),
-        "written": time.strftime("%Y-%m-%d %H:%M"),
-        "version": __version__,
-        "steps": len(rows),
-        "every": every,
-        "max_steps": record.get("max_steps") if isinstance(record.get("max_steps"), int) else None,
-        "headline": numbers.headline(rows),
-        "uniform_nats": numbers.uniform_nats(rows),
+        **_steps(rows, record, every),
+        **_measured(rows, domain_of, domains, nats),
+        **_read(folder, rows, record, passports, notes),
         "domains": domains,
-        "shards": [_without_home(name) for name in rows.names["shard"]],
-        "mirrors": [_without_home(name) for name in rows.names["mirror"]],
         "events": _events(rows, folder, record),
-        "passports": [
-            {
-                "step": passport["step"],
-                "tokens": len(passport["input_ids"]),
-                "before": "before" in passport,
-                "after": "after" in passport,
-                "top": "top_ids" in passport,
-            }
-            for passport in passports
-        ],
+        "passports": [_passport(each) for each in passports],
         "vocabulary": vocabulary,
-        "samples": samples,
-        "prompts": prompts_of(folder),
-        "unusual": unusual,
-        "noise": numbers.noise_of_gradients(rows),
-        "teaching": numbers.what_updates_taught(rows, domain_of, domains),
-        "by_domain": numbers.by_domain(rows, domain_of, len(domains)),
-        "by_length": numbers.by_length(rows),
-        "by_position": numbers.by_position(rows, nats),
-        "passed_over": _passed_over(rows),
-        "packed": {str(step): found for step, found in list(rows.documents.items())[:MOST_EVENTS]},
         "evaluations": _evaluations(folder, len(rows)),
         "config": _config(folder),
         "about": _about(record),
@@ -99,6 +62,76 @@ def gather(folder: RunFolder, rows: Rows, most_passports: int = documents.MOST_P
         "notes": notes,
     }
     return strict(meta), arrays
+
+
+def _record(folder: RunFolder, notes: list[str]) -> dict[str, Any]:
+    """`run.json`, or nothing where it is missing or torn, which is noted."""
+    try:
+        return folder.read_record()
+    except UserError as error:
+        if not folder.ledger.exists():
+            raise UserError(
+                f"{folder.path}: no run in it (neither run.json nor ledger.jsonl); expected the folder of a run, "
+                "as in python -m slimpajama_hf report runs/embedded-tiny"
+            ) from error
+    notes.append("run.json is missing or torn: what the run was is not known, its numbers are.")
+    return {}
+
+
+def _steps(rows: Columns, record: dict[str, Any], every: int) -> dict[str, Any]:
+    """What the arrays of steps need to be read."""
+    meanings = record.get("numbers")
+    return {
+        "written": time.strftime("%Y-%m-%d %H:%M"),
+        "version": __version__,
+        "steps": len(rows),
+        "every": every,
+        "max_steps": record.get("max_steps") if isinstance(record.get("max_steps"), int) else None,
+        "uniform_nats": numbers.uniform_nats(rows),
+        "shards": [_without_home(name) for name in rows.names["shard"]],
+        "mirrors": [_without_home(name) for name in rows.names["mirror"]],
+        "packed": {str(step): found for step, found in list(rows.seldom["documents"].items())[:MOST_EVENTS]},
+        "added": [
+            {"name": name, "meaning": str(meanings.get(name, "")) if isinstance(meanings, dict) else ""}
+            for name in rows.added
+        ],
+    }
+
+
+def _measured(
+    rows: Columns, domain_of: np.ndarray, domains: list[dict[str, Any]], nats: np.ndarray | None
+) -> dict[str, Any]:
+    """What follows from the numbers of the steps."""
+    return {
+        "headline": numbers.headline(rows),
+        "noise": numbers.noise_of_gradients(rows),
+        "teaching": numbers.what_updates_taught(rows, domain_of, domains),
+        "by_domain": numbers.by_domain(rows, domain_of, len(domains)),
+        "by_length": numbers.by_length(rows),
+        "by_position": numbers.by_position(rows, nats),
+        "passed_over": _passed_over(rows),
+    }
+
+
+def _read(
+    folder: RunFolder, rows: Columns, record: dict[str, Any], passports: list[dict[str, Any]], notes: list[str]
+) -> dict[str, Any]:
+    """What there is to read: samples, prompts, unusual documents with their texts."""
+    texts = Texts(record, rows, passports)
+    samples = samples_of(folder, texts, notes)
+    unusual = unusual_documents(rows, texts)
+    texts.read(samples, unusual)
+    return {"samples": samples, "prompts": prompts_of(folder), "unusual": unusual}
+
+
+def _passport(passport: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "step": passport["step"],
+        "tokens": len(passport["input_ids"]),
+        "before": "before" in passport,
+        "after": "after" in passport,
+        "top": "top_ids" in passport,
+    }
 
 
 def strict(value: Any) -> Any:
@@ -134,14 +167,14 @@ def _caption(record: dict[str, Any], folder: RunFolder) -> dict[str, str]:
     }
 
 
-def _events(rows: Rows, folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
+def _events(rows: Columns, folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
     sessions = record.get("sessions")
     resumed = [each.get("step") for each in sessions if isinstance(each, dict)] if isinstance(sessions, list) else []
     return {
-        "spikes": sorted(rows.spikes.items(), key=lambda pair: -pair[1])[:MOST_EVENTS],
-        "skipped_updates": list(rows.skipped_updates.items())[:MOST_EVENTS],
-        "passed_over": list(rows.passed_over.items())[:MOST_EVENTS],
-        "gaps": [[step, _places(found)] for step, found in list(rows.gaps.items())[:MOST_EVENTS]],
+        "spikes": sorted(rows.seldom["spike"].items(), key=lambda pair: -pair[1])[:MOST_EVENTS],
+        "skipped_updates": list(rows.seldom["update_skipped"].items())[:MOST_EVENTS],
+        "passed_over": list(rows.seldom["skipped"].items())[:MOST_EVENTS],
+        "gaps": [[step, _places(found)] for step, found in list(rows.seldom["gaps"].items())[:MOST_EVENTS]],
         "checkpoints": checkpoints.steps(folder.path),
         "resumes": sorted({step for step in resumed if isinstance(step, int) and step > 0}),
     }
@@ -157,10 +190,10 @@ def _places(gaps: Any) -> list[str]:
     ]
 
 
-def _passed_over(rows: Rows) -> list[list[Any]]:
+def _passed_over(rows: Columns) -> list[list[Any]]:
     """[reason, records] of what was passed over, the most frequent first."""
     total: dict[str, int] = {}
-    for found in rows.passed_over.values():
+    for found in rows.seldom["skipped"].values():
         for reason, count in found.items() if isinstance(found, dict) else ():
             total[reason] = total.get(reason, 0) + int(count)
     return [[reason, count] for reason, count in sorted(total.items(), key=lambda pair: -pair[1])]
@@ -169,7 +202,7 @@ def _passed_over(rows: Rows) -> list[list[Any]]:
 def _evaluations(folder: RunFolder, steps: int) -> list[dict[str, Any]]:
     """Held-out scores of all domains together, by step."""
     found = []
-    for entry in documents.json_lines(folder.evaluations):
+    for _, entry in files.json_lines(folder.evaluations):
         scores = entry.get("scores")
         whole = scores.get("all") if isinstance(scores, dict) else None
         if isinstance(whole, dict) and isinstance(entry.get("step"), int) and entry["step"] <= steps:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +41,6 @@ def spread(count: int, most: int) -> list[int]:
     early = min(12, most // 3)
     rest = np.linspace(early, count - 1, most - early).round().astype(int).tolist()
     return sorted({*range(early), *rest})
-
-
-def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; lines that are none (a torn last one) are left out."""
-    if not path.is_file():
-        return
-    with open(path, "rb") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                value = json.loads(line)
-                if isinstance(value, dict):
-                    yield value
 
 
 def read_passports(path: Path, steps: int) -> list[dict[str, Any]]:

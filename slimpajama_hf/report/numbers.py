@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slimpajama_hf import palette
+from slimpajama_hf import files, palette
 from slimpajama_hf.record import noise, surprisals, teaching
 from slimpajama_hf.report import documents
 
 if TYPE_CHECKING:
+    from slimpajama_hf.record.columns import Columns
     from slimpajama_hf.record.run_folder import RunFolder
-    from slimpajama_hf.report.rows import Rows
 
 
 #: More steps than this are not all in the page: every k-th one is, with the least and the greatest loss around it.
@@ -34,8 +34,11 @@ MOST_DOMAINS = 24
 POSITION_ROWS = 6_000
 
 
-BLOCK = 200
+#: Before the names of arrays with numbers that the ledger has beside the usual ones.
+ADDED = "added:"
 
+
+BLOCK = 200
 
 _LAST = 50
 
@@ -43,20 +46,20 @@ _LAST = 50
 # ---- steps ---------------------------------------------------------------------------------------------------------
 
 
-def carried_rows(rows: Rows, folder: RunFolder) -> tuple[np.ndarray, int]:
+def carried_rows(rows: Columns, folder: RunFolder) -> tuple[np.ndarray, int]:
     """Indices of the rows that the page carries, ascending, and how many rows one stands for."""
     count = len(rows)
     every = -(-count // MOST_STEPS) if count > MOST_STEPS else 1
     if every == 1:
         return np.arange(count), 1
-    named = [*rows.spikes, *rows.skipped_updates]
-    named += [entry["step"] for entry in documents.json_lines(folder.samples) if isinstance(entry.get("step"), int)]
+    named = [*rows.seldom["spike"], *rows.seldom["update_skipped"]]
+    named += [entry["step"] for _, entry in files.json_lines(folder.samples) if isinstance(entry.get("step"), int)]
     named += [passport["step"] for passport in documents.read_passports(folder.path / documents.PASSPORTS, count)]
     extra = np.array([step for step in named[: MOST_STEPS // 10] if step < count], np.int64)
     return np.union1d(np.arange(0, count, every), extra), every
 
 
-def step_arrays(rows: Rows, carried: np.ndarray, every: int, domain_of: np.ndarray) -> dict[str, np.ndarray]:
+def step_arrays(rows: Columns, carried: np.ndarray, every: int, domain_of: np.ndarray) -> dict[str, np.ndarray]:
     """What every carried step has; types are those of the packing."""
     predicted = np.maximum(rows.predicted, 1)
     counted = np.isfinite(rows.code_bits)
@@ -77,6 +80,7 @@ def step_arrays(rows: Rows, carried: np.ndarray, every: int, domain_of: np.ndarr
         "domain": domain_of.astype(np.uint8),
         "part": rows.part.astype(np.uint32),
     }
+    arrays |= {ADDED + name: values.astype(np.float32) for name, values in rows.added.items()}
     arrays = {name: array[carried] for name, array in arrays.items()}
     # Readers go forward: differences are small numbers that compress to almost nothing.
     arrays["row"] = np.diff(rows.row[carried], prepend=0).astype(np.int32)
@@ -101,7 +105,7 @@ def step_arrays(rows: Rows, carried: np.ndarray, every: int, domain_of: np.ndarr
     return arrays
 
 
-def domains_of(rows: Rows) -> tuple[list[dict[str, Any]], np.ndarray]:
+def domains_of(rows: Columns) -> tuple[list[dict[str, Any]], np.ndarray]:
     """The domains, the most frequent first, and the index into them of every row (steps,)."""
     names = rows.names["domain"]
     counts = np.bincount(rows.domain, minlength=len(names))
@@ -125,7 +129,7 @@ def domains_of(rows: Rows) -> tuple[list[dict[str, Any]], np.ndarray]:
     return domains, place[rows.domain]
 
 
-def uniform_nats(rows: Rows) -> float | None:
+def uniform_nats(rows: Columns) -> float | None:
     """ln(vocabulary), what the first token of a sample costs: from the code length of any row."""
     cost = (rows.code_bits * math.log(2) - rows.loss * rows.predicted) / np.maximum(rows.tokens - rows.predicted, 1)
     finite = cost[np.isfinite(cost)]
@@ -140,14 +144,14 @@ def mean_of(values: np.ndarray) -> float | None:
     return float(finite.mean()) if len(finite) else None
 
 
-def _bits_per_byte(rows: Rows, chosen: Any) -> float | None:
+def _bits_per_byte(rows: Columns, chosen: Any) -> float | None:
     bits, size = rows.code_bits[chosen], rows.text_bytes[chosen]
     counted = np.isfinite(bits)
     total = int(size[counted].sum())
     return float(bits[counted].sum()) / total if total else None
 
 
-def headline(rows: Rows) -> dict[str, Any]:
+def headline(rows: Columns) -> dict[str, Any]:
     """The numbers over the page: loss, accuracy and throughput of the last steps, totals of all."""
     seconds = float(np.nansum(rows.step_seconds))
     last = slice(max(len(rows) - _LAST, 0), None)
@@ -167,9 +171,9 @@ def headline(rows: Rows) -> dict[str, Any]:
     }
 
 
-def noise_of_gradients(rows: Rows) -> dict[str, Any]:
+def noise_of_gradients(rows: Columns) -> dict[str, Any]:
     """How often the noise of the gradient was measured, and what is known of each layer (`noise.LayerNoise`)."""
-    measured = list(rows.grad_layers.values())
+    measured = list(rows.seldom["grad_layers"].values())
     return {
         "measured": len(measured),
         "between": noise.STEPS_BETWEEN,
@@ -178,7 +182,7 @@ def noise_of_gradients(rows: Rows) -> dict[str, Any]:
     }
 
 
-def what_updates_taught(rows: Rows, domain_of: np.ndarray, domains: list[dict[str, Any]]) -> dict[str, Any]:
+def what_updates_taught(rows: Columns, domain_of: np.ndarray, domains: list[dict[str, Any]]) -> dict[str, Any]:
     """What updates taught: of all, and of each domain in the order of `domains` (`teaching.Taught`)."""
     names = [domain["full"] for domain in domains]
     whole, each = teaching.by_domain(rows.loss, rows.loss_after, rows.next_loss, rows.learning_rate, domain_of, names)
@@ -196,7 +200,7 @@ def _as_values(taught: teaching.Taught) -> dict[str, Any]:
     return {name: dataclasses.asdict(fall) | {"stands_out": fall.stands_out} for name, fall in falls.items()}
 
 
-def by_domain(rows: Rows, domain_of: np.ndarray, count: int) -> list[dict[str, Any]]:
+def by_domain(rows: Columns, domain_of: np.ndarray, count: int) -> list[dict[str, Any]]:
     """Per domain: documents, tokens, loss of its first and last tenth (at least 10 documents), accuracy, bits/byte."""
     found = []
     for domain in range(count):
@@ -215,7 +219,7 @@ def by_domain(rows: Rows, domain_of: np.ndarray, count: int) -> list[dict[str, A
     return found
 
 
-def by_length(rows: Rows) -> list[dict[str, Any]]:
+def by_length(rows: Columns) -> list[dict[str, Any]]:
     """Loss of the later half of the run by the length of the document in tokens, bins of powers of two."""
     later = np.arange(len(rows) // 2, len(rows))
     later = later[np.isfinite(rows.loss[later])]
@@ -233,7 +237,7 @@ def by_length(rows: Rows) -> list[dict[str, Any]]:
     return found
 
 
-def surprisals_of(folder: RunFolder, rows: Rows) -> tuple[np.ndarray | None, str]:
+def surprisals_of(folder: RunFolder, rows: Columns) -> tuple[np.ndarray | None, str]:
     """The side file as an array that is read where it is looked at, and what is missing of it, in words."""
     path = folder.path / surprisals.FILE_NAME
     expected = int(rows.predicted.sum())
@@ -255,7 +259,7 @@ def surprisals_of(folder: RunFolder, rows: Rows) -> tuple[np.ndarray | None, str
     )
 
 
-def by_position(rows: Rows, nats: np.ndarray | None) -> dict[str, Any] | None:
+def by_position(rows: Columns, nats: np.ndarray | None) -> dict[str, Any] | None:
     """Mean surprisal by position in the document, for each quarter of the run: bins that grow with the position."""
     if nats is None or not len(rows):
         return None

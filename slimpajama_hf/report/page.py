@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from slimpajama_hf import files
+from slimpajama_hf.record.columns import Reader
 from slimpajama_hf.record.run_folder import RunFolder
 from slimpajama_hf.report import content, documents
 from slimpajama_hf.report.packing import pack
-from slimpajama_hf.report.rows import Rows
 
 FILE_NAME = "report.html"
 
@@ -28,17 +28,17 @@ def write(folder: Path) -> Path:
     folder, OSError when the disk is full.
     """
     run = RunFolder(Path(folder))
-    packed, meta = packed_content(run, Rows(run.ledger))
+    packed, meta = packed_content(run, Reader(run.ledger))
     path = run.path / FILE_NAME
     files.write_whole(path, render(meta, packed))
     return path
 
 
-def packed_content(run: RunFolder, rows: Rows) -> tuple[bytes, dict[str, Any]]:
+def packed_content(run: RunFolder, reader: Reader) -> tuple[bytes, dict[str, Any]]:
     """The content of a run as `packing.pack` gives it, and its JSON part; passports give way where it grows too big."""
     most = documents.MOST_PASSPORTS + 24
     while True:
-        meta, arrays = content.gather(run, rows, most)
+        meta, arrays = content.gather(run, reader, most)
         packed = pack(meta, arrays)
         if len(packed) <= content.MOST_BYTES or most < 10:
             return packed, meta

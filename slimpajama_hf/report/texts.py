@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slimpajama_hf import files
 from slimpajama_hf.record import surprisals
 from slimpajama_hf.report import documents
 from slimpajama_hf.report.numbers import BLOCK, mean_of
 
 if TYPE_CHECKING:
+    from slimpajama_hf.record.columns import Columns
     from slimpajama_hf.record.run_folder import RunFolder
-    from slimpajama_hf.report.rows import Rows
 
 
 _UNUSUAL = 12
@@ -21,10 +22,23 @@ _UNUSUAL = 12
 # ---- documents -----------------------------------------------------------------------------------------------------
 
 
-def pack_passports(
-    passports: list[dict[str, Any]], rows: Rows, nats: np.ndarray | None, arrays: dict[str, np.ndarray]
-) -> list[str]:
-    """Add the arrays of the passports, one after the other; the texts that their numbers stand for.
+def with_surprisals(passports: list[dict[str, Any]], rows: Columns, nats: np.ndarray | None) -> list[dict[str, Any]]:
+    """The passports; those that do not say how surprising their tokens were before the step have it from the ledger's
+    surprisals, where those are there."""
+    if nats is None:
+        return passports
+    begins, found = surprisals.offsets(rows.predicted), []
+    for passport in passports:
+        step, predicted = passport["step"], len(passport["input_ids"]) - 1
+        values = np.asarray(nats[begins[step] : begins[step] + predicted], np.float64)
+        if "before" not in passport and rows.first_predicted[step] == predicted == len(values):
+            passport = passport | {"before": values.tolist()}
+        found.append(passport)
+    return found
+
+
+def pack_passports(passports: list[dict[str, Any]]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays of the passports, one after the other, and the texts that their numbers stand for.
 
     `piece`: tokens of each passport; `before`, `after`: ten-thousandths of a nat, tokens - 1 of each; `top`, `chance`:
     five guesses at each predicted token of those that have them, the chance as the square of n/255.
@@ -39,15 +53,9 @@ def pack_passports(
     after: list[np.ndarray] = []
     top: list[np.ndarray] = []
     chance: list[np.ndarray] = []
-    begins = surprisals.offsets(rows.predicted)
     for passport in passports:
         predicted = len(passport["input_ids"]) - 1
-        step = passport["step"]
         piece += [number(text) for text in passport["pieces"]]
-        if "before" not in passport and nats is not None and rows.first_predicted[step] == predicted:
-            values = np.asarray(nats[begins[step] : begins[step] + predicted], np.float64)
-            if len(values) == predicted:
-                passport["before"] = [float(value) for value in values]
         unknown = np.full(predicted, documents.UNKNOWN, np.uint32)
         for name, parts in (("before", before), ("after", after)):
             parts.append(documents.ten_thousandths(documents.numbers(passport[name])) if name in passport else unknown)
@@ -61,7 +69,7 @@ def pack_passports(
             )
             probabilities = np.array([documents.numbers(_five(row, 0.0)) for row in passport["top_probs"]])
             chance.append((np.sqrt(np.nan_to_num(probabilities).clip(0, 1)) * 255).round().astype(np.uint8).ravel())
-    arrays["piece"] = np.array(piece, np.uint32)
+    arrays = {"piece": np.array(piece, np.uint32)}
     for name, parts, kind in (
         ("before", before, np.uint32),
         ("after", after, np.uint32),
@@ -71,7 +79,7 @@ def pack_passports(
         arrays[name] = np.concatenate(parts) if parts else np.zeros(0, kind)
     if len(vocabulary) < 65536:
         arrays["piece"], arrays["top"] = arrays["piece"].astype(np.uint16), arrays["top"].astype(np.uint16)
-    return list(vocabulary)
+    return arrays, list(vocabulary)
 
 
 def _five(values: list[Any], filler: Any) -> list[Any]:
@@ -80,7 +88,7 @@ def _five(values: list[Any], filler: Any) -> list[Any]:
 
 def samples_of(folder: RunFolder, texts: Texts, notes: list[str]) -> list[dict[str, Any]]:
     """What the model wrote after openings of documents, beside what came there."""
-    found = [entry for entry in documents.json_lines(folder.samples) if isinstance(entry.get("step"), int)]
+    found = [entry for _, entry in files.json_lines(folder.samples) if isinstance(entry.get("step"), int)]
     found = [found[place] for place in documents.spread(len(found), documents.MOST_SAMPLES)]
     samples = []
     for entry in found:
@@ -106,13 +114,13 @@ def prompts_of(folder: RunFolder) -> list[dict[str, Any]]:
             "step": entry["step"],
             "texts": [[str(text.get("prompt")), str(text.get("output"))] for text in entry["texts"]],
         }
-        for entry in documents.json_lines(folder.path / documents.PROMPTS)
+        for _, entry in files.json_lines(folder.path / documents.PROMPTS)
         if isinstance(entry.get("step"), int) and isinstance(entry.get("texts"), list)
     ]
     return [found[place] for place in documents.spread(len(found), documents.MOST_WRITINGS)]
 
 
-def unusual_documents(rows: Rows, texts: Texts) -> dict[str, Any]:
+def unusual_documents(rows: Columns, texts: Texts) -> dict[str, Any]:
     """The hardest and the easiest documents for their time: by robust z-score among the steps around.
 
     A run that noted them while it trained has their text; of others the scores are taken here, block by block.
@@ -161,7 +169,7 @@ def unusual_documents(rows: Rows, texts: Texts) -> dict[str, Any]:
 class Texts:
     """The texts of steps: from the passports, or from the corpus where it lies on this disk."""
 
-    def __init__(self, record: dict[str, Any], rows: Rows, passports: list[dict[str, Any]]) -> None:
+    def __init__(self, record: dict[str, Any], rows: Columns, passports: list[dict[str, Any]]) -> None:
         self.record, self.rows = record, rows
         self.passports = {passport["step"]: passport for passport in passports}
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from slimpajama_hf.errors import UserError
+from slimpajama_hf.record.columns import Reader
 from slimpajama_hf.record.run_folder import RunFolder
 from slimpajama_hf.report import page
-from slimpajama_hf.report.rows import Rows
 
 #: Where the page is looked for first; the next free port is taken where this one is not.
 PORT = 8642
@@ -32,7 +32,7 @@ class Content:
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
-        self._rows = Rows(run.ledger)
+        self._reader = Reader(run.ledger)
         self._lock = threading.Lock()
         self._stamp: tuple[Any, ...] | None = None
         self._packed, self._tag, self._gathered = b"", "", 0.0
@@ -44,7 +44,7 @@ class Content:
         with self._lock:
             stamp = self._stamp_now()
             if stamp != self._stamp and time.monotonic() - self._gathered >= FRESH_SECONDS:
-                self._packed, self.meta = page.packed_content(self.run, self._rows)
+                self._packed, self.meta = page.packed_content(self.run, self._reader)
                 self._tag = f'"{hashlib.blake2b(self._packed, digest_size=12).hexdigest()}"'
                 self._stamp, self._gathered = stamp, time.monotonic()
             return self._packed, self._tag

@@ -55,30 +55,30 @@ class SampleStream:
         read_ahead: int = 8,
         leave_out: Iterable[str] = (),
         accumulated: int = 1,
+        start: Cursor | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`stop`: whether the run is to stop; asked while waiting, from this thread and from another."""
         self.corpus, self.encoder, self.mode, self.max_length = corpus, encoder, mode, max_length
         self.passes = Passes(corpus, epochs, shuffle_buffer, seed, skip_broken_shards)
         self.world_size, self.rank, self.accumulated = world_size, rank, accumulated
         self.patience_seconds, self.read_ahead = patience_seconds, read_ahead
         self.leave_out = frozenset(leave_out)
         """`shard#row`: documents that are never trained; `shard#row.part`: that sample of one alone."""
-        self.start = Cursor()
-        self.stop: Callable[[], bool] = lambda: False
-        """Whether the run is to stop; asked while waiting, from this thread and from another."""
-        self.say: Callable[[str], None] = screen.say
-        """Told of shards that are set aside, from the thread that reads."""
+        self.start = start if start is not None else Cursor()
+        self._stop = stop
         self.gaps_at_end: list[dict[str, Any]] = []
         """Shards set aside after the last sample of the stream: no sample carries them."""
 
     def __iter__(self) -> Iterator[Sample]:
         start = self.start
         if self.read_ahead < 1:
-            return self._samples(start, Patience(self.patience_seconds, lambda: self.stop(), visible=True))
+            return self._samples(start, Patience(self.patience_seconds, self._stop, visible=True))
         return read_ahead(
             lambda patience: self._samples(start, patience),
             self.read_ahead,
             self.patience_seconds,
-            lambda: self.stop(),
+            self._stop,
             f"waiting for the next document of {self.corpus.mirror}",
         )
 
@@ -133,7 +133,7 @@ class SampleStream:
         for sample in samples:
             if isinstance(sample, Gap):
                 gaps.append({"shard": sample.shard, "row": sample.row, "reason": sample.reason})
-                self.say(f"{sample.shard}: {sample.reason}; set aside from row {sample.row:,} on")
+                screen.say(f"{sample.shard}: {sample.reason}; set aside from row {sample.row:,} on")
             elif isinstance(sample, Unusable):
                 skipped[sample.reason] += 1
                 in_a_row += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from slimpajama_hf.errors import UsageError
 from slimpajama_hf.settings.flags import all_tokens, read_flags
@@ -46,8 +46,7 @@ def parse(argv: Sequence[str]) -> Settings:
     begun_with = resume.flags_of_run(read_config(str(own)), str(own))
     recorded = read_flags(begun_with)
     settings = read_flags([*begun_with, f"--warmup_steps={recorded.training.warmup_steps}", *argv])
-    training: Any = settings.training
-    training.output_dir = str(run)
+    settings = settings.changed(training={"output_dir": str(run)})
     resume.refuse_changes(settings, recorded)
     return settings
 

@@ -15,8 +15,8 @@ from slimpajama_hf import screen
 from slimpajama_hf.corpus import opening, unchanged
 from slimpajama_hf.corpus.documents import Cursor
 from slimpajama_hf.errors import UserError
-from slimpajama_hf.record import checkpoints, ledger, surprisals
-from slimpajama_hf.record.run_folder import RunFolder, cut_back_lines, put_aside
+from slimpajama_hf.record import checkpoints, ledger, run_folder
+from slimpajama_hf.record.run_folder import RunFolder, put_aside
 
 if TYPE_CHECKING:
     from slimpajama_hf.corpus.corpus import Corpus
@@ -211,12 +211,16 @@ def go_on(folder: RunFolder, checkpoint: Path | None) -> ResumePoint:
         state = json.loads((checkpoint / checkpoints.DATA_STATE).read_text(encoding="utf-8"))
         point = ResumePoint(checkpoint, step, Cursor(**state["cursor"]))
     try:
-        kept = ledger.cut_back(folder.ledger, point.step)
-    except ValueError as error:
-        raise UserError(f"{folder.path}: {error}; resume from an older checkpoint or start anew") from None
-    for path in (folder.samples, folder.passports, folder.prompts):
-        cut_back_lines(path, lambda entry: entry["step"] < point.step)
-    cut_back_lines(folder.evaluations, lambda scores: scores["step"] <= point.step)
-    surprisals.cut_back(folder.surprisals, kept.predicted)
+        kept = run_folder.cut_to(folder, folder, point.step)
+    except ledger.Damaged as error:
+        raise UserError(f"{error}; {_before(folder, error.step)}") from None
     rows = tuple(ledger.last_rows(folder.ledger, ROWS_REMEMBERED))
-    return dataclasses.replace(point, chain=kept.chain, predicted=kept.predicted, rows=rows)
+    return dataclasses.replace(point, chain=kept.chain, predicted=int(kept.predicted.sum()), rows=rows)
+
+
+def _before(folder: RunFolder, damaged: int) -> str:
+    """What to type to go on from before a step whose row is damaged."""
+    good = [step for step in checkpoints.steps(folder.path) if step <= damaged]
+    if good:
+        return f"go on from before it: --resume_from_checkpoint {checkpoints.path_of(folder.path, good[-1])}"
+    return "no checkpoint lies before it; start anew with --overwrite_output_dir"

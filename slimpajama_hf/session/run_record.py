@@ -23,6 +23,7 @@ from slimpajama_hf.record.surprisals import Surprisals
 from slimpajama_hf.screen import redacted
 from slimpajama_hf.session.resume import is_asked
 from slimpajama_hf.training.recorder import StepRecorder
+from slimpajama_hf.training.step_numbers import StepNumbers
 
 if TYPE_CHECKING:
     from slimpajama_hf.corpus.corpus import Corpus
@@ -137,6 +138,8 @@ def record_run(
         # Sums come out in another order with another number of threads: bit for bit needs the same.
         "torch_threads": torch.get_num_threads(),
         "processes": settings.training.world_size,
+        # What numbers mean that a step has beside the usual ones.
+        "numbers": StepNumbers.meanings(),
     }
     files.write_json(folder.record, record, indent=1)
     files.write_whole(folder.config, settings.to_yaml())

@@ -25,7 +25,7 @@ def _knob(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": help, **more})
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataArguments:
     """The corpus, and how a document becomes a step"""
 
@@ -70,7 +70,7 @@ class DataArguments:
             raise ValueError(f"--eval_documents {self.eval_documents}: expected at least 1")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelArguments:
     """The model and its tokenizer"""
 
@@ -117,7 +117,7 @@ class ModelArguments:
             raise ValueError(f"--hidden_rate {self.hidden_rate}: expected a share of the rate above 0, as 0.1")
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunArguments:
     """What is shown and kept"""
 

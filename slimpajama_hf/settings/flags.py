@@ -142,9 +142,8 @@ def read_flags(argv: Sequence[str]) -> Settings:
         _refuse_unknown(unknown, known, origin)
     data, model, run, training = groups
     refuse_typed(typed, training)
-    settings = Settings(data, model, run, training, typed)
-    complete(settings)
-    return settings
+    training.freeze()
+    return complete(Settings(data, model, run, training, typed))
 
 
 def beta2_of_half_life(half_life_tokens: float, tokens_per_step: int) -> float:
@@ -152,13 +151,13 @@ def beta2_of_half_life(half_life_tokens: float, tokens_per_step: int) -> float:
     return float(0.5 ** (tokens_per_step / half_life_tokens))
 
 
-def complete(settings: Settings) -> None:
+def complete(settings: Settings) -> Settings:
     """What one argument says about another, and what the launcher says of them."""
     training: Any = settings.training
     flags = {name: value for name, value in training.precision_flags.items() if value or name in settings.typed}
-    settings.model.precision = precision.asked(settings.model.precision, flags)
+    completed: dict[str, Any] = {}
     if settings.run.no_checkpoint:
-        training.save_strategy = type(training.save_strategy)("no")
+        completed["save_strategy"] = type(training.save_strategy)("no")
     half_life = settings.model.beta2_half_life_tokens
     if half_life is not None:
         beta2 = beta2_of_half_life(half_life, settings.data.max_seq_length)
@@ -167,29 +166,39 @@ def complete(settings: Settings) -> None:
                 f"--beta2_half_life_tokens {half_life:g} means --adam_beta2 {beta2:.6g}, and --adam_beta2 "
                 f"{training.adam_beta2:g} is given too; leave one of them out"
             )
-        training.adam_beta2 = beta2
+        completed["adam_beta2"] = beta2
     if training.output_dir is None:
-        corpus = Path(settings.data.dataset).name if "*" not in settings.data.dataset else "local"
-        corpus = corpus.partition(".")[0] or "local"
-        model = settings.model.model
-        model = Path(model).parent.name or "config" if model.endswith(".json") else model
-        training.output_dir = str(Path("runs") / f"{corpus}-{model}")
+        completed["output_dir"] = _folder_named_after(settings.data.dataset, settings.model.model)
+    chosen = precision.asked(settings.model.precision, flags)
+    settings = settings.changed(model={"precision": chosen}, training=completed)
     if settings.run.lr_find:
-        _make_range_test(settings)
+        settings = _range_test(settings)
     # A share of the steps becomes a number now: more steps later are no reason to warm up again.
-    training.warmup_steps = training.get_warmup_steps(training.max_steps)
+    return settings.changed(training={"warmup_steps": settings.training.get_warmup_steps(settings.training.max_steps)})
 
 
-def _make_range_test(settings: Settings) -> None:
+def _folder_named_after(dataset: str, model: str) -> str:
+    corpus = Path(dataset).name if "*" not in dataset else "local"
+    corpus = corpus.partition(".")[0] or "local"
+    model = Path(model).parent.name or "config" if model.endswith(".json") else model
+    return str(Path("runs") / f"{corpus}-{model}")
+
+
+def _range_test(settings: Settings) -> Settings:
     """`--lr_find`: a short run in a folder beside the run's, of which the curve stays."""
     from slimpajama_hf.settings import arguments
 
     training: Any = settings.training
     if training.resume_from_checkpoint or training.push_to_hub:
         raise UsageError("--lr_find: a test of its own; leave --resume_from_checkpoint and --push_to_hub out")
-    training.output_dir = f"{training.output_dir}-lr_find"
-    training.max_steps = arguments.STEPS
-    training.save_strategy = type(training.save_strategy)("no")
-    settings.run.no_checkpoint = settings.run.overwrite_output_dir = True
-    settings.run.viz_interval = settings.run.display_samples = 10**9
-    settings.model.average_weights = 0.0
+    return settings.changed(
+        training={
+            "output_dir": f"{training.output_dir}-lr_find",
+            "max_steps": arguments.STEPS,
+            "save_strategy": type(training.save_strategy)("no"),
+        },
+        run={
+            "no_checkpoint": True, "overwrite_output_dir": True, "viz_interval": 10**9, "display_samples": 10**9,
+        },
+        model={"average_weights": 0.0},
+    )  # fmt: skip

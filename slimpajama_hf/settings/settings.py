@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from slimpajama_hf.settings.training_arguments import SlimPajamaTrainingArguments
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that was asked for, resolved."""
+    """Everything that was asked for, resolved. Nothing of it changes: `changed` makes others, and the Trainer gets
+    arguments of its own (`for_trainer`)."""
 
     data: DataArguments
     model: ModelArguments
@@ -21,6 +22,22 @@ class Settings:
     training: SlimPajamaTrainingArguments
     typed: frozenset[str]
     """Names that a configuration file or a flag set, as opposed to defaults."""
+
+    def changed(self, **groups: dict[str, Any]) -> Settings:
+        """The same with other values, as `changed(model={"precision": "float32"})`."""
+        kept = {name: dict(values) for name, values in groups.items()}
+        training = kept.pop("training", None)
+        found: dict[str, Any] = {name: dataclasses.replace(getattr(self, name), **kept[name]) for name in kept}
+        if training is not None:
+            found["training"] = self.training.with_values(**training)
+        return dataclasses.replace(self, **found)
+
+    def for_trainer(self) -> SlimPajamaTrainingArguments:
+        """Arguments for the Trainer, which may be changed. What would make it log and push itself is off: both are done
+        here (`watching/trackers.py`, `hub/background.py`)."""
+        arguments = self.training.with_values(report_to=[], push_to_hub=False)
+        arguments.may_change()
+        return arguments
 
     def value(self, name: str) -> Any:
         """An argument by its flag's name, as it would be written down."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -138,6 +139,28 @@ class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
         super().__post_init__()
         if output_dir is None:
             self.output_dir = None
+
+    def freeze(self) -> None:
+        """From here on a value that is set is an error of the program."""
+        self.__dict__["_is_frozen"] = True
+
+    def may_change(self) -> None:
+        """Take `freeze` back."""
+        self.__dict__["_is_frozen"] = False
+
+    def with_values(self, **values: Any) -> SlimPajamaTrainingArguments:
+        """A frozen copy with other values."""
+        changed = copy.copy(self)
+        changed.may_change()
+        for name, value in values.items():
+            setattr(changed, name, value)
+        changed.freeze()
+        return changed
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("_is_frozen"):
+            raise dataclasses.FrozenInstanceError(f"{name}: settings do not change once they are resolved")
+        super().__setattr__(name, value)
 
     def _refuse(self) -> None:
         """Raise ValueError for what would have no effect or a wrong one."""

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
+
+
+@dataclasses.dataclass
+class Pause:
+    """`seconds` that the clock stood still, once it goes on."""
+
+    seconds: float = 0.0
 
 
 class TrainingClock:
@@ -24,12 +32,14 @@ class TrainingClock:
         self._lap_start, self._paused_in_lap = self._now(), 0.0
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        start = self._now()
+    def paused(self) -> Iterator[Pause]:
+        """What is done meanwhile does not count; how long it took stands in what this gives."""
+        start, pause = self._now(), Pause()
         try:
-            yield
+            yield pause
         finally:
-            self._paused_in_lap += self._now() - start
+            pause.seconds = self._now() - start
+            self._paused_in_lap += pause.seconds
 
     def lap(self) -> float:
         """Training seconds since the last lap."""

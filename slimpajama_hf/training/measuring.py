@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from slimpajama_hf import screen
 from slimpajama_hf.model import memory, transfers
 from slimpajama_hf.record import noise, teaching
+from slimpajama_hf.training.step_numbers import StepNumbers
 
 if TYPE_CHECKING:
     from slimpajama_hf.model.gpt2_step import GPT2Step, Result
@@ -49,10 +51,10 @@ class Measuring:
     What the device has no memory for is left out, counted and said: training goes on as if nobody had asked.
     """
 
-    def __init__(self, clock: TrainingClock, say: Callable[[str], None]) -> None:
-        self._clock, self._say = clock, say
+    def __init__(self, clock: TrainingClock) -> None:
+        self._clock = clock
         self._step: GPT2Step | None = None
-        self._unmeasured = (torch.tensor(math.nan),) * 2
+        self._unmeasured = torch.tensor(math.nan)
         self.ahead: deque[dict[str, Any]] = deque()
         """Batches that were asked for before their step, to be measured at the weights of an earlier one."""
         self.seconds = 0.0
@@ -63,16 +65,15 @@ class Measuring:
 
     def forget(self) -> None:
         """Nothing is measured of the step that begins."""
-        self.noise: tuple[torch.Tensor, torch.Tensor] = self._unmeasured
-        """Mean square and mean product of gradients at this step's weights, () each; NaN where not measured."""
+        none = self._unmeasured
+        self.numbers = StepNumbers(grad_square=none, grad_agreement=none, loss_after=none, next_loss=none)
+        """What is known of the step."""
         self.noise_by_parameter: torch.Tensor | None = None
-        """The same of each parameter's part of them, (2, parameters), where they were measured."""
-        self.taught: tuple[torch.Tensor, torch.Tensor] = self._unmeasured
-        """Loss of the step's document after its update, and of the next one before it; NaN where nobody looked."""
+        """`grad_square` and `grad_agreement` of each parameter's part, (2, parameters), where they were measured."""
 
     def on(self, device: torch.device) -> None:
         """The device on which training computes."""
-        self._unmeasured = (torch.full((), math.nan, device=device),) * 2
+        self._unmeasured = torch.full((), math.nan, device=device)
         self.forget()
 
     def begin(
@@ -105,7 +106,7 @@ class Measuring:
         assert step is not None
         if self._is_teaching_due(number):
             following = self._measured(number, "teaching", self._next_loss)
-            self.taught = self._unmeasured[0], self._unmeasured[1] if following is None else following
+            self.numbers.next_loss = self._unmeasured if following is None else following
         others = self._measured(number, "noise", self._other_gradients) if self._is_noise_due(number) else None
         result = None
         try:
@@ -121,21 +122,21 @@ class Measuring:
         if others is not None:
             compared = self._measured(number, "noise", functools.partial(self._compare, *others))
             if compared is not None:
-                self.noise, self.noise_by_parameter = compared
+                (self.numbers.grad_square, self.numbers.grad_agreement), self.noise_by_parameter = compared
         return result
 
     def after(self, number: int, sample: Sample, not_finite: torch.Tensor) -> None:
         """The update of step `number` is made. `not_finite`: 1.0 on the device where it was skipped, ()."""
         if self._is_teaching_due(number):
             taught = self._measured(number, "teaching", functools.partial(self._look_back, sample, not_finite))
-            self.taught = self._unmeasured if taught is None else taught
+            self.numbers.loss_after, self.numbers.next_loss = taught or (self._unmeasured, self._unmeasured)
 
     # ---- within time and memory ----
 
     def _measured(self, number: int, kind: str, measure: Callable[[], _Found]) -> _Found | None:
         """As `unless_out_of_memory`, beside training: its clock stands still, and the time is counted; a device's too,
         which is waited for before and after. That is seldom."""
-        device = self._unmeasured[0].device
+        device = self._unmeasured.device
         transfers.wait_for(device)
         began = time.perf_counter()
         with self._clock.paused():
@@ -159,7 +160,7 @@ class Measuring:
         memory.give_back()
         self.left_out[kind] += 1
         if self.left_out[kind] == 1:
-            self._say(
+            screen.say(
                 f"step {number}: out of memory for {MEASURED[kind]}, which is left out; training goes on, and the next "
                 "time it is tried again"
             )
@@ -216,7 +217,7 @@ class Measuring:
         """The loss of the step's document once more, after its update, and that of the next one, before it; NaN where
         the update was skipped."""
         assert self._step is not None
-        losses = self._step.loss_alone(torch.tensor(sample.input_ids)), self.taught[1]
+        losses = self._step.loss_alone(torch.tensor(sample.input_ids)), self.numbers.next_loss
         # Chosen on the device: it is not waited for.
-        after, following = (torch.where(not_finite > 0, self._unmeasured[0], loss) for loss in losses)
+        after, following = (torch.where(not_finite > 0, self._unmeasured, loss) for loss in losses)
         return after, following

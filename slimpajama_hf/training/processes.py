@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from slimpajama_hf import devices, screen
 from slimpajama_hf.errors import SaidByTheFirst, UserError
+from slimpajama_hf.training.step_numbers import SampleNumbers, split
 
 if TYPE_CHECKING:
-    from slimpajama_hf.samples.sample import Sample
     from slimpajama_hf.training.signals import StopSignals
+    from slimpajama_hf.training.step_numbers import Step
 
 
 T = TypeVar("T")
@@ -165,56 +165,29 @@ def news(team: Processes, training: Any, signals: StopSignals) -> News | None:
     return News(team, accumulated, signals)
 
 
-@dataclasses.dataclass
-class Step:
-    """A finished step of several samples, as this process saw it."""
-
-    step: int
-    sample: Sample
-    values: list[torch.Tensor]
-    """Of each own sample, filled places left out: loss, tokens right, then the surprisal of each predicted token."""
-    of_step: torch.Tensor
-    """Gradient norm, 1.0 where the update was skipped, and NaN for what is measured of single documents alone; (6,)."""
-    learning_rate: float
-    seconds: float
-
-
-@dataclasses.dataclass
-class Told:
-    """A finished step as the first process knows it: loss, tokens right and surprisals of each of its samples."""
-
-    step: int
-    sample: Sample
-    losses: list[float]
-    correct: list[float]
-    nats: list[np.ndarray]
-    of_step: list[float]
-    learning_rate: float
-    seconds: float
-
-
 class News:
     """What the processes tell each other between steps: losses to the first, and who was asked to stop or to save."""
 
     def __init__(self, team: Processes, accumulated: int, signals: StopSignals) -> None:
         self.team, self._accumulated, self._signals = team, accumulated, signals
-        self._steps: list[Step] = []
+        self._steps: list[tuple[Step, torch.Tensor]] = []
         self._interval = 1
         self.failing = False
         """Set by a process that cannot go on, and told with the next news."""
         self.failed = False
         """Whether one of them cannot: all stop after this step."""
 
-    def add(self, step: Step) -> list[Told]:
-        """One more finished step; the steps that are known in full now, where it was time for news."""
-        self._steps.append(step)
+    def add(self, step: Step, values: torch.Tensor) -> list[Step]:
+        """One more finished step with what this process knows of its numbers (`step_numbers.pack`), filled places left
+        out; the steps that are known in full now, where it was time for news."""
+        self._steps.append((step, values))
         return self.tell() if len(self._steps) >= self._interval else []
 
-    def tell(self) -> list[Told]:
+    def tell(self) -> list[Step]:
         """Tell and be told now, all processes at the same step; the first has the steps since the last time."""
         steps, self._steps = self._steps, []
         signals = self._signals
-        seconds = sum(step.seconds for step in steps) / max(len(steps), 1)
+        seconds = sum(step.seconds for step, _ in steps) / max(len(steps), 1)
         stop, save, failed, slowest = self.team.most(
             [float(signals.received or 0), float(signals.save_requested), float(self.failing), seconds]
         )
@@ -232,42 +205,32 @@ class News:
         size = self.team.world_size * self._accumulated
         return [p for p in range(rank, size, self.team.world_size) if p < len(step.sample.together)]
 
-    def _shared(self, steps: list[Step]) -> list[Told]:
+    def _shared(self, steps: list[tuple[Step, torch.Tensor]]) -> list[Step]:
         if not steps:
             return []
         ranks = range(self.team.world_size)
         widths = [
             max(sum(2 + step.sample.together[place].predicted for place in self._places(step, rank)) for rank in ranks)
-            for step in steps
+            for step, _ in steps
         ]
-        own = torch.zeros(sum(widths))
-        begin = 0
-        for step, width in zip(steps, widths, strict=True):
-            if step.values:
-                values = torch.cat(step.values).float().cpu()
-                own[begin : begin + len(values)] = values
+        own, numbers, begin = torch.zeros(sum(widths)), [], 0
+        for (_, values), width in zip(steps, widths, strict=True):
+            of_step, of_samples = split(values.cpu().numpy())
+            numbers.append(of_step)
+            own[begin : begin + len(of_samples)] = torch.from_numpy(of_samples)
             begin += width
         everybodys = [values.numpy() for values in self.team.to_first(own)]
         if not self.team.is_first:
             return []
-        told = []
-        begin = 0
-        for step, width in zip(steps, widths, strict=True):
-            whole = Told(
-                step.step, step.sample, [], [], [], step.of_step.tolist(), step.learning_rate, step.seconds
-            )  # fmt: skip
-            found: dict[int, np.ndarray] = {}
+        told, begin = [], 0
+        for (step, _), of_step, width in zip(steps, numbers, widths, strict=True):
+            found: dict[int, SampleNumbers] = {}
             for rank in ranks:
                 at = begin
                 for place in self._places(step, rank):
                     end = at + 2 + step.sample.together[place].predicted
-                    found[place] = everybodys[rank][at:end]
+                    found[place] = SampleNumbers.unpack(everybodys[rank][at:end])
                     at = end
-            for place in sorted(found):
-                loss, correct = found[place][:2].tolist()
-                whole.losses.append(loss)
-                whole.correct.append(correct)
-                whole.nats.append(found[place][2:])
-            told.append(whole)
+            told.append(dataclasses.replace(step, numbers=of_step, samples=[found[place] for place in sorted(found)]))
             begin += width
         return told

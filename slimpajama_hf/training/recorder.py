@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from slimpajama_hf.record.surprisals import Surprisals
     from slimpajama_hf.samples.sample import Sample
     from slimpajama_hf.training.clock import TrainingClock
-    from slimpajama_hf.training.processes import Told
+    from slimpajama_hf.training.step_numbers import Step
 
 
 #: Steps that the ledger may lag behind a device before it waits for it.
@@ -32,6 +32,10 @@ MOST_BEHIND = 16
 def shortest(value: float) -> float:
     """A float32 as the shortest decimal that reads back as the same float32: 0.001, not 0.0010000000474974513."""
     return float(str(np.float32(value))) if math.isfinite(value) else value
+
+
+def _known(value: float) -> float | None:
+    return shortest(value) if math.isfinite(value) else None
 
 
 class StepRecorder:
@@ -54,7 +58,7 @@ class StepRecorder:
         self._world_size = world_size
         self._surprisals = surprisals
         self._uniform_nats = math.log(vocab_size)
-        self._waiting: deque[tuple[int, Sample, Reading, float, float, str]] = deque()
+        self._waiting: deque[tuple[Step, Reading]] = deque()
         self._unwritten: deque[tuple[Row, np.ndarray]] = deque()
         self._spikes = LossSpikes(row["loss"] for row in remembered if row["loss"] is not None)
         self.not_finite: list[dict[str, Any]] = []
@@ -64,8 +68,6 @@ class StepRecorder:
         self.layers: list[str] = []
         """Name of the layer that each parameter of the model belongs to, where noise is measured (`noise.layer_of`)."""
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
-        self.trouble: Callable[[str], None] = screen.say
-        """Told what is not being saved."""
 
     @property
     def chain(self) -> str:
@@ -77,22 +79,10 @@ class StepRecorder:
         """Rows that the disk has not taken."""
         return len(self._unwritten)
 
-    def add(
-        self,
-        step: int,
-        sample: Sample,
-        values: torch.Tensor,
-        learning_rate: float,
-        seconds: float,
-        update_skipped: str = "",
-    ) -> None:
-        """One finished step; `values`, float32, is on the device and is not waited for: loss in nats per token, tokens
-        right, gradient norm, 1.0 where the update was skipped because one of them is no number, mean square and mean
-        product of some gradients (NaN where noise was not measured), loss of its document after the update and of the
-        next one before it (NaN where that was not looked at); the surprisal of each predicted token, nats,
-        (tokens - 1,); where noise was measured, mean squares and mean products by parameter, (2 x parameters,)."""
-        self._waiting.append((step, sample, Reading(values), learning_rate, seconds, update_skipped))
-        while self._waiting and (self._waiting[0][2].here() or len(self._waiting) > MOST_BEHIND):
+    def add(self, step: Step, values: torch.Tensor) -> None:
+        """A finished step of one sample; its numbers (`step_numbers.pack`) are on the device, not waited for."""
+        self._waiting.append((step, Reading(values)))
+        while self._waiting and (self._waiting[0][1].here() or len(self._waiting) > MOST_BEHIND):
             self._write(*self._waiting.popleft())
 
     def flush(self) -> None:
@@ -100,38 +90,16 @@ class StepRecorder:
         while self._waiting:
             self._write(*self._waiting.popleft())
 
-    def add_shared(self, told: Told) -> None:
-        """One finished step of several samples (`processes.News`)."""
-        self._record(
-            told.step, told.sample, told.losses, told.correct, told.nats, told.of_step, told.learning_rate,
-            told.seconds, "",
-        )  # fmt: skip
+    def _write(self, step: Step, reading: Reading) -> None:
+        self.record(step.unpacked(reading.values().numpy()))
 
-    def _write(
-        self, step: int, sample: Sample, reading: Reading, learning_rate: float, seconds: float, update_skipped: str
-    ) -> None:
-        values = reading.values().numpy()
-        (loss, correct, *of_step), rest = values[:8].tolist(), values[8:]
-        nats, of_parameters = rest[: sample.predicted], rest[sample.predicted :].reshape(2, -1)
-        self._record(
-            step, sample, [loss], [correct], [nats], of_step, learning_rate, seconds,
-            update_skipped, noise.of_layers(self.layers, *of_parameters),
-        )  # fmt: skip
-
-    def _record(
-        self,
-        step: int,
-        sample: Sample,
-        losses: list[float],
-        correct: list[float],
-        nats: list[np.ndarray],
-        of_step: Sequence[float],
-        learning_rate: float,
-        seconds: float,
-        update_skipped: str,
-        grad_layers: dict[str, list[float]] | None = None,
-    ) -> None:
-        grad_norm, not_finite, square, agreement, loss_after, next_loss = of_step
+    def record(self, step: Step) -> None:
+        """A finished step, its numbers on the host, with all of its samples."""
+        sample, numbers, seconds = step.sample, step.numbers, step.seconds
+        losses, correct = [each.loss for each in step.samples], [each.correct for each in step.samples]
+        nats = [each.nats for each in step.samples]
+        square, agreement = _known(numbers.grad_square), _known(numbers.grad_agreement)
+        layers = noise.of_layers(self.layers, *step.by_parameter) if step.by_parameter is not None else {}
         together = sample.together or [sample]
         predicted = [each.predicted for each in together]
         loss = losses[0]
@@ -141,14 +109,14 @@ class StepRecorder:
         tokens = sum(predicted) + len(together)
         first = together[0]
         row = Row(
-            step=step,
+            step=step.step,
             loss=loss,
             accuracy=sum(correct) / sum(predicted),
             tokens=tokens,
             text_bytes=sum(each.text_bytes for each in together),
             throughput=round(tokens / seconds, 2),
-            learning_rate=learning_rate,
-            grad_norm=shortest(grad_norm),
+            learning_rate=step.learning_rate,
+            grad_norm=shortest(numbers.grad_norm),
             mirror=first.document.mirror,
             shard=first.document.shard,
             row=first.document.row,
@@ -158,22 +126,23 @@ class StepRecorder:
             tokens_cut_exact=all(each.tokens_cut_exact for each in together),
             code_bits=(loss * sum(predicted) + len(together) * self._uniform_nats) / math.log(2),
             step_seconds=round(seconds, 6),
-            update_skipped=update_skipped or ("not finite" if not_finite else ""),
+            update_skipped=step.update_skipped or ("not finite" if numbers.not_finite else ""),
             spike=self._spikes.score(loss) if math.isfinite(loss) else None,
-            grad_square=shortest(square) if math.isfinite(square) else None,
-            grad_agreement=shortest(agreement) if math.isfinite(square) else None,
-            grad_layers=(grad_layers or {}) if math.isfinite(square) else {},
-            loss_after=shortest(loss_after) if math.isfinite(loss_after) else None,
-            next_loss=shortest(next_loss) if math.isfinite(next_loss) else None,
+            grad_square=square,
+            grad_agreement=agreement if square is not None else None,
+            grad_layers=layers if square is not None else {},
+            loss_after=_known(numbers.loss_after),
+            next_loss=_known(numbers.next_loss),
             part=first.part,
             skipped=sample.skipped,
             gaps=sample.gaps,
             documents=first.documents,
             samples=self._samples(together, losses, correct) if sample.together else [],
+            added={name: shortest(value) for name, value in numbers.added().items()},
         )
         if self._ledger is not None:
             self._unwritten.append((row, nats[0] if len(nats) == 1 else np.concatenate(nats)))
-            record = self._drain() or dict(vars(row))
+            record = self._drain() or row.as_dict()
             self._watch(record)
             for listener in tuple(self.listeners):
                 listener(record)
@@ -216,7 +185,7 @@ class StepRecorder:
                 record = self._ledger.append(row)
             except OSError as error:
                 if len(self._unwritten) % 100 == 1:
-                    self.trouble(
+                    screen.say(
                         f"not saved: {len(self._unwritten):,} rows of {self._ledger.path} ({error.strerror}); "
                         "training goes on, and every step tries again"
                     )
@@ -225,7 +194,7 @@ class StepRecorder:
             if self._surprisals is not None:
                 self._surprisals.advance(len(nats))
         if before > 1:
-            self.trouble(f"{self._ledger.path} is whole again: {before:,} rows were written")
+            screen.say(f"{self._ledger.path} is whole again: {before:,} rows were written")
         return record
 
     def sync(self) -> None:

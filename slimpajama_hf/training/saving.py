@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from slimpajama_hf import screen
 from slimpajama_hf.errors import SaidByTheFirst
 from slimpajama_hf.record import checkpoints
 from slimpajama_hf.training.processes import OthersLost, is_about_others
@@ -55,7 +56,7 @@ class Saving:
         except (OSError, RuntimeError, SafetensorError, SaidByTheFirst) as error:
             # torch and safetensors have errors of their own for a disk that is full.
             self.failure = f"checkpoint-{step}: {self._in_words(error)}"
-            self._recorder.trouble(f"not saved: {self.failure}; training goes on, and the next interval tries again")
+            screen.say(f"not saved: {self.failure}; training goes on, and the next interval tries again")
 
     def _in_words(self, error: Exception) -> str:
         # torch says of a full disk: "[enforce fail at inline_container.cc] . unexpected pos 528576 vs 528464".

@@ -15,29 +15,29 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from slimpajama_hf import precision
+from slimpajama_hf import precision, screen
 from slimpajama_hf.errors import SaidByTheFirst, UserError
 from slimpajama_hf.model import memory, optimization
 from slimpajama_hf.model.averaging import WeightAverage
 from slimpajama_hf.model.gpt2_step import GPT2Step
 from slimpajama_hf.record import checkpoints, noise
 from slimpajama_hf.settings.arguments import HIDDEN_RATES
-from slimpajama_hf.training import loss_scale, range_test, stopping
+from slimpajama_hf.training import loss_scale, range_test, schedule, step_numbers, stopping
 from slimpajama_hf.training.backward import why_autograd
 from slimpajama_hf.training.batches import Batches, collate
 from slimpajama_hf.training.clock import TrainingClock
 from slimpajama_hf.training.loss_scale import LossScale
 from slimpajama_hf.training.measuring import Measuring
-from slimpajama_hf.training.processes import Processes, Step
+from slimpajama_hf.training.processes import Processes
 from slimpajama_hf.training.recorder import AfterEachStep
 from slimpajama_hf.training.saving import Saving
-from slimpajama_hf.training.schedule import get_learning_rate
+from slimpajama_hf.training.step_numbers import SampleNumbers, Step
 
 if TYPE_CHECKING:
     from slimpajama_hf.samples.sample import Sample
     from slimpajama_hf.samples.stream import SampleStream
     from slimpajama_hf.training.evaluation import HeldOutScores
-    from slimpajama_hf.training.processes import News, Told
+    from slimpajama_hf.training.processes import News
     from slimpajama_hf.training.recorder import StepRecorder
 
 
@@ -107,12 +107,12 @@ class SlimPajamaTrainer(Trainer):
         self._weight = 1.0
         """Of the sample that is on, in the loss of its step."""
         self._own: list[torch.Tensor] = []
-        """Of each sample of the step that this process had, where it had several: loss, tokens right, surprisals."""
+        """Packed numbers of each sample of the step that this process had, where a step has several."""
         self._backward = backward
         self._written_out: GPT2Step | None = None
         self._loss_scale: LossScale | None = None
         """In float16 what the loss is multiplied by."""
-        self.measuring = Measuring(self.clock, recorder.trouble)
+        self.measuring = Measuring(self.clock)
         self._out_of_memory = 0
         self._updating = False
         """Whether the optimizer is at work: what stops it leaves weights of which some have moved and some have not."""
@@ -217,9 +217,10 @@ class SlimPajamaTrainer(Trainer):
                 optimizer or self.optimizer,  # type: ignore[arg-type]
                 (lambda step: range_test.rate(step, num_training_steps) / own)
                 if self._lr_find
-                else lambda step: get_learning_rate(step, 1.0, warmup),
+                else lambda step: schedule.get_learning_rate(step, 1.0, warmup),
             )
             self._created_lr_scheduler = True
+            self._chosen = schedule.chosen(self.lr_scheduler)
         return self.lr_scheduler
 
     def why_autograd(self) -> str | None:
@@ -268,12 +269,13 @@ class SlimPajamaTrainer(Trainer):
             self.average = WeightAverage(self.accelerator.unwrap_model(self.model), self._average_half_life)
             loaded = self._resumed_from is not None and self.average.load(self._resumed_from)
         if self._resumed_from is not None and not loaded:
-            self.recorder.trouble(f"{self._resumed_from} has no averaged weights: their average begins here")
+            screen.say(f"{self._resumed_from} has no averaged weights: their average begins here")
 
     def _begin_training(self) -> None:
         """Weights are loaded, the optimizer is there: now the step can be made ready."""
-        self.stream.say = self.recorder.trouble
         self.measuring.on(self.args.device)
+        assert isinstance(self.lr_scheduler, LambdaLR)
+        schedule.choose_again(self.lr_scheduler, self._chosen)
         self._begin_average()
         if self.accelerator.scaler is not None:
             self._loss_scale = LossScale(self.accelerator.scaler, self.args.device)
@@ -288,7 +290,7 @@ class SlimPajamaTrainer(Trainer):
                     model,
                     "float16" if self.args.fp16 else "bfloat16" if self.args.bf16 else "float32",
                     self.stream.max_length,
-                    self.recorder.trouble,
+                    screen.say,
                     optimizer.matrices if isinstance(optimizer, optimization.AdamWWithMuon) else (),
                     self._loss_scale.factor if self._loss_scale is not None else None,
                 )
@@ -322,14 +324,15 @@ class SlimPajamaTrainer(Trainer):
             # Here the exception is gone, and with it what it referred to.
             self._loss = self._without_memory(sample)
         if sample.together:
-            numbers = torch.stack([self._loss.detach().float(), self._correct.float()])
-            values = torch.cat([numbers, self._nats[: sample.predicted]])  # (2 + T-1,)
-            self._own.append(values)
+            self._own.append(self._of_sample(sample))
             if len(self._own) > 1:
                 # Who looks at the step sees its first sample.
                 return self._loss
         self.sample = sample
         return self._loss
+
+    def _of_sample(self, sample: Sample) -> torch.Tensor:
+        return SampleNumbers.pack(self._loss, self._correct, self._nats[: sample.predicted])
 
     def _without_memory(self, sample: Sample) -> torch.Tensor:
         """The first time a step does not fit it is skipped: another program may have been at the card. Then it is the
@@ -345,7 +348,7 @@ class SlimPajamaTrainer(Trainer):
                 "close what else uses the device, or start a run with a smaller --max_seq_length or --model"
             )
         self._update_skipped = "out of memory"
-        self.recorder.trouble(
+        screen.say(
             f"step {self.state.global_step}: out of memory on {document.shard} row {document.row}; it is skipped, "
             "the next time the run stops"
         )
@@ -445,24 +448,20 @@ class SlimPajamaTrainer(Trainer):
         self.skipped_records.update(self.sample.skipped)
         step = self.state.global_step - 1
         self.measuring.after(step, self.sample, self._not_finite)
-        measured = self.measuring
         if self.average is not None:
             self.average.step(step + 1)
-        rate = self._rate
+        numbers = self.measuring.numbers
+        numbers.grad_norm, numbers.not_finite = self._grad_norm, self._not_finite
+        numbers.measure(self.accelerator.unwrap_model(self.model))
+        finished = Step(step, self.sample, self._rate, self.clock.lap(), self._update_skipped)
         if self.news is not None:
             places = range(self.team.rank, len(self.sample.together), self.team.world_size)
             # What only filled a place is another's.
             own, self._own = self._own[: len(places)], []
-            of_step = torch.stack([self._grad_norm.float(), self._not_finite, *measured.noise, *measured.taught])
-            finished = Step(step, self.sample, own, of_step, rate, self.clock.lap())
-            self._take_in(self.news.add(finished))
+            self._take_in(self.news.add(finished, step_numbers.pack(numbers, own)))
             return not self.news.failed
-        numbers = [self._loss.detach().float(), self._correct.float(), self._grad_norm.float(), self._not_finite,
-                   *measured.noise, *measured.taught]  # fmt: skip
-        values = [torch.stack(numbers), self._nats[: self.sample.predicted]]
-        if measured.noise_by_parameter is not None:
-            values.append(measured.noise_by_parameter.view(-1))
-        self.recorder.add(step, self.sample, torch.cat(values), rate, self.clock.lap(), self._update_skipped)
+        own = [self._of_sample(self.sample)]
+        self.recorder.add(finished, step_numbers.pack(numbers, own, self.measuring.noise_by_parameter))
         self._look_at_what_is_not_finite()
         return self.failure is None
 
@@ -471,9 +470,9 @@ class SlimPajamaTrainer(Trainer):
         if self.news is not None:
             self._take_in(self.news.tell())
 
-    def _take_in(self, told: list[Told]) -> None:
+    def _take_in(self, told: list[Step]) -> None:
         for step in told:
-            self.recorder.add_shared(step)
+            self.recorder.record(step)
         self._look_at_what_is_not_finite()
         assert self.news is not None
         # Told with the next news, so that all stop after the same step.

@@ -42,9 +42,11 @@ def _strict(values: np.ndarray) -> list[Any]:
 
 
 def write_metrics_history(folder: RunFolder, columns: Columns) -> Path:
-    """`{"steps": [...], "loss": [...], ...}`: accuracy a fraction, throughput in tokens/s, NaN as null."""
+    """`{"steps": [...], "loss": [...], ...}`: accuracy a fraction, throughput in tokens/s, NaN as null; behind those of
+    `METRICS` every number that was added to a step."""
     path = folder.viz / "metrics_history.json"
-    files.write_json(path, {key: _strict(getattr(columns, column)) for key, column in METRICS.items()})
+    shown = {key: getattr(columns, column) for key, column in METRICS.items()} | columns.added
+    files.write_json(path, {key: _strict(values) for key, values in shown.items()})
     return path
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from slimpajama_hf import screen
 from slimpajama_hf.watching import budget
 
 if TYPE_CHECKING:
@@ -24,15 +25,14 @@ END_SECONDS = 0.6
 class DrawViews(TrainerCallback):
     """Every so many steps: metrics JSON, samples JSON and the chart, drawn beside training from the ledger."""
 
-    def __init__(self, views: ViewProcess, interval: int, obeyed: bool) -> None:
-        self.views = views
+    def __init__(self, trainer: SlimPajamaTrainer, views: ViewProcess, interval: int, obeyed: bool) -> None:
+        self._trainer, self.views = trainer, views
         self._interval, self._obeyed = interval, obeyed
         self._said = False
-        self.trainer: SlimPajamaTrainer | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        if trainer is None or state.global_step % self._interval or not state.is_world_process_zero:
+        trainer = self._trainer
+        if state.global_step % self._interval or not state.is_world_process_zero:
             return
         if not self._obeyed and not self._affordable(trainer):
             return
@@ -47,9 +47,9 @@ class DrawViews(TrainerCallback):
     def _say_errors(self) -> None:
         """Say once that charts fail, when it begins."""
         self.views.collect()
-        if self.views.errors and not self._said and self.trainer is not None:
+        if self.views.errors and not self._said:
             self._said = True
-            self.trainer.recorder.trouble(f"charts are not being drawn ({self.views.errors[-1]}); training goes on")
+            screen.say(f"charts are not being drawn ({self.views.errors[-1]}); training goes on")
 
     def _affordable(self, trainer: SlimPajamaTrainer) -> bool:
         views = self.views

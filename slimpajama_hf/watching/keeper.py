@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from slimpajama_hf import screen
 from slimpajama_hf.files import GrowingFile
 from slimpajama_hf.model import memory
 from slimpajama_hf.watching import budget
@@ -23,27 +24,23 @@ LEAST_SECONDS = 0.25
 class Keeper(TrainerCallback):
     """Appends what it makes to a file, within its budget; says once when that fails; never stops training."""
 
-    def __init__(self, path: Path, share: float, ahead_seconds: float) -> None:
+    def __init__(self, trainer: SlimPajamaTrainer, path: Path, share: float, ahead_seconds: float) -> None:
+        self._trainer = trainer
         self.file = GrowingFile(path)
         self._share, self._ahead_seconds = share, ahead_seconds
         self._last_seconds = 0.0
-        self.trainer: SlimPajamaTrainer | None = None
         self.seconds = 0.0
         """Time that it has taken in this session."""
         self._said = False
 
     def _able(self) -> bool:
         """Whether this process can do it: rank 0, with the whole model at hand."""
-        trainer = self.trainer
-        if trainer is None or not trainer.is_world_process_zero():
-            return False
         # A forward of a sharded model needs all ranks, and only this one is here.
-        return not getattr(trainer, "is_fsdp_enabled", False)
+        return self._trainer.is_world_process_zero() and not self._trainer.is_fsdp_enabled
 
     def _affordable(self) -> bool:
-        assert self.trainer is not None
         return budget.affordable(
-            self.trainer,
+            self._trainer,
             self._share,
             self.seconds,
             next_cost=self._last_seconds,
@@ -53,16 +50,13 @@ class Keeper(TrainerCallback):
 
     def _guarded(self, step: int, what: str, act: Callable[[], None]) -> None:
         """Do it while the clock of training stands still; a failure is said once."""
-        trainer = self.trainer
-        assert trainer is not None
-        before = trainer.clock._now()
-        with trainer.clock.paused():
+        with self._trainer.clock.paused() as pause:
             try:
-                with trainer.seeing():
+                with self._trainer.seeing():
                     act()
             except Exception as error:
                 self._say(f"the {what} of step {step} failed ({memory.in_words(error)}); training goes on")
-        self._last_seconds = trainer.clock._now() - before
+        self._last_seconds = pause.seconds
         self.seconds += self._last_seconds
 
     def _append(self, entry: dict[str, Any], what: str) -> None:
@@ -71,11 +65,10 @@ class Keeper(TrainerCallback):
             self._say(f"not saved: the {what} of step {entry['step']} ({problem}); the next one tries again")
 
     def _say(self, text: str) -> None:
-        if not self._said and self.trainer is not None:
+        if not self._said:
             self._said = True
-            self.trainer.recorder.trouble(text)
+            screen.say(text)
 
     @property
     def _model(self) -> Any:
-        assert self.trainer is not None
-        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+        return self._trainer.accelerator.unwrap_model(self._trainer.model)

@@ -8,7 +8,6 @@ likeliest guesses at each place. Both files are append-only JSON lines; a resume
 from __future__ import annotations
 
 import heapq
-import json
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from slimpajama_hf import files
 from slimpajama_hf.record import ledger
 from slimpajama_hf.record.spikes import LossSpikes
 from slimpajama_hf.samples.pieces import Guesses, pieces
@@ -25,6 +25,7 @@ from slimpajama_hf.watching.keeper import Keeper
 if TYPE_CHECKING:
     from slimpajama_hf.record.run_folder import RunFolder
     from slimpajama_hf.samples.encoder import Encoder
+    from slimpajama_hf.training.trainer import SlimPajamaTrainer
 
 
 PASSPORTS = "passports.jsonl"
@@ -86,8 +87,10 @@ class SamplePassports(Keeper):
     still are unusual at a checkpoint or at the end are written then: early in a run almost every document is.
     """
 
-    def __init__(self, folder: RunFolder, encoder: Encoder, interval: int | None = None) -> None:
-        super().__init__(folder.path / PASSPORTS, budget.PASSPORTS, PASSPORTS_AHEAD_SECONDS)
+    def __init__(
+        self, trainer: SlimPajamaTrainer, folder: RunFolder, encoder: Encoder, interval: int | None = None
+    ) -> None:
+        super().__init__(trainer, folder.path / PASSPORTS, budget.PASSPORTS, PASSPORTS_AHEAD_SECONDS)
         self._ledger = folder.ledger
         self._encoder, self._interval = encoder, interval
         self._open: dict[str, Any] | None = None
@@ -104,13 +107,10 @@ class SamplePassports(Keeper):
             self._usual = _Unusual(
                 row["loss"] for row in ledger.last_rows(self._ledger, LossSpikes.WINDOW) if row["loss"] is not None
             )
-            if self.file.path.exists():
-                with open(self.file.path, encoding="utf-8") as lines:
-                    for line in lines:
-                        entry = json.loads(line)
-                        if "unusual" in entry:
-                            self._enter(entry["unusual"], entry["step"])
-        except (OSError, ValueError, KeyError) as error:
+            for _, entry in files.json_lines(self.file.path):
+                if "unusual" in entry:
+                    self._enter(entry["unusual"], entry["step"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             self._say(f"{self.file.path} cannot be read ({error}); unusual documents are collected anew")
 
     def is_due(self, step: int, max_steps: int) -> bool:
@@ -120,10 +120,10 @@ class SamplePassports(Keeper):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the document with the weights that the step was computed with."""
         self._open = None
-        if not self._able() or self.trainer is None or self.trainer.sample is None:
+        if not self._able() or self._trainer.sample is None:
             return
         step = state.global_step
-        self._recent.append((step, self.trainer.sample.input_ids))
+        self._recent.append((step, self._trainer.sample.input_ids))
         if self.is_due(step, state.max_steps) and (self._interval is not None or self._affordable()):
             self._guarded(step, "passport", lambda: self._look_before(step))
 
@@ -134,8 +134,8 @@ class SamplePassports(Keeper):
             self._guarded(entry["step"], "passport", lambda: self._look_after(entry))
 
     def _look_before(self, step: int) -> None:
-        assert self.trainer is not None and self.trainer.sample is not None
-        ids = self.trainer.sample.input_ids
+        assert self._trainer.sample is not None
+        ids = self._trainer.sample.input_ids
         scores = _log_probabilities(self._model, ids)
         best = scores.topk(min(GUESSES, scores.shape[1]), dim=-1)  # (T - 1, 5)
         if self._guesses is None:
@@ -162,7 +162,7 @@ class SamplePassports(Keeper):
 
     def on_row(self, row: dict[str, Any]) -> None:
         """A new row of the ledger: remember its document if its loss is among the most unusual so far."""
-        if row["loss"] is None or self.trainer is None:
+        if row["loss"] is None:
             return
         score = self._usual.score(row["loss"])
         ids = next((ids for step, ids in self._recent if step == row["step"]), None)
@@ -184,8 +184,8 @@ class SamplePassports(Keeper):
             self._guarded(state.global_step, "unusual documents", self._write_unusual)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._able() and self.trainer is not None:
-            self.trainer.recorder.flush()  # the last rows of the ledger are among what is looked at
+        if self._able():
+            self._trainer.recorder.flush()  # the last rows of the ledger are among what is looked at
             self.on_save(args, state, control)
 
     def _write_unusual(self) -> None:

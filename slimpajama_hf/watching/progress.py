@@ -25,12 +25,6 @@ class ShowProgress(TrainerCallback):
             loss = float("nan") if row["loss"] is None else row["loss"]
             self.bar.update(loss, row["accuracy"], row["learning_rate"], row["tokens"], row["step_seconds"])
 
-    def say(self, line: str) -> None:
-        if self.bar is not None:
-            self.bar.say(line)
-        else:
-            screen.say(line)
-
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if metrics:
             line = (
@@ -40,7 +34,7 @@ class ShowProgress(TrainerCallback):
             )
             if "eval_averaged_loss" in metrics:
                 line += f"; averaged weights: loss {metrics['eval_averaged_loss']:.4f}"
-            self.say(line)
+            screen.say(line)
 
     def close(self) -> None:
         if self.bar is not None:

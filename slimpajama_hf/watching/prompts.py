@@ -11,6 +11,7 @@ from slimpajama_hf.watching.keeper import Keeper
 if TYPE_CHECKING:
     from slimpajama_hf.record.run_folder import RunFolder
     from slimpajama_hf.samples.encoder import Encoder
+    from slimpajama_hf.training.trainer import SlimPajamaTrainer
 
 
 PROMPTS = "prompts.jsonl"
@@ -38,8 +39,10 @@ class FixedPrompts(Keeper):
     `prompt`, `output`. `interval`: steps between them, obeyed; None: within its budget.
     """
 
-    def __init__(self, folder: RunFolder, encoder: Encoder, interval: int | None = None) -> None:
-        super().__init__(folder.path / PROMPTS, budget.PROMPTS, PROMPTS_AHEAD_SECONDS)
+    def __init__(
+        self, trainer: SlimPajamaTrainer, folder: RunFolder, encoder: Encoder, interval: int | None = None
+    ) -> None:
+        super().__init__(trainer, folder.path / PROMPTS, budget.PROMPTS, PROMPTS_AHEAD_SECONDS)
         self._encoder, self._interval = encoder, interval
         self._prompts = [encoder.encode(prompt)[0] for prompt in FIXED_PROMPTS]
         self._at_checkpoint = False

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from slimpajama_hf import screen
+from slimpajama_hf.record import ledger
 from slimpajama_hf.training import evaluation
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ PATIENCE_SECONDS = 60.0
 def logs_of(row: dict[str, Any]) -> dict[str, float]:
     """What a tracker gets of a ledger row; what is not finite there (null) is left out."""
     logs = {name: row[key] for key, name in METRICS.items() if row[key] is not None}
+    logs |= {name: value for name, value in ledger.added(row).items() if value is not None}
     if row["code_bits"] is not None and row["text_bytes"]:
         logs["bits_per_byte"] = row["code_bits"] / row["text_bytes"]
     return logs
@@ -58,15 +60,16 @@ class Trackers(TrainerCallback):
     others get those steps again, with the same numbers.
     """
 
-    def __init__(self, names: list[str], folder: RunFolder, run_id: str, first_step: int) -> None:
+    def __init__(
+        self, names: list[str], folder: RunFolder, run_id: str, first_step: int, flush: Callable[[], None]
+    ) -> None:
+        """`flush` brings the last rows of the recorder; the session begins at `first_step`."""
         self._names, self._folder, self._run_id, self._first_step = names, folder, run_id, first_step
         self._tools: dict[str, Any] = {}
         self._jobs: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(MOST_WAITING)
         self._thread: threading.Thread | None = None
         self._context: tuple[Any, Any, Any, dict[str, Any]] | None = None
-        self.flush: Callable[[], None] = lambda: None
-        """Brings the last rows of the recorder."""
-        self.say: Callable[[str], None] = screen.say
+        self._flush = flush
         self.left_out = 0
         """Rows that a slow tracker did not get."""
 
@@ -122,7 +125,7 @@ class Trackers(TrainerCallback):
             self._put(state.global_step, numbers)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.flush()
+        self._flush()
         self.close()
 
     def close(self) -> None:
@@ -137,7 +140,7 @@ class Trackers(TrainerCallback):
             while True:
                 self.left_out += self._jobs.get_nowait() is not None
         if thread.is_alive() or self.left_out:
-            self.say(f"{', '.join(self._names)}: {self.left_out:,} steps were not taken in time; the ledger has them")
+            screen.say(f"{', '.join(self._names)}: {self.left_out:,} steps were not taken in time; the ledger has them")
         if not thread.is_alive():
             args, state, control, kwargs = self._context
             for name, tool in list(self._tools.items()):
@@ -166,4 +169,4 @@ class Trackers(TrainerCallback):
         except Exception as error:
             self._tools.pop(name, None)
             why = " ".join(str(error).split())[:200]
-            self.say(f"--report_to {name}: it is left alone from here on ({type(error).__name__}: {why})")
+            screen.say(f"--report_to {name}: it is left alone from here on ({type(error).__name__}: {why})")

@@ -7,12 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
-
-from typing import TYPE_CHECKING
-
 from slimpajama_hf import devices
 from slimpajama_hf.settings import training_arguments
 from slimpajama_hf.views import views
@@ -25,6 +19,8 @@ from slimpajama_hf.watching.view_process import ViewProcess
 from slimpajama_hf.watching.written_samples import GenerateSamples
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from slimpajama_hf.record.run_folder import RunFolder
     from slimpajama_hf.samples.encoder import Encoder
     from slimpajama_hf.settings.settings import Settings
@@ -33,19 +29,25 @@ if TYPE_CHECKING:
 
 
 class Watchers:
-    """The watchers of one run, their shared wiring, and what they cost. Intervals that somebody typed are obeyed."""
+    """The watchers of one run, and what they cost. Intervals that somebody typed are obeyed."""
 
-    def __init__(self, settings: Settings, folder: RunFolder, encoder: Encoder, record: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        trainer: SlimPajamaTrainer,
+        settings: Settings,
+        folder: RunFolder,
+        encoder: Encoder,
+        record: dict[str, Any],
+    ) -> None:
         run, typed = settings.run, settings.typed
         self.progress = ShowProgress()
-        self.samples = GenerateSamples(folder, encoder, run.display_samples, "display_samples" in typed, self.progress)
-        self.passports, self.prompts = SamplePassports(folder, encoder), FixedPrompts(folder, encoder)
+        self.samples = GenerateSamples(trainer, folder, encoder, run.display_samples, "display_samples" in typed)
+        self.passports = SamplePassports(trainer, folder, encoder)
+        self.prompts = FixedPrompts(trainer, folder, encoder)
         self.views = ViewProcess(folder, *views.caption_of(record), max_steps=settings.training.max_steps)
-        first = record["sessions"][-1]["step"]
-        self.trackers = Trackers(training_arguments.asked(settings.training.report_to), folder, record["run_id"], first)
-        # Trainer would send what it logs itself, which is nothing.
-        settings.training.report_to = []
-        self.drawing = DrawViews(self.views, run.viz_interval, "viz_interval" in typed)
+        self.drawing = DrawViews(trainer, self.views, run.viz_interval, "viz_interval" in typed)
+        names, first = training_arguments.asked(settings.training.report_to), record["sessions"][-1]["step"]
+        self.trackers = Trackers(names, folder, record["run_id"], first, trainer.recorder.flush)
 
     @property
     def callbacks(self) -> list[TrainerCallback]:
@@ -55,15 +57,9 @@ class Watchers:
         return [*asking, self.drawing, self.trackers, self.progress]
 
     def listen_to(self, recorder: StepRecorder) -> None:
-        recorder.listeners.append(self.progress.on_row)
-        if not devices.is_sharded():
-            recorder.listeners.append(self.passports.on_row)
-        recorder.listeners.append(self.trackers.on_row)
-        self.trackers.flush = recorder.flush
-        recorder.trouble = self.trackers.say = self.progress.say
-
-    def look_at(self, trainer: SlimPajamaTrainer) -> None:
-        self.samples.trainer = self.drawing.trainer = self.passports.trainer = self.prompts.trainer = trainer
+        """Have the rows of the ledger from now on."""
+        passports = [] if devices.is_sharded() else [self.passports.on_row]
+        recorder.listeners += [self.progress.on_row, *passports, self.trackers.on_row]
 
     @property
     def seconds(self) -> float:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from slimpajama_hf import terminal
+from slimpajama_hf import screen, terminal
 from slimpajama_hf.files import GrowingFile
 from slimpajama_hf.model import generation, memory
 from slimpajama_hf.watching import budget
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from slimpajama_hf.record.run_folder import RunFolder
     from slimpajama_hf.samples.encoder import Encoder
     from slimpajama_hf.training.trainer import SlimPajamaTrainer
-    from slimpajama_hf.watching.progress import ShowProgress
 
 
 #: Samples may be this far ahead of their share, seconds: a run shows early how it writes.
@@ -29,13 +28,12 @@ class GenerateSamples(TrainerCallback):
     """
 
     def __init__(
-        self, folder: RunFolder, encoder: Encoder, interval: int, obeyed: bool, progress: ShowProgress
+        self, trainer: SlimPajamaTrainer, folder: RunFolder, encoder: Encoder, interval: int, obeyed: bool
     ) -> None:
+        self._trainer = trainer
         self.file = GrowingFile(folder.samples)
         self._encoder = encoder
         self._interval, self._obeyed = interval, obeyed
-        self._progress = progress
-        self.trainer: SlimPajamaTrainer | None = None
         self.seconds = 0.0
         """Time that all samples have taken."""
         self.taken = 0
@@ -43,23 +41,20 @@ class GenerateSamples(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Before the update: the weights are those of checkpoint-<step>, and the document is not learned yet.
-        trainer = self.trainer
-        if trainer is None or state.global_step % self._interval or not state.is_world_process_zero:
+        trainer = self._trainer
+        if state.global_step % self._interval or not state.is_world_process_zero:
             return
         cost = self.seconds / self.taken if self.taken else 0.0
         if not self._obeyed and not budget.affordable(
             trainer, budget.SAMPLES, self.seconds, cost, advance=SAMPLES_AHEAD_SECONDS
         ):
             return
-        before = trainer.clock._now()
-        with trainer.clock.paused():
+        with trainer.clock.paused() as pause:
             sample = self._sample(trainer, state.global_step)
             problem = self.file.append(sample)
             if problem is not None:
-                self._progress.say(
-                    f"not saved: the sample of step {state.global_step} ({problem}); the next one tries again"
-                )
-        self.seconds += trainer.clock._now() - before
+                screen.say(f"not saved: the sample of step {state.global_step} ({problem}); the next one tries again")
+        self.seconds += pause.seconds
         self.taken += 1
 
     def _sample(self, trainer: SlimPajamaTrainer, step: int) -> dict[str, Any]:
@@ -93,7 +88,7 @@ class GenerateSamples(TrainerCallback):
             sample["error"] = memory.in_words(error)
             self.failures.append(f"step {step}: {sample['error']}")
             shown = f"{_one_line(terminal.written(sample['input']), 60)} → failed: {sample['error']}"
-        self._progress.say(f"sample @ {step}: {shown}")
+        screen.say(f"sample @ {step}: {shown}")
         return sample
 
 

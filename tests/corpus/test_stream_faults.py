@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -163,12 +164,12 @@ def test_patience_ends_with_words(hub, part):
 
 @pytest.mark.parametrize("ahead", [0, 8])
 def test_a_stop_ends_the_wait_at_once(hub, encoder, ahead):
-    stream = SampleStream(corpus(), encoder, "truncate", 32, read_ahead=ahead)
-    samples = iter(stream)
+    told = math.inf
+    stop = lambda: time.monotonic() > told  # noqa: E731
+    samples = iter(SampleStream(corpus(), encoder, "truncate", 32, read_ahead=ahead, stop=stop))
     assert len([next(samples) for _ in range(3)]) == 3
     hub.faults.append(Fault("resolve", how="stall" if ahead else "", status=None if ahead else 503, seconds=60))
     told = time.monotonic() + 1
-    stream.stop = lambda: time.monotonic() > told
     with pytest.raises(StopRequested):
         list(samples)
     assert time.monotonic() - told < 1

@@ -264,7 +264,7 @@ def test_a_damaged_row_and_a_damaged_checkpoint_are_named(finished, tmp_path):
     lines = (run / "ledger.jsonl").read_text().splitlines(keepends=True)
     lines[5] = "{\n"
     (run / "ledger.jsonl").write_text("".join(lines))
-    with pytest.raises(UserError, match="step 5 cannot be read"):
+    with pytest.raises(UserError, match="step 5: not JSON"):
         inspection.inspect(run, 12)
     assert inspection.inspect(run, 4).row["step"] == 4
 

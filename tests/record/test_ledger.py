@@ -77,11 +77,11 @@ def test_cutting_back_and_going_on_equals_never_having_stopped(tmp_path):
 def test_a_ledger_that_is_too_short_or_has_a_gap_is_refused(tmp_path):
     path = tmp_path / "ledger.jsonl"
     fill(path, 3)
-    with pytest.raises(ValueError, match="3 steps"):
+    with pytest.raises(ValueError, match="holds 3 of 5 steps"):
         ledger.cut_back(path, 5)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + lines[2])
-    with pytest.raises(ValueError, match="step 2 where step 1"):
+    with pytest.raises(ValueError, match="step 1: its line holds step 2"):
         ledger.cut_back(path, 3)
 
 
@@ -139,7 +139,60 @@ def test_columns_grow_past_their_first_size(tmp_path):
     assert columns.first(10).throughput.tolist() == [100.0 + step for step in range(10)]
 
 
-def test_one_row_can_be_read(tmp_path):
+def test_rows_can_be_read_from_any_line_on(tmp_path):
     fill(tmp_path / "ledger.jsonl", 5)
-    assert ledger.read_row(tmp_path / "ledger.jsonl", 3)["row"] == 3
-    assert ledger.read_row(tmp_path / "ledger.jsonl", 9) is None
+    assert [each["row"] for each in ledger.rows(tmp_path / "ledger.jsonl")] == list(range(5))
+    line = (tmp_path / "ledger.jsonl").read_bytes().splitlines(keepends=True)[0]
+    assert next(ledger.rows_and_ends(tmp_path / "ledger.jsonl", len(line), 1))[0]["row"] == 1
+
+
+def test_a_check_by_bytes_is_the_check_by_values(tmp_path, monkeypatch):
+    """Whatever a row holds, in whatever version it was written: one line changed is one step named."""
+    path = tmp_path / "ledger.jsonl"
+    book = Ledger(path)
+    odd = {
+        1: {"domain": 'a","throughput":1.0,"x":"', "shard": '\\"', "loss": math.nan},
+        2: {"domain": ',"step_seconds":3,', "added": {"weight_norm": 1.5}},
+        3: {"samples": [{"rank": 0, "loss": 1.0}, {"rank": 1, "loss": 2.0}]},
+        4: {"skipped": {"blank": 2}, "gaps": [{"shard": "ü", "row": 1, "reason": "x"}], "spike": 6.5},
+    }
+    for step in range(8):
+        book.append(row(step, **odd.get(step, {})))
+    book.close()
+    whole = path.read_bytes()
+    kept = ledger.check(path)
+    assert kept.chain == book.chain and kept.bytes == len(whole)
+    assert kept.predicted.tolist() == [255, 255, 255, 254, 255, 255, 255, 255]
+    assert math.isnan(kept.losses[1]) and kept.losses[5] == 4.95
+    by_bytes = [ledger._checked_by_bytes(line, step, before) is not None for step, (line, before) in enumerate(
+        zip(whole.splitlines(keepends=True), [ledger.CHAIN_START, *(each["chain"] for each in ledger.rows(path))], strict=False)
+    )]  # fmt: skip
+    assert by_bytes == [True, True, True, False, True, True, True, True]
+    monkeypatch.setattr(ledger, "_checked_by_bytes", lambda *line: None)
+    slow = ledger.check(path)
+    assert slow.chain == kept.chain and (slow.predicted == kept.predicted).all()
+    assert np.array_equal(slow.losses, kept.losses, equal_nan=True)
+
+
+def test_no_changed_byte_of_a_row_goes_unnoticed_but_those_of_the_clock(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    fill(path, 3)
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    line = whole[first : whole.index(b"\n", first)]
+    clock = [
+        place
+        for name in (b'"throughput":', b'"step_seconds":')
+        for place in range(line.index(name) + len(name), line.index(b",", line.index(name)))
+    ]
+    unnoticed = []
+    for place in range(len(line)):
+        damaged = bytearray(whole)
+        damaged[first + place] ^= 1
+        path.write_bytes(damaged)
+        try:
+            ledger.check(path, 3)
+            unnoticed.append(place)
+        except ledger.Damaged as error:
+            assert error.step in (1, 2)
+    assert set(unnoticed) <= set(clock)

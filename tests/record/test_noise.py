@@ -142,11 +142,11 @@ def test_a_layer_without_signal_is_told_from_one_that_has_it():
 
 
 def test_old_ledgers_have_no_layers(tmp_path):
-    from slimpajama_hf.report.rows import Rows
+    from slimpajama_hf.record.columns import read_columns
     from tests.report.test_report import make_run
 
-    rows = Rows(make_run(tmp_path / "run", 5, bare=True) / "ledger.jsonl").update()
-    assert len(rows) == 5 and noise.by_layer(rows.grad_layers.values()) == []
+    rows = read_columns(make_run(tmp_path / "run", 5, bare=True) / "ledger.jsonl")
+    assert len(rows) == 5 and noise.by_layer(rows.seldom["grad_layers"].values()) == []
 
 
 def test_training_does_not_know_of_it(run, shards, tmp_path):

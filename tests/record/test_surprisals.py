@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from slimpajama_hf.record import columns, surprisals
+from slimpajama_hf.record.ledger import Kept
 from slimpajama_hf.record.surprisals import Surprisals
 from tests.conftest import NANO, read_ledger, run_script
 
@@ -52,13 +55,36 @@ def test_cutting_back_leaves_exactly_what_the_ledger_predicted(tmp_path, before)
     path = tmp_path / "surprisals.f32"
     if before:
         path.write_bytes(before)
-    surprisals.cut_back(path, 5)
+    of_two_steps = Kept(predicted=np.array([2, 3]), losses=np.zeros(2))
+    # Of a step that is half there the mean is not known: it is named.
+    half = {1: [0], 3: [1]}.get(len(before) // 4, [])
+    assert surprisals.cut_back(path, of_two_steps) == half
     found = surprisals.read(path, 0, 5)
     assert path.stat().st_size == 20
-    whole = min(len(before) // 4, 5)
+    whole = {1: 0, 3: 2}.get(len(before) // 4, min(len(before) // 4, 5))
     assert (found[:whole] == 0).all() and np.isnan(found[whole:]).all()
-    surprisals.cut_back(path, 0)
+    surprisals.cut_back(path, Kept())
     assert path.stat().st_size == 0
+
+
+def test_values_that_do_not_have_the_loss_as_their_mean_become_unknown(tmp_path):
+    path = tmp_path / "surprisals.f32"
+    draw = np.random.default_rng(0)
+    predicted = draw.integers(0, 9, 10_000)
+    values = draw.exponential(5, predicted.sum()).astype(np.float32)
+    begins = surprisals.offsets(predicted)
+    losses = np.array([values[a:b].mean() if b > a else np.nan for a, b in itertools.pairwise(begins)])
+    damaged = [step for step in (0, 17, 4095, 4096, 9_998) if predicted[step]]
+    for step in damaged:
+        values[begins[step]] += 1.0
+    unknown = next(step for step in range(100, 200) if predicted[step])
+    values[begins[unknown] : begins[unknown + 1]] = np.nan
+    path.write_bytes(values.tobytes())
+    assert surprisals.cut_back(path, Kept(predicted=predicted, losses=losses)) == damaged
+    found = surprisals.read(path, 0, len(values))
+    changed = np.isnan(found) & ~np.isnan(values)
+    assert set(np.searchsorted(begins, np.flatnonzero(changed), side="right") - 1) == set(damaged)
+    assert (found[~changed] == values[~changed])[~np.isnan(values[~changed])].all()
 
 
 def test_an_old_run_without_the_file_goes_on_with_one(shards, tmp_path):

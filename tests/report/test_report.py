@@ -24,9 +24,9 @@ import pytest
 from slimpajama_hf import report
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.record import surprisals
+from slimpajama_hf.record.columns import Reader
 from slimpajama_hf.record.run_folder import RunFolder
 from slimpajama_hf.report import content, packing
-from slimpajama_hf.report.rows import Rows
 from tests.conftest import ROOT, environment, run_command
 from tests.report import browser
 from tests.report.browser import Browser
@@ -397,7 +397,7 @@ def test_old_torn_and_young_runs_give_a_report_that_says_so(tmp_path, what):
         (run / "surprisals.f32").unlink()
     path = report.write(run)
     assert path.stat().st_size > 50_000
-    meta, arrays = content.gather(RunFolder(run), Rows(run / "ledger.jsonl"))
+    meta, arrays = content.gather(RunFolder(run), Reader(run / "ledger.jsonl"))
     assert meta["steps"] == len(arrays["loss"]) == (0 if what == "empty" else 60)
     json.dumps(meta, allow_nan=False)
     if what in ("bare", "broken files", "no side file"):
@@ -422,13 +422,13 @@ def test_no_run_is_an_error_in_one_sentence(tmp_path):
 
 
 def test_the_home_folder_is_not_told(run):
-    meta, _ = content.gather(RunFolder(run), Rows(run / "ledger.jsonl"))
+    meta, _ = content.gather(RunFolder(run), Reader(run / "ledger.jsonl"))
     assert ["dataset", '"~/data"'] in meta["config"]
     assert str(Path.home()) not in json.dumps([meta["config"], meta["about"], meta["shards"]])
 
 
 def test_surprisals_are_the_side_files_to_a_ten_thousandth(run):
-    _, arrays = content.gather(RunFolder(run), Rows(run / "ledger.jsonl"))
+    _, arrays = content.gather(RunFolder(run), Reader(run / "ledger.jsonl"))
     first = json.loads((run / "passports.jsonl").read_text().splitlines()[0])
     size = len(first["before"])
     assert np.allclose(arrays["before"][:size] / 10000, first["before"], rtol=0, atol=1e-4)
@@ -450,12 +450,14 @@ def test_a_growing_ledger_is_read_on_and_one_cut_back_anew(tmp_path):
     whole = path.read_bytes()
     half = whole[: len(whole) // 2]
     path.write_bytes(half)
-    rows = Rows(path).update()
-    assert len(rows) == half.count(b"\n")
+    reader = Reader(path)
+    assert len(reader.update()) == half.count(b"\n")
     path.write_bytes(whole)
-    assert len(rows.update()) == 50 and rows.spikes == {40: 6.25} and rows.skipped_updates == {33: "not finite"}
+    rows = reader.update()
+    assert len(rows) == 50 and rows.seldom["spike"] == {40: 6.25}
+    assert rows.seldom["update_skipped"] == {33: "not finite"}
     path.write_bytes(b"".join(whole.splitlines(keepends=True)[:10]))
-    assert len(rows.update()) == 10 and not rows.spikes
+    assert len(reader.update()) == 10 and not reader.update().seldom["spike"]
 
 
 def test_it_needs_no_torch():

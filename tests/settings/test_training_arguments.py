@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 from transformers import TrainingArguments
@@ -112,26 +111,39 @@ def test_a_checkpoint_of_the_model_alone_is_refused_by_name(tmp_path, shards):
 
 
 def test_the_ledger_has_the_rate_of_the_optimizer(tmp_path, shards):
-    """The schedule of a checkpoint, not the formula: here they differ on purpose."""
+    """Not what a formula says of the step: here they differ on purpose."""
+    from transformers import TrainerCallback
+
+    from tests.test_faults import make_trainer
+
+    class Halve(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 7:
+                for group in kwargs["optimizer"].param_groups:
+                    group["lr"] *= 0.5
+
+    trainer = make_trainer(shards, tmp_path / "run", 9)
+    trainer.add_callback(Halve())
+    trainer.train()
+    trainer.recorder.close()
+    rate = trainer.args.learning_rate
+    assert [row["learning_rate"] for row in read_ledger(tmp_path / "run")][5:] == [rate, rate, 0.5 * rate, rate]
+
+
+@pytest.mark.parametrize(("flag", "value"), [("weight_decay", 0.5), ("learning_rate", 0.0005), ("adam_beta1", 0.5)])
+def test_a_change_that_a_resume_is_allowed_reaches_the_optimizer(tmp_path, finished, flag, value):
+    """A checkpoint has the options of its optimizer too, and loading it puts them back."""
+    import shutil
+
     import torch
 
-    from slimpajama_hf.record import checkpoints
-
-    run = tmp_path / "run"
-    flags = [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--output_dir", str(run), "--precision", "float32"]
-    assert run_script(*flags, "--max_steps", "4", "--warmup_steps", "2").returncode == 0
-    folder = run / "checkpoint-4"
-    state = torch.load(folder / "optimizer.pt", weights_only=True)
-    for group in state["param_groups"]:
-        group["lr"] *= 0.5
-    torch.save(state, folder / "optimizer.pt")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    entry = manifest["files"]["optimizer.pt"]
-    entry["bytes"], entry["sha256"] = (
-        (folder / "optimizer.pt").stat().st_size,
-        checkpoints._sha256(folder / "optimizer.pt"),
-    )
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    more = run_script("--output_dir", str(run), "--resume_from_checkpoint", "true", "--max_steps", "6")
-    assert more.returncode == 0, more.stderr
-    assert [row["learning_rate"] for row in read_ledger(run)][3:5] == [0.001, 0.0005]
+    run = shutil.copytree(finished, tmp_path / "run")
+    done = run_script(
+        "--output_dir", str(run), "--resume_from_checkpoint", "true", "--max_steps", "41", f"--{flag}", str(value),
+        "--allow_changes", flag, "--save_steps", "1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    groups = torch.load(run / "checkpoint-41" / "optimizer.pt", weights_only=True)["param_groups"]
+    name = {"learning_rate": "initial_lr", "adam_beta1": "betas"}.get(flag, flag)
+    values = [group[name][0] if name == "betas" else group[name] for group in groups]
+    assert value in values, values

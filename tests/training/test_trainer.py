@@ -14,10 +14,12 @@ from slimpajama_hf.model import presets as models
 from slimpajama_hf.record.ledger import Ledger, last_rows
 from slimpajama_hf.samples.sample import Sample
 from slimpajama_hf.screen import TrainingBar, Waiting, format_time
+from slimpajama_hf.training import schedule
 from slimpajama_hf.training.batches import collate
 from slimpajama_hf.training.clock import TrainingClock
 from slimpajama_hf.training.recorder import StepRecorder, shortest
 from slimpajama_hf.training.schedule import get_learning_rate
+from slimpajama_hf.training.step_numbers import SampleNumbers, Step, StepNumbers, pack
 from slimpajama_hf.training.trainer import PRIVATE_HOOKS
 
 
@@ -38,6 +40,28 @@ def test_learning_rate_of_the_first_steps_and_after():
     assert get_learning_rate(0, 1e-3, 0) == 1e-3
 
 
+def test_a_loaded_optimizer_goes_on_with_the_options_of_the_command_line():
+    def made(lr, **options):
+        weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+        groups = [{"params": weights[:1]}, {"params": weights[1:], "lr": lr / 2}]
+        optimizer = torch.optim.AdamW(groups, lr=lr, **options)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
+
+    before, scheduler = made(1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    for _ in range(4):
+        before.step()
+        scheduler.step()
+    optimizer, again = made(5e-4, weight_decay=0.3, betas=(0.8, 0.99))
+    options = schedule.chosen(again)
+    optimizer.load_state_dict(before.state_dict())
+    again.load_state_dict(scheduler.state_dict())
+    schedule.choose_again(again, options)
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-4 * 0.5, 2.5e-4 * 0.5]
+    assert {(group["weight_decay"], group["betas"]) for group in optimizer.param_groups} == {(0.3, (0.8, 0.99))}
+    again.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-4 * 0.6, 2.5e-4 * 0.6]
+
+
 def sample(tokens: int = 5) -> Sample:
     document = Document("text", "RedPajamaC4", "local", "a.jsonl", 3, "f" * 40, 4)
     return Sample(list(range(tokens)), document, Cursor(0, "a.jsonl", 4), 4, skipped={"blank": 2})
@@ -55,8 +79,9 @@ def test_the_recorder_writes_every_step_in_order_and_waits_for_no_device(tmp_pat
     heard = []
     recorder.listeners.append(lambda row: heard.append(row["step"]))
     for step in range(5):
-        values = torch.tensor([2.5, 3.0, 0.1, 0.0, *[float("nan")] * 4, 1.0, 2.0, 3.0, 4.0])
-        recorder.add(step, sample(), values, learning_rate=1e-3, seconds=0.5)
+        values = SampleNumbers.pack(torch.tensor(2.5), torch.tensor(3.0), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        numbers = StepNumbers(grad_norm=torch.tensor(0.1), not_finite=torch.tensor(0.0))
+        recorder.add(Step(step, sample(), 1e-3, 0.5), pack(numbers, [values]))
     recorder.close()
     assert heard == [0, 1, 2, 3, 4]
     (last,) = last_rows(tmp_path / "ledger.jsonl", 1)

@@ -58,11 +58,11 @@ def run_of(steps: int, **columns: Any) -> Columns:
             values[name] = value
     run = Columns()
     # A million calls of `append` would take longer than all tests here together.
-    run._store = {name: np.asarray(values[name], dtype) for name, dtype in NUMBERS.items()}
-    run._store["domain"] = domain.astype(np.int16)
+    run._store = {name: np.asarray(values.get(name, 0 * step), dtype) for name, dtype in NUMBERS.items()}
+    run._store["domain"] = domain.astype(np.int32)
     run._store["samples"], run._store["predicted"] = np.ones(steps, np.int32), run.tokens - 1 if steps else step
     run._size = steps
-    run.domains = DOMAINS[: int(domain.max()) + 1] if steps else []
+    run.names["domain"] = DOMAINS[: int(domain.max()) + 1] if steps else []
     return run
 
 
@@ -274,7 +274,7 @@ def test_a_million_rows_draw_a_bounded_number_of_points() -> None:
 def test_many_domains_are_counted_when_not_shown() -> None:
     run = run_of(400)
     run._store["domain"] = (np.arange(400) % 12).astype(np.int16)
-    run.domains = [f"my own corpus, part {i}" for i in range(12)]
+    run.names["domain"] = [f"my own corpus, part {i}" for i in range(12)]
     ax = panel(charts.draw(run, [], CAPTION), "domains")
     assert ax.get_ylabel().endswith("3 rarer not shown") and len(set(texts(ax, "end"))) == 9
 
@@ -327,7 +327,7 @@ HOSTILE = [
 
 def test_hostile_samples_render_without_a_warning() -> None:
     run = run_of(20)
-    run.domains = ["$\\frac{", "\n\u202e日本語" * 20, ""]
+    run.names["domain"] = ["$\\frac{", "\n\u202e日本語" * 20, ""]
     caption = charts.Caption("$x_{\n" + "t" * 500, "日本 $" + "s" * 900, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,9 @@ def trained(corpus: Path, run: Path, encoder: Any, steps: int = 40, watched: boo
     """A trained trainer with both callbacks."""
     trainer = make_trainer(corpus, run, steps)
     if watched:
-        sample = passports.SamplePassports(RunFolder(run), encoder, options.get("interval", 10))
-        prompts = FixedPrompts(RunFolder(run), encoder, options.get("prompt_interval", 20))
+        sample = passports.SamplePassports(trainer, RunFolder(run), encoder, options.get("interval", 10))
+        prompts = FixedPrompts(trainer, RunFolder(run), encoder, options.get("prompt_interval", 20))
         for callback in (sample, prompts):
-            callback.trainer = trainer
             trainer.add_callback(callback)
         trainer.recorder.listeners.append(sample.on_row)
         trainer.watched = (sample, prompts)
@@ -103,11 +103,14 @@ def test_prompts_are_written_at_their_steps_and_at_the_end(run):
 
 
 def test_it_is_cut_back_like_the_samples(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
     for name in (passports.PASSPORTS, prompts.PROMPTS):
-        path = tmp_path / name
-        path.write_bytes((run / name).read_bytes() + b'{"step": 40, "torn')
-        run_folder.cut_back_lines(path, lambda entry: entry["step"] < 20)
-        assert max(entry["step"] for entry in lines(path)) < 20
+        with open(copy / name, "ab") as file:
+            file.write(b'{"step": 40, "torn')
+    run_folder.cut_to(RunFolder(copy), RunFolder(copy), 20)
+    for name in (passports.PASSPORTS, prompts.PROMPTS):
+        kept = (run / name).read_bytes().splitlines(keepends=True)
+        assert (copy / name).read_bytes() == b"".join(line for line in kept if json.loads(line)["step"] < 20)
 
 
 def test_without_an_interval_it_keeps_to_its_budget(corpus, encoder, tmp_path, monkeypatch):
@@ -121,10 +124,9 @@ def test_without_an_interval_it_keeps_to_its_budget(corpus, encoder, tmp_path, m
     assert [entry["step"] for entry in lines(tmp_path / "run" / prompts.PROMPTS)] == [0, 40]
 
 
-def test_a_failure_is_said_once_and_training_goes_on(corpus, encoder, tmp_path):
+def test_a_failure_is_said_once_and_training_goes_on(corpus, encoder, tmp_path, capsys):
     trainer = make_trainer(corpus, tmp_path / "run", 12)
-    callback = passports.SamplePassports(RunFolder(tmp_path / "run"), encoder, 1)
-    callback.trainer = trainer
+    callback = passports.SamplePassports(trainer, RunFolder(tmp_path / "run"), encoder, 1)
     trainer.add_callback(callback)
 
     def broken(module: Any, arguments: Any, output: Any) -> None:
@@ -134,7 +136,7 @@ def test_a_failure_is_said_once_and_training_goes_on(corpus, encoder, tmp_path):
     trainer.model.lm_head.register_forward_hook(broken)
     trainer.train()
     assert trainer.model.training
-    assert [line for line in trainer.recorder.said if "passport" in line] == [
+    assert [line for line in capsys.readouterr().err.splitlines() if "passport" in line] == [
         "the passport of step 0 failed (RuntimeError: no room); training goes on"
     ]
     assert trainer.state.global_step == 12 and not (tmp_path / "run" / passports.PASSPORTS).exists()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from slimpajama_hf import screen
 from slimpajama_hf.record.run_folder import RunFolder
 from slimpajama_hf.watching import trackers
 from tests.conftest import NANO, make_records, read_ledger, run_script, write_records
@@ -105,8 +106,8 @@ def test_one_that_fails_is_said_once_and_the_other_goes_on(tmp_path, monkeypatch
     monkeypatch.setattr(trackers.Trackers, "_made", lambda self, name: tools[name])
     monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     monkeypatch.delenv("WANDB_RESUME", raising=False)
-    sender, said = trackers.Trackers(list(tools), RunFolder(tmp_path / "run"), "0123456789", 0), []
-    sender.say = said.append
+    sender, said = trackers.Trackers(list(tools), RunFolder(tmp_path / "run"), "0123456789", 0, lambda: None), []
+    monkeypatch.setattr(screen, "say", said.append)
     args, state = SimpleNamespace(run_name=None), SimpleNamespace(is_world_process_zero=True, global_step=0)
     sender.on_train_begin(args, state, None)
     for step in range(6):
@@ -132,8 +133,8 @@ def test_one_that_stands_still_holds_nothing_up_and_what_it_missed_is_counted(tm
     monkeypatch.setattr(trackers, "MOST_WAITING", 4)
     monkeypatch.setenv("WANDB_RUN_ID", "x")
     monkeypatch.setenv("WANDB_RESUME", "allow")
-    sender, said = trackers.Trackers(["wandb"], RunFolder(tmp_path / "run"), "0123456789", 0), []
-    sender.say = said.append
+    sender, said = trackers.Trackers(["wandb"], RunFolder(tmp_path / "run"), "0123456789", 0, lambda: None), []
+    monkeypatch.setattr(screen, "say", said.append)
     args, state = SimpleNamespace(run_name="r"), SimpleNamespace(is_world_process_zero=True, global_step=0)
     sender.on_train_begin(args, state, None)
     sender.on_row(ROW | {"step": 0})

@@ -18,6 +18,17 @@ const actions = { go: (i) => moveTo(i), hover: (i) => { if (i !== cursor.hover) 
 const charts = PANELS.map((panel) => new StepChart(panel, actions));
 $("charts").append(...charts.map((chart) => chart.node));
 
+// Numbers that this run has beside the usual ones: a panel each.
+function addPanels() {
+  for (const { name, meaning } of run.meta.added) {
+    const id = `added-${name}`, title = name[0].toUpperCase() + name.slice(1).replaceAll("_", " ");
+    if (charts.some((chart) => chart.panel.id === id)) continue;
+    const chart = new StepChart({ id, title, unit: meaning, values: `added:${name}`, sparse: true, read: (v) => fixed(v, 4) }, actions);
+    charts.push(chart);
+    $("charts").append(chart.node);
+  }
+}
+
 // Work that many events ask for is done once a frame.
 const waiting = new Set();
 function later(work) {
@@ -215,6 +226,7 @@ function take(content, first) {
   if (!run.n) { nothingYet(); return; }
   for (const id of ["curves", "one-step", "writing", "learning", "corpus"]) $(id).hidden = false;
   $("scrubber").hidden = false;
+  addPanels();
   if (whole_) { view.from = 0; view.to = Math.max(run.meta.steps - 1, 1); }
   chooseDomains();
   showDomains();

@@ -11,6 +11,7 @@ function showPassport() {
     ["bits per byte", fixed(run.bits_per_byte[i], 3)],
     ["gradient norm", fixed(run.grad_norm[i], 4)],
     ["learning rate", rate(run.learning_rate[i])],
+    ...meta.added.map(({ name, meaning }) => [name.replaceAll("_", " "), element("span", { title: meaning }, fixed(run[`added:${name}`][i], 4))]),
     ["domain", element("span", { title: domain.full }, element("i.dot", { style: { "--colour": css(onPaper(domain.colour)) } }), domain.name)],
     ["tokens kept", element("span", { id: "passport-tokens" }, count(run.tokens[i]))],
     ["tokens cut", cut ? `${run.cut_exact[i] ? "" : "about "}${count(cut)}` : "none"],
