@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,15 @@ def write_whole(path: Path, content: bytes | str) -> None:
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """The same file in another place, without its bytes a second time where that can be. It is not to be written to."""
+    try:
+        os.link(source, target)
+    except OSError:
+        # Another file system. A link by name would break when the other file is moved or deleted.
+        shutil.copyfile(source, target)
 
 
 class GrowingFile:

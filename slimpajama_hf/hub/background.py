@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import queue
 import signal
-import subprocess
-import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from slimpajama_hf import ROOT, priority, screen
+from slimpajama_hf import priority, screen
+from slimpajama_hf.child import Child
 from slimpajama_hf.hub.outbox import Outbox
 from slimpajama_hf.hub.upload_process import fields
 from slimpajama_hf.record import checkpoints
@@ -52,8 +49,7 @@ class Uploads(TrainerCallback):
         while something is laid ready."""
         self._folder, self._destination = folder, destination
         self._patience, self._clock = patience_seconds, clock
-        self._process: subprocess.Popen[str] | None = None
-        self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._child: Child | None = None
         self._failing: dict[str, Any] | None = None
         self._bytes_under_way = 0
         self._outbox: Outbox | None = None
@@ -81,7 +77,7 @@ class Uploads(TrainerCallback):
                 self._lay(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self._events.empty():
+        if self._child is not None and not self._child.answers.empty():
             self._listen()
 
     def _lay(self, step: int) -> None:
@@ -93,65 +89,45 @@ class Uploads(TrainerCallback):
         try:
             self._outbox.add(checkpoint)
         except OSError as error:
-            self._say(f"not pushed: {checkpoint.name} ({error.strerror or error}); training goes on")
+            screen.say(f"not pushed: {checkpoint.name} ({error.strerror or error}); training goes on")
         self._send({"wake": True})
 
     def _start(self) -> None:
         assert self._destination is not None
-        # A thread for arithmetic would only take a core from training; the token comes through the pipe.
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        root = str(ROOT)
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "slimpajama_hf.hub.upload_process", str(self._folder.path)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                encoding="utf-8",
-                env=environment,
-            )
+            self._child = Child("slimpajama_hf.hub.upload_process", str(self._folder.path))
         except OSError as error:
             self._failing = {"step": None, "why": str(error), "refused": True}
-            self._say(f"nothing is pushed to the Hub ({error}); training goes on")
+            screen.say(f"nothing is pushed to the Hub ({error}); training goes on")
             return
-        threading.Thread(target=self._hear, args=(self._process,), daemon=True, name="uploads").start()
+        # The token comes through the pipe: neither in the command nor in the environment.
         self._send(fields(self._destination))
 
-    def _hear(self, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            self._events.put(json.loads(line))
-
     def _send(self, message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            self._process.stdin.write(json.dumps(message) + "\n")  # type: ignore[union-attr]
-            self._process.stdin.flush()  # type: ignore[union-attr]
+        if self._child is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._child.send(message)
 
     def _listen(self) -> None:
         """Take in what the process has told; say when pushing begins to fail, and when it works again."""
-        while not self._events.empty():
-            event = self._events.get()
+        while self._child is not None and not self._child.answers.empty():
+            event = self._child.answers.get()
             if event["event"] == "failed":
                 if self._failing is None:
                     again = "the next checkpoint tries again" if event["refused"] else "it is tried again and again"
-                    self._say(f"not pushed to the Hub: {event['why']}; training goes on, {again}")
+                    screen.say(f"not pushed to the Hub: {event['why']}; training goes on, {again}")
                 self._failing = event
             elif event["event"] == "pushed":
                 if self._failing is not None:
-                    self._say(f"the Hub takes it again: step {event['step']:,} is pushed")
+                    screen.say(f"the Hub takes it again: step {event['step']:,} is pushed")
                 self._failing = None
                 self._bytes_under_way = 0
             elif event["event"] == "begun":
                 self._bytes_under_way = event["bytes"]
                 for trouble in event["trouble"]:
-                    self._say(f"pushed without {trouble}")
+                    screen.say(f"pushed without {trouble}")
             elif event["event"] == "dropped":
-                self._say(f"not pushed: {event['why']}")
-
-    def _say(self, line: str) -> None:
-        screen.say(line)
+                screen.say(f"not pushed: {event['why']}")
 
     # ---- at the end ----
 
@@ -165,13 +141,15 @@ class Uploads(TrainerCallback):
         pushed = self._outbox.pushed()
         there = pushed.get("step") if pushed.get("run_id") == record["run_id"] else None
         if saved and saved[-1] != there:
-            if self._process is None:
+            if self._child is None:
                 self._start()
             # The chart and the report on it are the final ones now.
             self._lay(saved[-1])
         if self._outbox.waiting():
             self._wait(LONGEST_WAIT_SECONDS if done else WAIT_WHEN_STOPPED_SECONDS)
-        self._end()
+        if self._child is not None:
+            self._child.end(patience_seconds=5)
+            self._child = None
         return self._summary(record["run_id"])
 
     def _wait(self, seconds: float) -> None:
@@ -185,12 +163,12 @@ class Uploads(TrainerCallback):
         words = f"pushing to {self._destination.repo}; Ctrl-C leaves it to `{command}`"
         with _ctrl_c(interrupted), screen.Waiting(words):
             while self._outbox.waiting() and time.monotonic() - began < seconds and not interrupted.is_set():
-                if self._process is None or self._process.poll() is not None:
+                if self._child is None or not self._child.is_alive:
                     return
                 # Again and again: one that has just started stands back by itself first.
-                priority.come_forward(self._process.pid)
+                priority.come_forward(self._child.pid)
                 try:
-                    event = self._events.get(timeout=0.1)
+                    event = self._child.answers.get(timeout=0.1)
                 except queue.Empty:
                     pass
                 else:
@@ -213,17 +191,6 @@ class Uploads(TrainerCallback):
     def _longest_silence(self) -> float:
         """Seconds without a word of the push that is under way (or being made ready) after which it is left."""
         return READY_SECONDS + self._patience + self._bytes_under_way / SLOWEST_BYTES_PER_SECOND
-
-    def _end(self) -> None:
-        if self._process is not None:
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()  # type: ignore[union-attr]
-            try:
-                self._process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-            self._process = None
 
     def _summary(self, run_id: str) -> list[str]:
         assert self._destination is not None and self._outbox is not None

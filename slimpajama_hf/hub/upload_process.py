@@ -16,7 +16,6 @@ import os
 import queue
 import random
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from slimpajama_hf import priority
+from slimpajama_hf import child, priority
 from slimpajama_hf.corpus import hub_files
 from slimpajama_hf.hub import staging
 from slimpajama_hf.hub.account import Destination, why
@@ -175,7 +174,7 @@ def quiet_and_bounded() -> None:
 
 def serve(run: str, lines: Iterable[str], tell: Tell) -> None:
     """Push until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    child.begin()
     priority.stand_back()
     inbox: queue.Queue[dict[str, Any] | None] = queue.Queue()
 
@@ -222,16 +221,10 @@ def _push_for_ever(pusher: Pusher, inbox: queue.Queue[dict[str, Any] | None]) ->
                 pusher.next_try = 0.0
 
 
-def tell_parent(event: dict[str, Any]) -> None:
-    """One event as a line on stdout."""
-    sys.stdout.write(json.dumps(event) + "\n")
-    sys.stdout.flush()
-
-
 def fields(destination: Destination) -> dict[str, Any]:
     """A destination as the first line of the input."""
     return dataclasses.asdict(destination)
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], sys.stdin, tell_parent)
+    serve(sys.argv[1], sys.stdin, child.answer)

@@ -129,16 +129,9 @@ def _lay_out(run: Run, start: int, again: Path) -> None:
         return
     with open(run.folder.ledger, "rb") as source, open(RunFolder(again).ledger, "wb") as copy:
         copy.writelines(itertools.islice(source, start))
-    shutil.copytree(checkpoints.path_of(run.folder.path, start), checkpoints.path_of(again, start), copy_function=link)
-
-
-def link(source: str, target: str) -> None:
-    """The same file in another place without a copy: weights are gigabytes, and a replay only reads them."""
-    try:
-        os.link(source, target)
-    except OSError:
-        # Another file system.
-        os.symlink(os.path.realpath(source), target)
+    shutil.copytree(
+        checkpoints.path_of(run.folder.path, start), checkpoints.path_of(again, start), copy_function=files.link_or_copy
+    )
 
 
 #: Flags of a replay: nothing but its ledger matters.

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import shutil
 import tempfile
 import uuid
@@ -252,19 +251,10 @@ def _lay_out(run: Run, plan: _Plan, again: Path) -> None:
         return
     run_folder.cut_to(old, new, plan.start)
     target = checkpoints.path_of(again, plan.start)
-    shutil.copytree(checkpoints.path_of(old.path, plan.start), target, copy_function=_link_or_copy)
+    shutil.copytree(checkpoints.path_of(old.path, plan.start), target, copy_function=files.link_or_copy)
     manifest = json.loads((target / checkpoints.MANIFEST).read_text(encoding="utf-8"))
     # Written whole to a new file: the old run's own manifest, linked here until now, stays as it is.
     files.write_json(target / checkpoints.MANIFEST, manifest | {"run_id": run_id}, indent=1)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    """The same file without its bytes a second time where that can be: checkpoints are never written to."""
-    try:
-        os.link(source, target)
-    except OSError:
-        # Another file system. A link by name would break when the old run is moved or deleted.
-        shutil.copyfile(source, target)
 
 
 def _of_the_schedule(config: dict[str, Any], plan: _Plan) -> list[str]:

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from slimpajama_hf import screen
+from slimpajama_hf.model import memory
+
 #: Folder inside a checkpoint: a model of its own, that `from_pretrained` loads.
 FOLDER = "averaged"
 _STATE = "averaging.json"
@@ -118,3 +121,13 @@ class WeightAverage:
         ]
         self._touches = json.loads((folder / _STATE).read_text(encoding="utf-8"))["touches"]
         return True
+
+
+def begin(model: Any, half_life: float, checkpoint: Path | None) -> WeightAverage:
+    """The average of a model's weights, which goes on with that of a checkpoint; one that has none is said."""
+    with memory.said("the average of the weights was made", "--average_weights 0 trains without it"):
+        average = WeightAverage(model, half_life)
+        loaded = checkpoint is not None and average.load(checkpoint)
+    if checkpoint is not None and not loaded:
+        screen.say(f"{checkpoint} has no averaged weights: their average begins here")
+    return average

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimpajama_hf.settings.arguments import HIDDEN_RATES
+
 #: What the gradients so far weigh in their average after another document: a half-life of 69 documents.
 MOMENTUM = 0.99
 #: Root mean square of an element of an update, as a share of the rate: that of AdamW's (Liu et al. 2025, arXiv
@@ -78,6 +80,16 @@ def set_apart(optimizer: torch.optim.Optimizer, which: list[nn.Parameter], rate:
             optimizer.add_param_group(same | options | {"params": moved, "lr": group["lr"] * rate})
 
 
+def of_hidden_matrices(optim: str, is_sharded: bool, hidden_optim: str, rate: float | None) -> tuple[str, float]:
+    """What the hidden matrices learn with (`muon`, `adamw`, or whatever else `--optim` is), and their rate as a share
+    of the learning rate. `hidden_optim` and `rate` as asked for; None: the usual one."""
+    if optim not in ("adamw_torch", "adamw_torch_fused"):
+        return optim, 1.0
+    # Orthogonal is a matrix as a whole, which no process has of a sharded model.
+    chosen = "adamw" if is_sharded else hidden_optim
+    return chosen, HIDDEN_RATES[chosen] if rate is None else rate
+
+
 def with_hidden_matrices(
     optimizer: Any, model: nn.Module, hidden_optim: str, rate: float, product_dtype: torch.dtype, documents: int
 ) -> Any:
@@ -86,7 +98,7 @@ def with_hidden_matrices(
     if hidden_optim == "muon":
         assert isinstance(optimizer, torch.optim.AdamW)
         return AdamWWithMuon.of(optimizer, model, rate, product_dtype, documents)
-    if rate != 1.0:
+    if hidden_optim == "adamw" and rate != 1.0:
         set_apart(optimizer, hidden_matrices(model), rate)
     return optimizer
 

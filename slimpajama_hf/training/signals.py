@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from slimpajama_hf import screen
+from slimpajama_hf import child, screen
 
 
 def can_be_caught() -> bool:
@@ -89,10 +87,5 @@ class StopSignals:
 def _end_with_launcher() -> None:
     """Under `accelerate launch`, take the launcher's death as SIGHUP: it hands no signal on (accelerate launch.py,
     `simple_launcher`), so `kill <launcher>` would leave this process training alone. Linux only."""
-    if sys.platform != "linux" or "ACCELERATE_MIXED_PRECISION" not in os.environ:
-        return
-    import ctypes
-
-    set_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGHUP, 0, 0, 0)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        child.end_with_parent(signal.SIGHUP)

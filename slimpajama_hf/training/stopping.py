@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from slimpajama_hf import screen
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.record import checkpoints
 
 if TYPE_CHECKING:
+    from slimpajama_hf.samples.sample import Sample
+    from slimpajama_hf.training.loss_scale import LossScale
     from slimpajama_hf.training.signals import StopSignals
+
+#: So many updates in a row that cannot be made mean that the weights are lost, not that a document is odd.
+MOST_NOT_FINITE_IN_A_ROW = 10
 
 #: Against a lack of memory.
 CURE = "close what else uses the device, or take a smaller --max_seq_length or --model"
@@ -32,19 +39,49 @@ class StopOnSignal(TrainerCallback):
             control.should_save = saving
 
 
-def weights_are_lost(rows: list[dict[str, Any]], run: Path, float16: bool) -> UserError:
-    """What to say of steps in a row (their rows of the ledger) whose update could not be made."""
+class LackOfMemory:
+    """Steps that did not fit into memory. The first one is skipped: another program may have been at the card. Then it
+    is the model that does not fit."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def of(self, step: int, sample: Sample, may_skip: bool) -> None:
+        """One more, of which nothing was applied. Raises UserError unless it may be skipped, which is said."""
+        self._count += 1
+        document = sample.document
+        if self._count > 1 or not may_skip:
+            again = ", again" if self._count > 1 else ""
+            raise UserError(f"out of memory at step {step} ({document.shard} row {document.row}){again}; {CURE}")
+        screen.say(
+            f"step {step}: out of memory on {document.shard} row {document.row}; it is skipped, the next time the run "
+            "stops"
+        )
+
+
+def weights_are_lost(rows: list[dict[str, Any]], run: Path, loss_scale: LossScale | None) -> UserError | None:
+    """Why the run ends, if it does: too many of the latest steps in a row (their rows of the ledger) had no update,
+    because loss or gradient was no number."""
+    most = MOST_NOT_FINITE_IN_A_ROW
+    if loss_scale is not None and len(rows) >= most and loss_scale.may_be_too_large():
+        # A gradient beyond float16's range is no sign of lost weights while the scale still comes down.
+        rows = [row for row in rows if row["loss"] is None or not math.isfinite(row["loss"])]
+    if len(rows) < most:
+        return None
     places = ", ".join(f"{row['shard']} row {row['row']} (step {row['step']})" for row in rows)
     good = checkpoints.newest_before_trouble(run)
     advice = f"go on from {good} " if good else "no checkpoint is older than this; start again "
+    precision = " or with --precision float32" if loss_scale is not None else ""
     return UserError(
         f"{len(rows)} steps in a row had a loss or a gradient that is no number and were skipped; the documents were "
-        f"{places}; {advice}with a smaller --learning_rate{' or with --precision float32' if float16 else ''}"
+        f"{places}; {advice}with a smaller --learning_rate{precision}"
     )
 
 
-def half_made(step: int, run: Path) -> str:
-    """What to say where memory ended in the update of `step`."""
+def memory_ended(step: int, run: Path, in_update: bool) -> str:
+    """What to say where memory ended at `step`, or in the middle of its update."""
+    if not in_update:
+        return f"out of memory at step {step}; {CURE}"
     newest = max(checkpoints.steps(run), default=None)
     where = f"go on from checkpoint-{newest}" if newest is not None else "start again"
     return f"out of memory in the update of step {step}: it is half made, and not saved; {where}: {CURE}"

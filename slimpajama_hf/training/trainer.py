@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +17,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from slimpajama_hf import precision, screen
 from slimpajama_hf.errors import SaidByTheFirst, UserError
-from slimpajama_hf.model import memory, optimization
-from slimpajama_hf.model.averaging import WeightAverage
+from slimpajama_hf.model import averaging, memory, optimization
 from slimpajama_hf.model.gpt2_step import GPT2Step
 from slimpajama_hf.record import checkpoints, noise
-from slimpajama_hf.settings.arguments import HIDDEN_RATES
 from slimpajama_hf.training import loss_scale, range_test, schedule, step_numbers, stopping
 from slimpajama_hf.training.backward import why_autograd
 from slimpajama_hf.training.batches import Batches, collate
@@ -32,6 +30,7 @@ from slimpajama_hf.training.processes import Processes
 from slimpajama_hf.training.recorder import AfterEachStep
 from slimpajama_hf.training.saving import Saving
 from slimpajama_hf.training.step_numbers import SampleNumbers, Step
+from slimpajama_hf.training.update import Update
 
 if TYPE_CHECKING:
     from slimpajama_hf.samples.sample import Sample
@@ -40,9 +39,6 @@ if TYPE_CHECKING:
     from slimpajama_hf.training.processes import News
     from slimpajama_hf.training.recorder import StepRecorder
 
-
-#: So many updates in a row that cannot be made mean that the weights are lost, not that a document is odd.
-MOST_NOT_FINITE_IN_A_ROW = 10
 
 #: Private methods of Trainer that we override or call: a test fails when their signature moves.
 PRIVATE_HOOKS = {
@@ -53,11 +49,6 @@ PRIVATE_HOOKS = {
     "_save": "(self, output_dir=None, state_dict=None)",
     "_save_checkpoint": "(self, model, trial)",
 }
-
-
-def _whole(norm: torch.Tensor) -> torch.Tensor:
-    """Of a sharded model a norm is a DTensor."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 class SlimPajamaTrainer(Trainer):
@@ -102,7 +93,7 @@ class SlimPajamaTrainer(Trainer):
         self.skipped_records: Counter[str] = Counter()
         """Records passed over in this session, by reason."""
         self._held_out = held_out
-        self._correct = self._loss = self._grad_norm = self._not_finite = torch.tensor(0.0)
+        self._correct = self._loss = torch.tensor(0.0)
         self._nats = torch.zeros(0)
         self._weight = 1.0
         """Of the sample that is on, in the loss of its step."""
@@ -113,13 +104,12 @@ class SlimPajamaTrainer(Trainer):
         self._loss_scale: LossScale | None = None
         """In float16 what the loss is multiplied by."""
         self.measuring = Measuring(self.clock)
-        self._out_of_memory = 0
+        self._lack = stopping.LackOfMemory()
         self._updating = False
         """Whether the optimizer is at work: what stops it leaves weights of which some have moved and some have not."""
         self._lr_find = lr_find
         self._average_half_life = average_half_life
-        self._hidden_optim, self._hidden_rate = hidden_optim, hidden_rate
-        self.average: WeightAverage | None = None
+        self.average: averaging.WeightAverage | None = None
         """The average of the weights, if one is kept; of several processes the first keeps it."""
         self._resumed_from: Path | None = None
         self._update_skipped = ""
@@ -127,8 +117,6 @@ class SlimPajamaTrainer(Trainer):
         """Why training stopped by itself, if it did."""
         self.computes_in = "unknown"
         """The precision of the step's products, as seen when training began."""
-        self._rate = 0.0
-        """The learning rate of the step that is on, from the optimizer."""
         after_each_step = AfterEachStep(
             self.clock, self._begin_training, self._record_step, self.tell_now, self._note_update
         )
@@ -143,6 +131,9 @@ class SlimPajamaTrainer(Trainer):
         if self.args.fp16 and self.args.device.type == "cpu" and self.accelerator.scaler is None:
             # Else it would be float32 there, without a word.
             self.accelerator.scaler, self.accelerator.native_amp = loss_scale.for_a_cpu(), True
+        self.hidden_optim, self.hidden_rate = optimization.of_hidden_matrices(
+            self.args.optim, self.is_fsdp_enabled, hidden_optim, hidden_rate
+        )
         # The bar and the lines are ours; the dictionary that this one prints is noise.
         self.remove_callback(PrinterCallback)
         self.run_path = Path(str(self.args.output_dir))
@@ -161,8 +152,7 @@ class SlimPajamaTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """The next samples. Each knows its weight, so nothing is counted; at the end of the stream training stops."""
-        batches = []
-        ahead = self.measuring.ahead
+        batches, ahead = [], self.measuring.ahead
         self.measuring.look_ahead(self.state.global_step, epoch_iterator)
         for _ in range(num_batches):
             try:
@@ -175,26 +165,11 @@ class SlimPajamaTrainer(Trainer):
 
     # ---- the step ----
 
-    @property
-    def hidden_optim(self) -> str:
-        """What the matrices in the blocks learn with: `muon`, `adamw`, or whatever else `--optim` is."""
-        if self.args.optim not in ("adamw_torch", "adamw_torch_fused"):
-            return self.args.optim
-        # Orthogonal is a matrix as a whole, which no process has of a sharded model.
-        return "adamw" if self.is_fsdp_enabled else self._hidden_optim
-
-    @property
-    def hidden_rate(self) -> float:
-        """Their rate as a share of the learning rate."""
-        if self.hidden_optim not in HIDDEN_RATES:
-            return 1.0
-        return HIDDEN_RATES[self.hidden_optim] if self._hidden_rate is None else self._hidden_rate
-
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As transformers', but that hidden matrices learn in their own way (`optimization.py`)."""
         there = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        if there or self.hidden_optim not in HIDDEN_RATES:
+        if there:
             return optimizer
         # Orthogonal is a matrix up to a factor of 2 here: that is not where `--precision float32` is exact.
         fast = precision.choose("auto", self.args.device)
@@ -213,12 +188,13 @@ class SlimPajamaTrainer(Trainer):
         """Linear warm-up to the rate, then constant; the first step trains at lr/warmup where transformers' has 0."""
         if self.lr_scheduler is None:
             own, warmup = self.args.learning_rate, self.args.get_warmup_steps(num_training_steps)
-            self.lr_scheduler = LambdaLR(
-                optimizer or self.optimizer,  # type: ignore[arg-type]
-                (lambda step: range_test.rate(step, num_training_steps) / own)
-                if self._lr_find
-                else lambda step: schedule.get_learning_rate(step, 1.0, warmup),
-            )
+
+            def share(step: int) -> float:
+                if self._lr_find:
+                    return range_test.rate(step, num_training_steps) / own
+                return schedule.get_learning_rate(step, 1.0, warmup)
+
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)  # type: ignore[arg-type]
             self._created_lr_scheduler = True
             self._chosen = schedule.chosen(self.lr_scheduler)
         return self.lr_scheduler
@@ -248,43 +224,29 @@ class SlimPajamaTrainer(Trainer):
                 raise
         # Outside: what the exception refers to is freed by now.
         memory.give_back()
-        raise UserError(self._where_memory_ended())
+        raise UserError(stopping.memory_ended(self.state.global_step, self.run_path, self._updating))
 
     def _note_update(self, begins: bool) -> None:
         self._updating = begins
-
-    def _where_memory_ended(self) -> str:
-        step = self.state.global_step
-        return (
-            stopping.half_made(step, self.run_path)
-            if self._updating
-            else f"out of memory at step {step}; {stopping.CURE}"
-        )
-
-    def _begin_average(self) -> None:
-        # Of a sharded model no process has the weights.
-        if not self._average_half_life or not self.team.is_first or self.is_fsdp_enabled:
-            return
-        with memory.said("the average of the weights was made", "--average_weights 0 trains without it"):
-            self.average = WeightAverage(self.accelerator.unwrap_model(self.model), self._average_half_life)
-            loaded = self._resumed_from is not None and self.average.load(self._resumed_from)
-        if self._resumed_from is not None and not loaded:
-            screen.say(f"{self._resumed_from} has no averaged weights: their average begins here")
 
     def _begin_training(self) -> None:
         """Weights are loaded, the optimizer is there: now the step can be made ready."""
         self.measuring.on(self.args.device)
         assert isinstance(self.lr_scheduler, LambdaLR)
         schedule.choose_again(self.lr_scheduler, self._chosen)
-        self._begin_average()
+        # Of several processes the first keeps it; of a sharded model no process has the weights.
+        if self._average_half_life and self.team.is_first and not self.is_fsdp_enabled:
+            model = self.accelerator.unwrap_model(self.model)
+            self.average = averaging.begin(model, self._average_half_life, self._resumed_from)
         if self.accelerator.scaler is not None:
             self._loss_scale = LossScale(self.accelerator.scaler, self.args.device)
             # What accelerate would do round the optimizer's step is done here (loss_scale.py says why).
             self.optimizer.scaler = None  # type: ignore[union-attr]
+        # Without accelerate's wrapping.
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         if self.why_autograd() is None:
             model = self.accelerator.unwrap_model(self.model)
             self.recorder.layers = [noise.layer_of(name) for name, _ in model.named_parameters()]
-            optimizer = self._plain_optimizer()
             with memory.said("the buffer of the gradients was made"):
                 self._written_out = GPT2Step(
                     model,
@@ -296,10 +258,10 @@ class SlimPajamaTrainer(Trainer):
                 )
             whole = self.stream.mode != "pack"
             self.measuring.begin(self._written_out, self.args.max_grad_norm, self._loss_scale, whole)
-        if self._written_out is not None:
-            self.computes_in = self._written_out.computes_in()
-        else:
-            self.computes_in = precision.seen_in(self.model, min(8, self.stream.max_length), self.args.device)
+        self.update = Update(optimizer, self._written_out, self._loss_scale)
+        step = self._written_out
+        by_hook = functools.partial(precision.seen_in, self.model, min(8, self.stream.max_length), self.args.device)
+        self.computes_in = step.computes_in() if step is not None else by_hook()
         precision.refuse_another(self.args.mixed_precision, self.computes_in)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -335,23 +297,11 @@ class SlimPajamaTrainer(Trainer):
         return SampleNumbers.pack(self._loss, self._correct, self._nats[: sample.predicted])
 
     def _without_memory(self, sample: Sample) -> torch.Tensor:
-        """The first time a step does not fit it is skipped: another program may have been at the card. Then it is the
-        model that does not fit, and UserError stops the run before anything of the step is applied."""
-        self._out_of_memory += 1
+        """The step that is on did not fit into memory: it has no loss. Raises UserError where that ends the run."""
         self.model.zero_grad(set_to_none=True)  # type: ignore[union-attr]
         memory.give_back()
-        document = sample.document
-        if self._out_of_memory > 1 or self.news is not None:
-            again = ", again" if self._out_of_memory > 1 else ""
-            raise UserError(
-                f"out of memory at step {self.state.global_step} ({document.shard} row {document.row}){again}; "
-                "close what else uses the device, or start a run with a smaller --max_seq_length or --model"
-            )
+        self._lack.of(self.state.global_step, sample, may_skip=self.news is None)
         self._update_skipped = "out of memory"
-        screen.say(
-            f"step {self.state.global_step}: out of memory on {document.shard} row {document.row}; it is skipped, "
-            "the next time the run stops"
-        )
         self._correct = torch.zeros((), device=self.args.device)
         self._nats = torch.full((sample.predicted,), float("nan"), device=self.args.device)
         return torch.full((), float("nan"), device=self.args.device)
@@ -373,62 +323,16 @@ class SlimPajamaTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
-        """The norm of the gradient; the optimizer scales by it while it reads, which saves a pass over the weights."""
-        if self._written_out is None:
-            return super()._clip_grad_norm(model)
-        norm = self._written_out.squared_norms().sum().sqrt()
-        too_long_by = ((norm + 1e-6) / self.args.max_grad_norm).clamp(min=1.0)
-        self._divide_gradients(too_long_by if self._loss_scale is None else too_long_by * self._loss_scale.factor)
-        return norm
-
-    def _divide_gradients(self, by: torch.Tensor) -> None:
-        """Of the step that is written out; without a pass over them where the optimizer does it as it reads."""
-        assert self._written_out is not None
-        optimizer = self._plain_optimizer()
-        if optimization.scales_in_kernel(optimizer, by.device):
-            optimizer.grad_scale = by
-        else:
-            self._written_out.gradients.div_(by)
-
-    def _plain_optimizer(self) -> Any:
-        """The optimizer without accelerate's wrapping."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        written_out = self._written_out is not None
+        return self.update.clip(self.args.max_grad_norm) if written_out else super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if grad_norm is None and self._written_out is not None:
-            grad_norm = self._written_out.squared_norms().sum().sqrt()
-            if self._loss_scale is not None:
-                # A scale that is learned before the optimizer's step is the next step's.
-                self._divide_gradients(self._loss_scale.factor.clone())
+            grad_norm = self.update.leave_unclipped()
         norm = super()._get_grad_norm(model, grad_norm)
-        # Read before the update: after it the scheduler has moved on.
-        self._rate = float(self._plain_optimizer().param_groups[0]["lr"])
-        self._grad_norm = norm if isinstance(norm, torch.Tensor) else torch.tensor(float(norm))
-        self._grad_norm = _whole(self._grad_norm)
-        self._skip_update_unless_finite()
+        # The loss of one sample among several is that process' own; all must decide alike.
+        self.update.decide(norm, self._loss, loss_decides=self.news is None, was_computed=not self._update_skipped)
         return norm
-
-    def _skip_update_unless_finite(self) -> None:
-        """Leave the weights as they are when the loss or the gradient is no number; the device is not waited for.
-
-        Fused optimizers take a flag for it on the device, made for gradient scaling (`found_inf`, torch/optim/adam.py),
-        where its kernels look at it; others, and a CPU, are told by having no gradients.
-        """
-        self._grad_norm = self._grad_norm.detach().to(self._loss.device)
-        finite = torch.isfinite(self._grad_norm)
-        if self.news is None:
-            # The loss of one sample among several is that process' own; all must decide alike.
-            finite = finite & torch.isfinite(self._loss)
-        self._not_finite = 1.0 - finite.float()
-        optimizer = self._plain_optimizer()
-        device = self._not_finite.device
-        if device.type != "cpu" and optimization.scales_in_kernel(optimizer, device):
-            optimizer.found_inf = self._not_finite
-        elif self._not_finite.item():
-            optimizer.zero_grad(set_to_none=True)
-        if self._loss_scale is not None:
-            # Nothing was computed in a step that did not fit.
-            self._loss_scale.learn(None if self._update_skipped else self._not_finite)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 x tokens x parameters, counted without walking over the modules at every step."""
@@ -447,13 +351,13 @@ class SlimPajamaTrainer(Trainer):
         self.steps_of_session += 1
         self.skipped_records.update(self.sample.skipped)
         step = self.state.global_step - 1
-        self.measuring.after(step, self.sample, self._not_finite)
+        self.measuring.after(step, self.sample, self.update.not_finite)
         if self.average is not None:
             self.average.step(step + 1)
         numbers = self.measuring.numbers
-        numbers.grad_norm, numbers.not_finite = self._grad_norm, self._not_finite
+        numbers.grad_norm, numbers.not_finite = self.update.grad_norm, self.update.not_finite
         numbers.measure(self.accelerator.unwrap_model(self.model))
-        finished = Step(step, self.sample, self._rate, self.clock.lap(), self._update_skipped)
+        finished = Step(step, self.sample, self.update.rate, self.clock.lap(), self._update_skipped)
         if self.news is not None:
             places = range(self.team.rank, len(self.sample.together), self.team.world_size)
             # What only filled a place is another's.
@@ -481,13 +385,8 @@ class SlimPajamaTrainer(Trainer):
             self.failure = SaidByTheFirst("the first process stops the run")
 
     def _look_at_what_is_not_finite(self) -> None:
-        bad = self.recorder.not_finite
-        most, scale = MOST_NOT_FINITE_IN_A_ROW, self._loss_scale
-        if scale is not None and len(bad) >= most and scale.may_be_too_large():
-            # A gradient beyond float16's range is no sign of lost weights while the scale still comes down.
-            bad = [row for row in bad if row["loss"] is None or not math.isfinite(row["loss"])]
-        if len(bad) >= most and self.failure is None:
-            self.failure = stopping.weights_are_lost(bad, self.run_path, scale is not None)
+        if self.failure is None:
+            self.failure = stopping.weights_are_lost(self.recorder.not_finite, self.run_path, self._loss_scale)
 
     # ---- evaluation ----
 
@@ -495,20 +394,14 @@ class SlimPajamaTrainer(Trainer):
         """Scores on held-out documents (`evaluation.py`), with the clock of training stopped."""
         if self._held_out is None:
             raise ValueError("no held-out documents were given to this trainer")
-        held_out = self._held_out
+        scores, must = functools.partial(self._held_out, self), self.args.metric_for_best_model is not None
+
+        def scores_if_they_fit() -> dict[str, float]:
+            return self.measuring.unless_out_of_memory(self.state.global_step, "evaluation", scores) or {}
+
         with self.clock.paused():
-            if self.is_fsdp_enabled or self.args.metric_for_best_model is not None:
-                # A sharded model computes with all processes or not at all.
-                metrics = held_out(self) if self.is_fsdp_enabled else self.team.first_does(lambda: held_out(self))
-            else:
-                metrics = self.team.first_does(
-                    lambda: (
-                        self.measuring.unless_out_of_memory(
-                            self.state.global_step, "evaluation", lambda: held_out(self)
-                        )
-                        or {}
-                    )
-                )
+            # A sharded model computes with all processes or not at all.
+            metrics = scores() if self.is_fsdp_enabled else self.team.first_does(scores if must else scores_if_they_fit)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
-import signal
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from slimpajama_hf import ROOT, priority
+from slimpajama_hf import child, priority
+from slimpajama_hf.child import Child
 from slimpajama_hf.record.run_folder import RunFolder
 
 #: The report is written at the end, and with every so many charts; then the search index goes on too.
@@ -41,8 +39,7 @@ class ViewProcess:
     def __init__(self, folder: RunFolder, title: str, subtitle: str, max_steps: int) -> None:
         self.folder = folder
         self._request = {"title": title, "subtitle": subtitle, "max_steps": max_steps}
-        self._process: subprocess.Popen[str] | None = None
-        self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._child: Child | None = None
         self.waiting = 0
         """Requests that are not answered yet."""
         self.cpu_seconds = 0.0
@@ -58,11 +55,10 @@ class ViewProcess:
         while self.waiting >= MOST_WAITING and self._running():
             self._take(timeout=1.0)
         try:
-            if not self._running():
-                self._start(stand_back=not final)
-            assert self._process is not None and self._process.stdin is not None
-            self._process.stdin.write(json.dumps(self._request | {"steps": steps, "final": final}) + "\n")
-            self._process.stdin.flush()
+            if self._child is None or not self._child.is_alive:
+                words = [] if final else ["stand-back"]
+                self._child = Child("slimpajama_hf.watching.view_process", str(self.folder.path), *words)
+            self._child.send(self._request | {"steps": steps, "final": final})
             self.waiting += 1
         except OSError as error:
             self.errors.append(f"step {steps}: {error}")
@@ -85,53 +81,23 @@ class ViewProcess:
             self._come_forward()
             self._take(timeout=0.2)
         self.collect()
-        if self._process is not None:
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()  # type: ignore[union-attr]
-            try:
-                self._process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-            self._process = None
+        if self._child is not None:
+            self._child.end(patience_seconds=10)
+            self._child = None
         return len(self.errors) == before
 
     def _come_forward(self) -> None:
-        if self._process is not None:
-            priority.come_forward(self._process.pid)
+        if self._child is not None:
+            priority.come_forward(self._child.pid)
 
     def _running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    def _start(self, stand_back: bool) -> None:
-        # A thread for arithmetic would only take a core from training.
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        root = str(ROOT)
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-        words = [
-            "-m",
-            "slimpajama_hf.watching.view_process",
-            str(self.folder.path),
-            *(["stand-back"] if stand_back else []),
-        ]
-        self._process = subprocess.Popen(
-            [sys.executable, *words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-            env=environment,
-        )
-        threading.Thread(target=self._listen, args=(self._process,), daemon=True, name="views").start()
-
-    def _listen(self, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            self._answers.put(json.loads(line))
+        return self._child is not None and self._child.is_alive
 
     def _take(self, timeout: float | None) -> bool:
+        if self._child is None:
+            return False
         try:
-            answer = self._answers.get(block=timeout is not None, timeout=timeout)
+            answer = self._child.answers.get(block=timeout is not None, timeout=timeout)
         except queue.Empty:
             return False
         self.waiting -= 1
@@ -171,8 +137,7 @@ class _SearchIndex:
 
 def serve(run: str, stand_back: bool) -> None:
     """The drawing side: answer requests from stdin until it ends; `stand_back`: training is on."""
-    # Ctrl-C goes to the whole terminal; the training process decides when drawing ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    child.begin()
     if stand_back:
         priority.stand_back()
     from slimpajama_hf import report
@@ -196,8 +161,7 @@ def serve(run: str, stand_back: bool) -> None:
         # The first answer carries the cost of starting and importing too.
         total = time.process_time()
         answer["cpu_seconds"], counted = total - counted, total
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        child.answer(answer)
 
 
 if __name__ == "__main__":

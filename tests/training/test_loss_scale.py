@@ -6,7 +6,6 @@ import math
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from slimpajama_hf.model.gpt2_step import GPT2Step
-from slimpajama_hf.training import loss_scale
-from slimpajama_hf.training import trainer as trainers
+from slimpajama_hf.training import loss_scale, stopping
 from slimpajama_hf.training.loss_scale import LossScale
+from slimpajama_hf.training.update import Update
 from tests.conftest import ROOT, environment, read_ledger
 from tests.model.test_gpt2_step import (
     build,
@@ -186,21 +185,14 @@ def test_it_goes_on_to_the_bit_with_its_scale(runs, tmp_path, backward):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-class _Recorder:
-    not_finite: list = []  # noqa: RUF012
-
-
 def failing(losses, scale) -> str | None:
-    """What stops a trainer whose latest rows, all skipped, had these losses."""
-    trainer = object.__new__(trainers.SlimPajamaTrainer)
-    trainer.recorder, trainer.failure, trainer._loss_scale = _Recorder(), None, scale
-    trainer.run_path = Path("nowhere")
-    trainer.recorder.not_finite = [
+    """What stops a run whose latest rows, all skipped, had these losses."""
+    rows = [
         {"loss": loss, "shard": "a", "row": step, "step": step, "update_skipped": "not finite"}
         for step, loss in enumerate(losses)
     ]
-    trainer._look_at_what_is_not_finite()
-    return str(trainer.failure) if trainer.failure else None
+    failure = stopping.weights_are_lost(rows, Path("nowhere"), scale)
+    return str(failure) if failure else None
 
 
 def test_a_scale_that_comes_down_ends_no_run_and_lost_weights_do():
@@ -221,27 +213,30 @@ def test_gradients_are_divided_by_the_scale_that_they_were_made_with(tokenizer, 
     model = build(tokenizer)
     ids = ids_of(40, len(tokenizer))
     exact = together(reference(model, ids)[1])
-    trainer = object.__new__(trainers.SlimPajamaTrainer)
-    trainer._loss_scale = LossScale(loss_scale.for_a_cpu(), torch.device("cpu"))
-    trainer._written_out = GPT2Step(model, "float32", 64, scale=trainer._loss_scale.factor)
-    trainer.optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
-    trainer.args = types.SimpleNamespace(max_grad_norm=limit, fp16=True)
-    trainer.accelerator = types.SimpleNamespace(distributed_type="NO")
-    trainer.news, trainer._update_skipped = None, ""
-    trainer._loss = trainer._written_out(ids).loss
-    before = trainer._written_out.gradients.clone()
-    norm = trainer._get_grad_norm(model, trainer._clip_grad_norm(model) if limit else None)
+    scale = LossScale(loss_scale.for_a_cpu(), torch.device("cpu"))
+    step = GPT2Step(model, "float32", 64, scale=scale.factor)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    update = Update(optimizer, step, scale)
+
+    def norm_of(loss):
+        norm = update.clip(limit) if limit else update.leave_unclipped()
+        update.decide(norm, loss, loss_decides=True, was_computed=True)
+        return norm
+
+    loss = step(ids).loss
+    before = step.gradients.clone()
+    norm = norm_of(loss)
     assert norm.item() == pytest.approx(exact.norm().item(), rel=1e-4)
     by = 2.0**16 * max(norm.item() / limit if limit else 1.0, 1.0)
     if fused:
-        assert trainer.optimizer.grad_scale.item() == pytest.approx(by, rel=1e-4)
-        assert torch.equal(trainer._written_out.gradients, before), "no pass over them"
+        assert optimizer.grad_scale.item() == pytest.approx(by, rel=1e-4)
+        assert torch.equal(step.gradients, before), "no pass over them"
     else:
-        assert (trainer._written_out.gradients - exact / (by / 2.0**16)).norm() < 1e-4 * exact.norm()
-    trainer._written_out(ids)
-    trainer._written_out.gradients[0] = math.inf
-    trainer._get_grad_norm(model, trainer._clip_grad_norm(model) if limit else None)
-    assert trainer._loss_scale.factor.item() == 2.0**15 and trainer._not_finite.item() == 1.0
+        assert (step.gradients - exact / (by / 2.0**16)).norm() < 1e-4 * exact.norm()
+    loss = step(ids).loss
+    step.gradients[0] = math.inf
+    norm_of(loss)
+    assert scale.factor.item() == 2.0**15 and update.not_finite.item() == 1.0
     if fused and not limit:
-        assert trainer.optimizer.grad_scale.item() == 2.0**16
+        assert optimizer.grad_scale.item() == 2.0**16
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import random
+import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from slimpajama_hf.record.run_folder import RunFolder
 from slimpajama_hf.watching.view_process import ViewProcess
+from tests.conftest import ROOT, environment
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="no such priorities on this system")
 
 
 def policy(views: ViewProcess) -> int:
-    assert views._process is not None
-    return os.sched_getscheduler(views._process.pid)
+    assert views._child is not None
+    return os.sched_getscheduler(views._child.pid)
 
 
 def wait_for(what) -> None:
@@ -49,7 +55,7 @@ def test_one_that_is_started_for_the_end_never_stands_back(finished):
     take = views._take
 
     def watched(timeout):
-        if views._process is not None:
+        if views._child is not None:
             seen.add(policy(views))
         return take(timeout)
 
@@ -57,3 +63,28 @@ def test_one_that_is_started_for_the_end_never_stands_back(finished):
     views._come_forward = lambda: None  # type: ignore[method-assign]
     assert views.finish(40)
     assert seen == {os.SCHED_OTHER}
+
+
+def test_it_ends_with_the_process_that_started_it(finished, tmp_path):
+    """Killed, a run leaves nobody behind who writes into its folder."""
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from slimpajama_hf.record.run_folder import RunFolder\n"
+        "from slimpajama_hf.watching.view_process import ViewProcess\n"
+        "views = ViewProcess(RunFolder(Path(sys.argv[1])), 'a run', '', 40)\n"
+        "views.request(20); print(views._child.pid, flush=True); time.sleep(60)"
+    )
+    run = shutil.copytree(finished, tmp_path / "run")
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, env=environment(), cwd=ROOT
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    # So early that it has not said yet whose child it is, and again in the middle of its work.
+    time.sleep(random.choice([0.0, 0.3, 1.0]))
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not os.path.exists(f"/proc/{child}") or "State:\tZ" in Path(f"/proc/{child}/status").read_text())
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    time.sleep(1.0)
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
