@@ -131,7 +131,7 @@ def choose_gpu(gpu: int | None, use_cpu: bool = False) -> None:
     of it is looked at afterwards.
 
     Without this a single process on a machine with several GPUs becomes `nn.DataParallel` with a batch of several
-    documents (transformers training_args.py, 5.23, line 1820).
+    documents (`TrainingArguments.train_batch_size`).
     """
     if is_distributed():
         if gpu is not None:

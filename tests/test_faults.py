@@ -172,6 +172,7 @@ def test_retention_is_by_step_number_whatever_the_clock_says(tmp_path):
     assert checkpoints.steps(tmp_path) == [20, 100]
 
 
+@pytest.mark.slow
 def test_sigusr1_saves_and_goes_on_and_a_second_ctrl_c_exits_at_once(corpus, tmp_path):
     run = tmp_path / "run"
     process = start(*flags_of(corpus, run, 230, "--save_steps", "100000"))
@@ -230,6 +231,7 @@ def test_a_pipe_that_nobody_reads_does_not_stop_training(corpus, unbroken, tmp_p
     fault_table("output pipe full from the first line on", 1, bit_equal=same)
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder_are_refused_and_a_stale_lock_is_recognised(corpus, tmp_path):
     run = tmp_path / "run"
     first = start(*flags_of(corpus, run, 230), stderr=subprocess.DEVNULL)

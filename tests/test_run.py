@@ -367,6 +367,7 @@ def test_accelerate_launch_runs_the_script(shards, tmp_path):
     assert len(read_ledger(run)) == 4
 
 
+@pytest.mark.slow
 def test_another_number_of_threads_is_said_and_the_command_that_goes_on_names_the_runs_own(shards, tmp_path):
     run = tmp_path / "run"
     flags = [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--save_steps", "3", "--output_dir", str(run)]

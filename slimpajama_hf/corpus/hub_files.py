@@ -1,7 +1,7 @@
 """Files on the Hub, read range by range, and lists of them, page by page; both outlast failures of network and server.
 
-`HfFileSystem.open` asks for the whole repository and for every name in the file's folder first (huggingface_hub 2.4,
-hf_file_system.py, lines 1226 to 1301): thousands of names for a folder of SlimPajama. huggingface_hub's own retries
+`HfFileSystem.open` asks for the whole repository and for every name in the file's folder first (huggingface_hub,
+`HfFileSystem.info`): thousands of names for a folder of SlimPajama. huggingface_hub's own retries
 (`http_backoff`) wait up to 23 s without a word and know nothing of a stop; `datasets` repeats reads on the decompressor
 and loses what that had half done (trap 7 of its streaming). Here the same range is asked for again, below everything
 that decompresses: no byte is lost, none comes twice.

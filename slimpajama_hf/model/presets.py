@@ -144,8 +144,8 @@ def model_config(
         part.vocab_size = changes.get(vocab, needed)
         part.bos_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         part.eos_token_id = tokenizer.eos_token_id
-        # Without a pad token no forward looks for padding (transformers modeling_utils.py, 5.23, line 4692: a device
-        # read).
+        # Without a pad token no forward looks for padding (a device read, in transformers'
+        # `warn_if_padding_and_no_attention_mask`).
         part.pad_token_id = changes.get("pad_token_id")
     for part in _with_those_inside(config):
         if part.dtype is not None:

@@ -78,50 +78,12 @@ def record_run(
 
     Raises UserError when the tokenizer or the model's configuration is not what the run was begun with.
     """
-    described = {
-        "name": settings.model.model,
-        "parameters": model.num_parameters(),
-        "checkpoint_bytes": checkpoint_bytes(model, settings.model.average_weights > 0, settings.model.hidden_optim),
-        "vocab_size": model.config.vocab_size,
-        "precision": precision,
-        # Seen when training begins.
-        "computed_in": None,
-        "max_seq_length": settings.data.max_seq_length,
-        "sample_mode": settings.data.sample_mode,
-        "sha256": _digest(
-            {k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "use_cache")}
-        ),
-    }
+    described = _model(settings, model, precision)
     tokenizer_sha256 = _digest(sorted(tokenizer.get_vocab().items()))
-    resuming = is_asked(settings.training.resume_from_checkpoint)
-    if resuming and folder.record.is_file():
+    if is_asked(settings.training.resume_from_checkpoint) and folder.record.is_file():
         record = folder.read_record()
-        allowed = (settings.run.allow_changes or "").split(",")
-        if record["tokenizer_sha256"] != tokenizer_sha256 and "tokenizer" not in allowed:
-            raise UserError(
-                f"--tokenizer {tokenizer_name}: its vocabulary is not the one that this run was begun with; "
-                "bring that one back, or add --allow_changes tokenizer"
-            )
-        if record["model"]["sha256"] != described["sha256"] and not {"model", "config_overrides", "tokenizer"} & set(
-            allowed
-        ):
-            raise UserError(
-                f"--model {settings.model.model}: its configuration is not the one that this run was begun with; "
-                "bring that one back, or add --allow_changes model"
-            )
-        threads = record.get("torch_threads")
-        now = torch.get_num_threads()
-        if settings.training.device.type == "cpu" and threads not in (None, now):
-            screen.say(
-                f"{now} threads where the run had {threads}: it goes on exactly, but not bit for bit; "
-                f"for that set OMP_NUM_THREADS={threads} (accelerate: --num_cpu_threads_per_process {threads})"
-            )
-        processes = record.get("processes", 1)
-        if processes != settings.training.world_size:
-            screen.say(
-                f"{settings.training.world_size} processes where the run had {processes}: it goes on with the next "
-                "document, and takes so many at a step from here on; none is lost and none comes twice"
-            )
+        _refuse_another(settings, record, tokenizer_name, tokenizer_sha256, described["sha256"])
+        _say_what_differs(settings, record)
     else:
         record = new_record(corpus.describe())
     # What was done after the checkpoint is done again: so are the starts that lay there.
@@ -144,3 +106,53 @@ def record_run(
     files.write_json(folder.record, record, indent=1)
     files.write_whole(folder.config, settings.to_yaml())
     return record
+
+
+def _model(settings: Settings, model: Any, precision: str) -> dict[str, Any]:
+    """What `run.json` says of the model."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "use_cache")}
+    return {
+        "name": settings.model.model,
+        "parameters": model.num_parameters(),
+        "checkpoint_bytes": checkpoint_bytes(model, settings.model.average_weights > 0, settings.model.hidden_optim),
+        "vocab_size": model.config.vocab_size,
+        "precision": precision,
+        # Seen when training begins.
+        "computed_in": None,
+        "max_seq_length": settings.data.max_seq_length,
+        "sample_mode": settings.data.sample_mode,
+        "sha256": _digest(config),
+    }
+
+
+def _refuse_another(
+    settings: Settings, record: dict[str, Any], tokenizer_name: str, tokenizer_sha256: str, model_sha256: str
+) -> None:
+    """Raise UserError when tokenizer or model are not those of the run, unless `--allow_changes` names them."""
+    allowed = set((settings.run.allow_changes or "").split(","))
+    if record["tokenizer_sha256"] != tokenizer_sha256 and "tokenizer" not in allowed:
+        raise UserError(
+            f"--tokenizer {tokenizer_name}: its vocabulary is not the one that this run was begun with; "
+            "bring that one back, or add --allow_changes tokenizer"
+        )
+    if record["model"]["sha256"] != model_sha256 and not {"model", "config_overrides", "tokenizer"} & allowed:
+        raise UserError(
+            f"--model {settings.model.model}: its configuration is not the one that this run was begun with; "
+            "bring that one back, or add --allow_changes model"
+        )
+
+
+def _say_what_differs(settings: Settings, record: dict[str, Any]) -> None:
+    """Say that threads or processes are others than those of the run."""
+    threads, now = record.get("torch_threads"), torch.get_num_threads()
+    if settings.training.device.type == "cpu" and threads not in (None, now):
+        screen.say(
+            f"{now} threads where the run had {threads}: it goes on exactly, but not bit for bit; "
+            f"for that set OMP_NUM_THREADS={threads} (accelerate: --num_cpu_threads_per_process {threads})"
+        )
+    processes, here = record.get("processes", 1), settings.training.world_size
+    if processes != here:
+        screen.say(
+            f"{here} processes where the run had {processes}: it goes on with the next document, and takes so many at "
+            "a step from here on; none is lost and none comes twice"
+        )

@@ -171,7 +171,7 @@ TRAINING_DEFAULTS: dict[str, tuple[Any, str | None]] = {
     "logging_strategy": ("no", None),
     # The ledger keeps every loss; the filter would show a NaN as 0.
     "logging_nan_inf_filter": (False, None),
-    # The stream is resumed by its cursor; the Trainer would read everything again (same file, line 1843).
+    # The stream is resumed by its cursor; the Trainer would read everything again (`Trainer._run_epoch`).
     "ignore_data_skip": (True, None),
     "remove_unused_columns": (False, None),
     "disable_tqdm": (True, None),

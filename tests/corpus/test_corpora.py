@@ -291,6 +291,7 @@ def test_without_a_hub_the_offline_command_is_shown_within_30_seconds(tmp_path, 
     assert time.monotonic() - start < 30 + 20, "25 s for the mirrors, the rest for importing on a busy machine"
 
 
+@pytest.mark.slow
 def test_a_hub_that_never_answers_is_given_up_and_something_moves_meanwhile(tmp_path):
     import socket
 

@@ -125,6 +125,7 @@ def test_it_loads_as_any_model_does(pushed, tmp_path):
     assert text.startswith("The river")
 
 
+@pytest.mark.slow
 def test_a_branch_holds_the_run_and_main_stays_as_it_is(hub, shards, tmp_path):
     run = tmp_path / "run"
     done = run_script(*flags(shards, run, 10, 5), "--hub_revision", "trial", **hub.environment())

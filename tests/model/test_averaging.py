@@ -54,6 +54,38 @@ def test_it_is_the_average_of_the_weights_that_were(every_step):
     assert not (every_step / "checkpoint-1/averaged").exists(), "nothing had been averaged yet"
 
 
+def test_it_is_the_average_of_torch_once_it_is_old_enough():
+    """`torch.optim.swa_utils` as oracle; young, ours is the plain mean, which `get_swa_multi_avg_fn` makes."""
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model = torch.nn.Linear(5, 3)
+    average = WeightAverage(model, 20.0)
+    decay = 0.5 ** (average.steps_between / 20)
+    mean = AveragedModel(model)
+    moving = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    draw, touches, old = torch.Generator().manual_seed(0), 0, False
+    for step in range(1, 201):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+        average.step(step)
+        if step % average.steps_between:
+            continue
+        touches += 1
+        if not old and 1 / touches > 1 - decay:
+            mean.update_parameters(model)
+            expected = mean.module
+        else:
+            if not old:
+                moving.load_state_dict(mean.state_dict())
+                old = True
+            moving.update_parameters(model)
+            expected = moving.module
+        for ours, theirs in zip(average._average, expected.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-6)
+    assert old and touches > 50
+
+
 def test_a_share_of_the_run_grows_with_it():
     """By hand: after t steps a half-life of t/5 steps, touched at every tenth."""
     model = torch.nn.Linear(1, 1, bias=False)
@@ -108,6 +140,7 @@ def test_it_goes_on_exactly(shards, every_step, tmp_path):
     assert all(torch.equal(weight, right[name]) for name, weight in left.items())
 
 
+@pytest.mark.slow
 def test_a_run_without_an_average_begins_one_and_says_so(shards, tmp_path):
     run = tmp_path / "run"
     run_of(*flags_of(shards, run, 6, "--save_steps", "6", "--average_weights", "0"))

@@ -299,6 +299,7 @@ def test_a_rate_that_is_none_is_one_sentence(shards, tmp_path):
     assert done.returncode == 2 and "--hidden_rate 0" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_begun_before_there_was_a_choice_goes_on_as_it_was(shards, tmp_path):
     run = tmp_path / "run"
     flags = [*WIDE, "--dataset", f"{shards}/*.jsonl.zst", "--output_dir", str(run), "--save_steps", "4"]
@@ -331,3 +332,41 @@ def test_a_device_is_not_read(tokenizer, monkeypatch):
             optimizer._step_matrices(group)
     assert {each["momentum_buffer"].device.type for each in optimizer.state.values()} == {"meta"}
     assert len(optimizer.state) == len(hidden_matrices(model)) == 8
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 192), (192, 48)])
+def test_orthogonal_is_what_torch_makes_of_it(shape):
+    """The same polynomial as `torch.optim.Muon`, as often."""
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    theirs = _zeropower_via_newtonschulz(matrix, optimization._POLYNOMIAL, optimization._ITERATIONS, 1e-7).float()
+    ours = orthogonal(matrix, torch.bfloat16).float()
+    assert torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), 0) > 0.999
+    assert ours.norm() / theirs.norm() == pytest.approx(1.0, abs=0.02)
+
+
+def test_made_at_every_document_it_moves_as_muon_of_torch(monkeypatch):
+    """Without turns, without Nesterov, matched to AdamW's length: 20 steps from the same weights."""
+    monkeypatch.setattr(optimization, "DOCUMENTS_BETWEEN", 1)
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(48, 64, generator=generator)
+    ours, theirs = (torch.nn.Linear(64, 48, bias=False) for _ in range(2))
+    for layer in (ours, theirs):
+        layer.weight.data.copy_(weight)
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    adamw = torch.optim.AdamW([{"params": [ours.weight]}], fused=True, **options)
+    optimizer = AdamWWithMuon.of(adamw, ours, 1.0, torch.bfloat16)
+    oracle = torch.optim.Muon(
+        [theirs.weight], momentum=optimization.MOMENTUM, nesterov=False, ns_coefficients=optimization._POLYNOMIAL,
+        ns_steps=optimization._ITERATIONS, adjust_lr_fn="match_rms_adamw", **options,
+    )  # fmt: skip
+    for _ in range(20):
+        gradient = torch.randn(48, 64, generator=generator)
+        ours.weight.grad, theirs.weight.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        oracle.step()
+    moved, expected = (layer.weight.detach() - weight for layer in (ours, theirs))
+    assert torch.nn.functional.cosine_similarity(moved.flatten(), expected.flatten(), 0) > 0.98
+    # Theirs is as long as singular values of 1 would make it; those of the polynomial lie about 1.
+    assert moved.norm() / expected.norm() == pytest.approx(1.0, abs=0.15)

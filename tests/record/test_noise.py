@@ -90,6 +90,7 @@ def square_and_agreement(gradients):
     return [products.diagonal().mean().item(), (products.sum() - products.trace()).item() / (count * (count - 1))]
 
 
+@pytest.mark.slow
 def test_the_ledger_has_what_the_gradients_of_the_next_documents_are(run, shards, encoder):
     """By hand, from the checkpoint of the step: its weights, and the eight documents from its cursor on."""
     rows = read_ledger(run)
@@ -149,6 +150,7 @@ def test_old_ledgers_have_no_layers(tmp_path):
     assert len(rows) == 5 and noise.by_layer(rows.seldom["grad_layers"].values()) == []
 
 
+@pytest.mark.slow
 def test_training_does_not_know_of_it(run, shards, tmp_path):
     """The same steps from a checkpoint on, with autograd's backward, measure nothing and read the same documents."""
     rows = read_ledger(run)

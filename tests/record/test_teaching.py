@@ -99,6 +99,7 @@ def test_an_update_teaches_its_own_document(run):
     assert min(taught) > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_has_the_same_numbers(corpus, tmp_path):
     """By the command line, which looks at steps 126 and 253: stopped before the first, and when its next document was
     read and not learned."""

@@ -217,6 +217,7 @@ def test_a_signal_to_the_launcher_stops_all_after_the_same_step_and_it_goes_on_e
     assert all(torch.equal(weight, right[name]) for name, weight in left.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_is_killed_ends_the_job_and_it_goes_on_with_fewer(corpus, encoder, tmp_path, rank):
     run = tmp_path / "run"
@@ -238,6 +239,7 @@ def test_a_process_that_is_killed_ends_the_job_and_it_goes_on_with_fewer(corpus,
     assert_verified(run)
 
 
+@pytest.mark.slow
 def test_two_launches_are_two_machines(corpus, two, tmp_path):
     run = tmp_path / "run"
     with socket.socket() as free:
@@ -259,6 +261,7 @@ def test_two_launches_are_two_machines(corpus, two, tmp_path):
     assert [json.loads(line)["step"] for line in (run / "evaluations.jsonl").read_text().splitlines()] == [15, 30]
 
 
+@pytest.mark.slow
 def test_what_the_first_refuses_is_said_once(two, corpus):
     process = start(torchrun(2), flags_of(corpus, two, 30))
     _, said = process.communicate(timeout=60)
@@ -269,6 +272,7 @@ def test_what_the_first_refuses_is_said_once(two, corpus):
     assert said.count("error: --max_steps: found 'ten', expected a whole number") == 1
 
 
+@pytest.mark.slow
 def test_a_step_of_several_documents_is_inspected_document_by_document(two):
     done = [run_command("inspect", str(two), "--step", "7", "--json", *more) for more in ([], ["--sample", "1"])]
     row = read_ledger(two)[7]
@@ -282,6 +286,7 @@ def test_a_step_of_several_documents_is_inspected_document_by_document(two):
     assert missing.returncode == 1 and "has samples 0 to 1" in missing.stderr
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_is_replayed_by_two(two):
     done = run_command("verify", str(two), "--replay", "12:16")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -314,6 +319,7 @@ def test_a_sharded_model_trains_saves_whole_and_goes_on(corpus, two, tmp_path):
             torch.testing.assert_close(weight, whole[name], rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_launcher_with_one_process_trains(tmp_path):
     run = tmp_path / "run"
     launch(torchrun(1), ["--test", "--max_steps", "2", "--output_dir", str(run)])
