@@ -43,6 +43,21 @@ def write_whole(path: Path, content: bytes | str) -> None:
     sync_folder(path.parent)
 
 
+#: For `os.open`: fail where the path is a link by name, which may lead to anybody's file.
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+
+
+def open_to_append(path: Path) -> Any:
+    """A binary file without a buffer to add to, made if it is not there. Raises OSError where the path is a link."""
+    return open(path, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags | NO_LINK, 0o666))
+
+
+def sync(path: Path) -> None:
+    """Force a file to the disk, if it is there."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def link_or_copy(source: str, target: str) -> None:
     """The same file in another place, without its bytes a second time where that can be. It is not to be written to."""
     try:
@@ -70,7 +85,7 @@ class GrowingFile:
         if not data:
             return None
         try:
-            with open(self.path, "ab", buffering=0) as file:
+            with open_to_append(self.path) as file:
                 end = file.tell()
                 if file.write(data) != len(data):
                     # Half a line must not stay.

@@ -74,7 +74,7 @@ def test_runs_one_after_the_other_in_one_process_and_in_a_thread(shards, tmp_pat
     assert "holds a run already" in str(answers[2]) and "--learning_rate 0.5" in str(answers[3])
     assert [row["step"] for row in read_ledger(first)] == [0, 1, 2, 3]
     assert checkpoints.steps(first) == [2, 4] and checkpoints.steps(second) == [2]
-    assert not list(tmp_path.glob("*/_lock")) and not list(tmp_path.glob("*/_replac*"))
+    assert not any(path.stat().st_size for path in tmp_path.glob("*/_lock")) and not list(tmp_path.glob("*/_replac*"))
     # Where a signal cannot be caught, that is said, and only there.
     assert said.count("Ctrl-C and SIGTERM are not caught") == 2, said
 

@@ -91,7 +91,7 @@ def of_checkpoint(
             raise UserError(f"{place}: not in a run folder, so its corpus is not known; name documents with --dataset")
         waiting("loading the model")
         length = max_length or (record["model"]["max_seq_length"] if record else 256)
-        model: Any = AutoModelForCausalLM.from_pretrained(str(folder))
+        model: Any = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=False)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         encoder = Encoder(load_tokenizer(str(folder)))
         waiting("loading `evaluate`")
@@ -107,7 +107,9 @@ def of_checkpoint(
         averaged = None
         if (folder / averaging.FOLDER / "config.json").is_file():
             waiting("scoring the averaged weights")
-            model = AutoModelForCausalLM.from_pretrained(str(folder / averaging.FOLDER)).to(model.device)
+            model = AutoModelForCausalLM.from_pretrained(str(folder / averaging.FOLDER), trust_remote_code=False).to(
+                model.device
+            )
             averaged = score(model, samples, size_of_vocabulary(encoder.tokenizer), on_sample)
     if not scores["all"].samples:
         raise UserError(f"{corpus.name}: no document in it that can be scored")

@@ -49,7 +49,7 @@ def from_checkpoint(folder: Path, prompt: str, new_tokens: int, temperature: flo
     prompt_ids, _ = encoder.encode(prompt)
     if not prompt_ids:
         raise UserError("--prompt: empty; expected the beginning of a text")
-    model: Any = AutoModelForCausalLM.from_pretrained(str(folder))
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=False)
     if len(prompt_ids) + new_tokens > model.config.max_position_embeddings:
         raise UserError(
             f"--prompt and --new_tokens: {len(prompt_ids)} + {new_tokens} tokens, but the model has "

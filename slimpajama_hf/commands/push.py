@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 if TYPE_CHECKING:
     import argparse
 
@@ -32,21 +30,31 @@ def main(options: argparse.Namespace) -> int:
     from slimpajama_hf.hub import account
     from slimpajama_hf.hub.outbox import Outbox
     from slimpajama_hf.hub.upload_process import Pusher, quiet_and_bounded
-    from slimpajama_hf.record import checkpoints
+    from slimpajama_hf.record import checkpoints, ownership, run_folder
     from slimpajama_hf.record.run_folder import RunFolder
+    from slimpajama_hf.settings.yaml_file import read_config
 
     folder = RunFolder(Path(options.run).expanduser())
     record = folder.read_record()
+    run_folder.refuse_links(folder)
     config: dict[str, Any] = {}
-    if folder.config.is_file():
-        config = yaml.safe_load(folder.config.read_text(encoding="utf-8")) or {}
+    before = Outbox(folder.path).pushed()
+    if not ownership.is_own(folder):
+        # Where it says that it is pushed is somebody else's word.
+        before = before if before.get("repo") == options.hub_model_id else {}
+        if options.hub_model_id is None:
+            raise UserError(
+                f"{folder.path}: this run was begun elsewhere, or before this program marked whose a run is; say where "
+                "it goes, with --hub_model_id me/run"
+            )
+    elif folder.config.is_file():
+        config = read_config(str(folder.config))
 
     def chosen(name: str, default: Any = None) -> Any:
         typed = getattr(options, name)
         return typed if typed is not None else config.get(name, default)
 
     outbox = Outbox(folder.path)
-    before = outbox.pushed()
     quiet_and_bounded()
     destination = account.resolve(
         chosen("hub_model_id") or before.get("repo") or folder.path.resolve().name,

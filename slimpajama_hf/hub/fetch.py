@@ -7,8 +7,6 @@ and row by row against the ledger's hash chain, and then moved: a kill leaves a 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import glob
 import hashlib
 import json
 import os
@@ -18,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import yaml
 
 from slimpajama_hf import files
@@ -29,6 +28,7 @@ from slimpajama_hf.hub.staging import STATE
 from slimpajama_hf.record import checkpoints, ledger, surprisals
 from slimpajama_hf.record.run_folder import RunFolder
 from slimpajama_hf.screen import Waiting
+from slimpajama_hf.session import stranger
 
 #: Where a run is put together before it is moved into its folder.
 INCOMING = "_incoming"
@@ -90,15 +90,15 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Several processes of one launch fetch the same run: the first does, the others find it done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "_fetching", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = filelock.FileLock(folder / "_fetching")
+        with contextlib.suppress(NotImplementedError):
+            lock.acquire()
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror}); choose another folder") from None
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 def _look(repo: str, revision: str | None, token: str | None) -> tuple[str, list[str]]:
@@ -139,16 +139,14 @@ def _put_together(incoming: Path, repo: str, commit: str, names: list[str], toke
 
     manifest_path = get(f"{STATE}/{checkpoints.MANIFEST}")
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        step = int(manifest["step"])
-    except (ValueError, KeyError):
-        raise UserError(f"--resume_from_checkpoint {repo}: its {STATE}/{checkpoints.MANIFEST} cannot be read") from None
+        manifest = checkpoints.read_manifest(manifest_path.parent)
+    except ValueError as error:
+        raise UserError(f"--resume_from_checkpoint {repo}: {STATE}/ cannot be gone on with: {error}") from None
+    step: int = manifest["step"]
     run = incoming / "run"
     checkpoint = checkpoints.path_of(run, step)
     checkpoint.mkdir(parents=True)
     for name in manifest["files"]:
-        if not _is_plain(name):
-            raise UserError(f"--resume_from_checkpoint {repo}: its manifest names {name!r}, which is no file of it")
         # As it was saved, where the root has a more portable form of it.
         source = f"{STATE}/{name}" if f"{STATE}/{name}" in names else name
         if source not in names:
@@ -190,12 +188,6 @@ def _download(repo: str, commit: str, name: str, into: Path, token: str | None) 
         ) from None
 
 
-def _is_plain(name: str) -> bool:
-    """A manifest from the Hub is a stranger's: its names stay inside the folder."""
-    parts = name.split("/")
-    return bool(name) and not name.startswith("/") and "\\" not in name and not {"..", ".", ""} & set(parts)
-
-
 def _wrong_in_ledger(path: Path, step: int, chain: str | None) -> str | None:
     """What is wrong with the fetched ledger, or None when its rows lead to the checkpoint's hash, each by its own."""
     try:
@@ -213,57 +205,20 @@ def _settle_here(run: Path, folder: Path, step: int, dataset: str | None, asked:
     config_path = run / "run_config.yaml"
     config: dict[str, Any] = yaml.safe_load(config_path.read_text(encoding="utf-8"))
     changed: dict[str, str] = {}
-    corpus = record["corpus"]
-    if corpus["mirror"] == "local":
-        here = _find_local(corpus["files"], dataset, asked)
-        for entry in corpus["files"]:
-            entry[1] = here[entry[0]]
-        assert dataset is not None
-        changed["dataset"] = corpus["name"] = dataset
-    elif corpus["mirror"] == "embedded":
-        # A place where nothing lies: it is built again from this Python, and compared.
-        for entry in corpus["files"]:
-            entry[1] = str((folder / INCOMING / entry[0]).absolute())
-    checkpoint = checkpoints.path_of(run, step)
-    if _was_a_path(str(config.get("tokenizer", "auto")), record["tokenizer"]):
-        for path in checkpoint.iterdir():
-            if path.name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece")):
-                (run / "tokenizer").mkdir(exist_ok=True)
-                shutil.copyfile(path, run / "tokenizer" / path.name)
-        changed["tokenizer"] = record["tokenizer"] = str(folder / "tokenizer")
-    if str(config.get("model", "")).endswith(".json"):
-        shutil.copyfile(checkpoint / "config.json", run / "model_config.json")
-        changed["model"] = record["model"]["name"] = str(folder / "model_config.json")
+    record["corpus"] = stranger.corpus_here(record["corpus"], dataset, f"--resume_from_checkpoint {asked}")
+    if record["corpus"]["mirror"] == "local":
+        changed["dataset"] = record["corpus"]["name"]
+    # They are moved into the folder with all the rest.
+    found = stranger.names_here(config, record, checkpoints.path_of(run, step), run)
+    changed |= {name: str(folder / Path(path).name) for name, path in found.items()}
+    record["tokenizer"] = changed.get("tokenizer", record["tokenizer"])
+    record["model"]["name"] = changed.get("model", record["model"]["name"])
     files.write_json(run / "run.json", record, indent=1)
     lines = [
         line if (name := line.partition(": ")[0]) not in changed else f"{name}: {json.dumps(changed[name])}"
         for line in config_path.read_text(encoding="utf-8").splitlines()
     ]
     files.write_whole(config_path, "\n".join(lines) + "\n")
-
-
-def _was_a_path(asked: str, recorded: str) -> bool:
-    """Whether a tokenizer was a folder or a file; a Hub id and `builtin` are the same everywhere."""
-    name = recorded if asked == "auto" else asked
-    return name != "builtin" and (name.endswith((".model", ".json")) or "/" not in name) and name != "gpt2"
-
-
-def _find_local(entries: list[list[Any]], dataset: str | None, asked: str) -> dict[str, str]:
-    """Shard name -> file on this machine, by the ends of their paths; that they are the same is checked when opened."""
-    names = [str(entry[0]) for entry in entries]
-    found = sorted(glob.glob(dataset, recursive=True)) if dataset else []
-    here = {
-        name: [path for path in found if Path(path).parts[-len(Path(name).parts) :] == Path(name).parts]
-        for name in names
-    }
-    missing = [name for name, paths in here.items() if len(paths) != 1]
-    if missing:
-        raise UserError(
-            f"--resume_from_checkpoint {asked}: this run reads {len(names):,} local files, which the Hub does not "
-            f"hold ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); name them on this machine with "
-            "--dataset 'folder/*.jsonl.zst'"
-        )
-    return {name: os.path.abspath(paths[0]) for name, paths in here.items()}
 
 
 def _move(incoming: Path, folder: Path, repo: str, commit: str) -> Path:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
@@ -20,6 +19,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from slimpajama_hf import files
 from slimpajama_hf.record import checkpoints
@@ -93,21 +94,20 @@ class Outbox:
     def lock(self) -> Iterator[bool]:
         """Whether this process is the one that takes from the outbox, until the end of the block."""
         self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path / "_lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock, held = filelock.FileLock(self.path / "_lock", blocking=False), True
         try:
-            held = True
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                held = False
-            except OSError:
-                # A file system without locks: the run's own lock says so already.
-                pass
+            lock.acquire()
+        except filelock.Timeout:
+            held = False
+        except (OSError, NotImplementedError):
+            # A file system without locks: the run's own lock says so already.
+            pass
+        try:
             if held:
                 self._take_back()
             yield held
         finally:
-            os.close(descriptor)
+            lock.release()
 
     def claim(self) -> tuple[int, Path] | None:
         """The next checkpoint to push and the folder of its files; None: nothing waits.

@@ -28,6 +28,7 @@ from slimpajama_hf.corpus import hub_files
 from slimpajama_hf.hub import staging
 from slimpajama_hf.hub.account import Destination, why
 from slimpajama_hf.hub.outbox import Gone, Outbox
+from slimpajama_hf.record import checkpoints, run_folder
 from slimpajama_hf.record.run_folder import RunFolder
 
 #: Between two tries: 1, 2, 4 ... s, with jitter, up to this.
@@ -90,6 +91,11 @@ class Pusher:
 
     def _push(self, step: int, folder: Path) -> None:
         began = time.monotonic()
+        # What waits may have been laid there by somebody else: only whole files of a checkpoint go up.
+        wrong = checkpoints.problem(folder)
+        if wrong is not None:
+            raise staging.NotOfThisRun(f"checkpoint-{step}: {wrong}")
+        run_folder.refuse_links(self.run)
         repo = self._open_repo()
         push = staging.prepare(
             folder, self.run, folder / "_push", repo, self.destination.with_state, self.destination.license

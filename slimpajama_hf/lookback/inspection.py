@@ -162,7 +162,7 @@ def view_of(checkpoint: Path, step: int, ids: list[int], encoder: Encoder) -> Ch
     from transformers import AutoModelForCausalLM
 
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(checkpoint)).float().eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(str(checkpoint), trust_remote_code=False).float().eval()
     except Exception as error:
         # torch, safetensors and transformers have errors of their own for a damaged file.
         reason = " ".join(str(error).split())[:200]

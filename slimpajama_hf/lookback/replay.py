@@ -20,9 +20,8 @@ from slimpajama_hf.errors import UsageError, UserError
 from slimpajama_hf.lookback.findings import Problems
 from slimpajama_hf.lookback.run import Report, Run, checkpoint_problem
 from slimpajama_hf.lookback.side_by_side import differences, side_by_side
-from slimpajama_hf.record import checkpoints
+from slimpajama_hf.record import checkpoints, ownership
 from slimpajama_hf.record.run_folder import RunFolder
-from slimpajama_hf.settings import yaml_file
 
 SCRIPT = ROOT / "run_clm_slimpajama.py"
 
@@ -51,7 +50,7 @@ def replay(path: str | Path, first: int, end: int) -> Report:
     ledger has no such steps, or when training them again does not succeed.
     """
     run = Run(path)
-    config = yaml_file.read_config(str(run.folder.config))
+    config = run.config_to_train()
     _refuse_range(run, first, end)
     start, notes = nearest_checkpoint(run, first)
     notes += not_as_it_was(run.record)
@@ -125,6 +124,8 @@ def _lay_out(run: Run, start: int, again: Path) -> None:
     """A run folder that stands at step `start`: record, first rows, checkpoint. Nothing of the run is written to."""
     again.mkdir()
     shutil.copyfile(run.folder.record, RunFolder(again).record)
+    if ownership.is_own(run.folder):
+        ownership.sign(RunFolder(again))
     if not start:
         return
     with open(run.folder.ledger, "rb") as source, open(RunFolder(again).ledger, "wb") as copy:

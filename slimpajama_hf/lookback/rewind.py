@@ -23,9 +23,8 @@ from slimpajama_hf import files, screen
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.lookback import replay, side_by_side
 from slimpajama_hf.lookback.run import Run
-from slimpajama_hf.record import checkpoints, ledger, run_folder
+from slimpajama_hf.record import checkpoints, ledger, ownership, run_folder
 from slimpajama_hf.record.run_folder import RunFolder
-from slimpajama_hf.settings import yaml_file
 
 if TYPE_CHECKING:
     from slimpajama_hf.lookback.run import Row
@@ -207,7 +206,7 @@ def rewind(
     such steps, when the folder is taken, or when training does not succeed.
     """
     run = Run(path)
-    config = yaml_file.read_config(str(run.folder.config))
+    config = run.config_to_train()
     plan = _plan(run, to, drop, steps)
     again = Path(output_dir).expanduser() if output_dir else default_folder(run.folder.path, plan.start, drop)
     if again.exists() and (not again.is_dir() or any(again.iterdir())):
@@ -247,6 +246,8 @@ def _lay_out(run: Run, plan: _Plan, again: Path) -> None:
             "left_out": plan.name or None, "left_out_steps": list(plan.left_out_steps),
         },
     }, indent=1)  # fmt: skip
+    if ownership.is_own(old):
+        ownership.sign(new)
     if not plan.start:
         return
     run_folder.cut_to(old, new, plan.start)

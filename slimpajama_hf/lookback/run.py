@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from slimpajama_hf.errors import UserError
-from slimpajama_hf.record import checkpoints, ledger
+from slimpajama_hf.record import checkpoints, ledger, ownership
 from slimpajama_hf.record.run_folder import RunFolder
 from slimpajama_hf.settings import yaml_file
+from slimpajama_hf.settings.what_matters import what_decides
 
 Row = dict[str, Any]
 
@@ -43,6 +44,11 @@ class Run:
     def config(self) -> dict[str, Any]:
         """The keys of run_config.yaml; nothing if it is not there. Raises UsageError when it is no configuration."""
         return yaml_file.read_config(str(self.folder.config)) if self.folder.config.is_file() else {}
+
+    def config_to_train(self) -> dict[str, Any]:
+        """As `config`, of somebody else's run what decides its numbers alone. Raises UsageError where there is none."""
+        config = yaml_file.read_config(str(self.folder.config))
+        return config if ownership.is_own(self.folder) else what_decides(config)
 
     def rows(self) -> Iterator[Row]:
         """The rows of the ledger that can be read; of the others, `unreadable` says what is wrong."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -67,16 +66,44 @@ def staged(run: Path, step: int, about: dict[str, Any]) -> Iterator[Path]:
         shutil.rmtree(parent, ignore_errors=True)
 
 
+def is_plain(name: Any) -> bool:
+    """Whether the name of a file leads to a place inside the folder that it is of: a manifest may be a stranger's."""
+    parts = name.split("/") if isinstance(name, str) else [""]
+    return "\\" not in name and "\0" not in name and not {"..", ".", ""} & set(parts)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises ValueError, in a few words, where it is none."""
+    try:
+        manifest = files.strict_json((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError("it has no manifest") from None
+    except (OSError, ValueError):
+        raise ValueError("its manifest cannot be read") from None
+    entries = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(entries, dict) or type(manifest.get("step")) is not int:
+        raise ValueError("its manifest is not one of ours")
+    for name, entry in entries.items():
+        if not is_plain(name):
+            raise ValueError(f"its manifest names {name!r}, which is no file of it")
+        if not (isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)):
+            raise ValueError(f"its manifest does not say what {name} holds")
+    return manifest
+
+
 def problem(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words, or None when every byte is as its manifest says."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return "it has no manifest"
-    except (OSError, ValueError):
-        return "its manifest cannot be read"
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return str(error)
+    if re.fullmatch(r"checkpoint-\d+", folder.name) and folder.name != f"checkpoint-{manifest['step']}":
+        return f"its manifest is of step {manifest['step']}"
     for name, expected in manifest["files"].items():
         path = folder / name
+        linked = next((each for each in (path, *path.parents) if each != folder and each.is_symlink()), None)
+        if linked is not None and folder in linked.parents:
+            return f"{linked.relative_to(folder)} is a link"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
@@ -95,7 +122,9 @@ def lacks(folder: Path) -> list[str]:
 
 def steps(run: Path) -> list[int]:
     """Steps of the checkpoints in a run folder, ascending."""
-    found = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in run.glob("checkpoint-*") if path.is_dir())
+    found = (
+        re.fullmatch(r"checkpoint-(0|[1-9]\d{0,11})", path.name) for path in run.glob("checkpoint-*") if path.is_dir()
+    )
     return sorted(int(match.group(1)) for match in found if match)
 
 
@@ -115,8 +144,8 @@ def newest_before_trouble(run: Path) -> Path | None:
     """The newest checkpoint that was not saved amid steps whose loss or gradient was no number."""
     for step in reversed(steps(run)):
         try:
-            manifest = json.loads((path_of(run, step) / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            manifest = read_manifest(path_of(run, step))
+        except ValueError:
             continue
         if not manifest.get("not_finite_in_a_row"):
             return path_of(run, step)

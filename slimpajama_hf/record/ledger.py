@@ -160,7 +160,7 @@ class Ledger:
     def __init__(self, path: Path, chain: str = CHAIN_START) -> None:
         self.path = path
         self.chain = chain
-        self._file: BinaryIO = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
+        self._file: BinaryIO = files.open_to_append(path)
 
     def append(self, row: Row) -> dict[str, Any]:
         """Write one row and return it as written (with `chain`). Raises OSError when the disk is full."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import json
 import os
 import socket
 import time
+import warnings
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from slimpajama_hf import screen
 from slimpajama_hf.errors import UserError
 
-#: The underscore keeps it out of uploads.
+#: The underscore keeps it out of uploads. It stays when a run ends, empty: a file that is removed while another process
+#: waits for it would be locked by both.
 FILE_NAME = "_lock"
 
 
@@ -24,50 +27,55 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE_NAME
-        self._descriptor: int | None = None
+        self._lock = filelock.FileLock(self.path, blocking=False)
 
     def take(self) -> None:
         """Raises UserError naming the run that is on in this folder: process, host, since when."""
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = self._holder(descriptor)
-            os.close(descriptor)
+            with warnings.catch_warnings():
+                # Said below in our words.
+                warnings.simplefilter("ignore")
+                self._lock.acquire()
+        except filelock.Timeout:
+            holder = self._holder()
             raise UserError(
                 f"{self.path.parent}: a run is on in this folder (process {holder.get('pid', '?')} on "
                 f"{holder.get('host', '?')} since {holder.get('since', '?')}); wait for it, stop it, or choose another "
                 "--output_dir"
             ) from None
-        except OSError:
+        except (OSError, NotImplementedError):
             # A file system without locks: the run goes on without one.
             screen.say(f"{self.path.parent}: this file system has no locks; do not start two runs in this folder")
-            os.close(descriptor)
             return
-        left = self._holder(descriptor)
+        left = self._holder()
         if left:
             screen.say(
                 f"took over a stale lock: process {left.get('pid', '?')} on {left.get('host', '?')}, here since "
                 f"{left.get('since', '?')}, is gone"
             )
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-        self._descriptor = descriptor
+        self._write(json.dumps(holder))
         atexit.register(self.release)
 
-    @staticmethod
-    def _holder(descriptor: int) -> dict[str, Any]:
+    def _holder(self) -> dict[str, Any]:
         try:
-            holder = json.loads(os.pread(descriptor, 4096, 0) or b"{}")
-        except ValueError:
+            holder = json.loads(self.path.read_bytes()[:4096] or b"{}")
+        except (OSError, ValueError, RecursionError):
             return {}
         return holder if isinstance(holder, dict) else {}
 
+    def _write(self, text: str) -> None:
+        """Into the file itself: another one in its place would be no lock."""
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self.path, os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0))
+            try:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, text.encode(), 0)
+            finally:
+                os.close(descriptor)
+
     def release(self) -> None:
-        """Give the folder back; the file goes first, so that nobody finds it stale."""
-        if self._descriptor is not None:
-            with contextlib.suppress(OSError):
-                self.path.unlink()
-            os.close(self._descriptor)
-            self._descriptor = None
+        """Give the folder back; its name goes first, so that nobody finds it stale."""
+        if self._lock.is_locked:
+            self._write("")
+            self._lock.release()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from slimpajama_hf import files, screen
 from slimpajama_hf.errors import UserError
-from slimpajama_hf.record import checkpoints, ledger, surprisals
+from slimpajama_hf.record import checkpoints, ledger, lock, surprisals
 from slimpajama_hf.record.lock import FolderLock
 
 EVALUATIONS = "evaluations.jsonl"
@@ -81,7 +81,10 @@ class RunFolder:
     def read_record(self) -> dict[str, Any]:
         """The content of `run.json`. Raises UserError when it is missing or torn."""
         try:
-            return json.loads(self.record.read_text(encoding="utf-8"))
+            record = files.strict_json(self.record.read_text(encoding="utf-8"))
+            if not isinstance(record, dict):
+                raise ValueError(f"a JSON object was expected, not {type(record).__name__}")
+            return record
         except FileNotFoundError:
             raise UserError(f"{self.path}: no run.json in it; expected the folder of a run") from None
         except (OSError, ValueError) as error:
@@ -98,11 +101,14 @@ def prepare(path: str, at_end: contextlib.ExitStack, resume: bool, overwrite: bo
         if not resume and not overwrite:
             _refuse_a_run(folder, path)
         folder.path.mkdir(parents=True, exist_ok=True)
+        refuse_links(folder)
+        if not resume:
+            _refuse_what_is_no_run(folder, path)
         files.write_whole(folder.path / "_writable", b"")
         (folder.path / "_writable").unlink()
-        lock = FolderLock(folder.path)
-        at_end.callback(lock.release)
-        lock.take()
+        held = FolderLock(folder.path)
+        at_end.callback(held.release)
+        held.take()
         # Left by a start that was killed while it replaced a run.
         settle_replaced(folder)
         if not resume and not overwrite:
@@ -122,6 +128,30 @@ def _refuse_a_run(folder: RunFolder, path: str) -> None:
         )
 
 
+def refuse_links(folder: RunFolder) -> None:
+    """Raise UserError where a file that a run writes is a link by name: it would write what that leads to."""
+    for found in [*_written(folder, links=True), folder.path / lock.FILE_NAME, folder.path / "_outbox"]:
+        if found.is_symlink():
+            raise UserError(
+                f"{found}: a link (to {os.readlink(found)}), and no file of a run; remove it, or choose another "
+                "--output_dir"
+            )
+
+
+def _refuse_what_is_no_run(folder: RunFolder, path: str) -> None:
+    """Raise UserError where files that a run would write, or delete, lie there and are not a run's: that has a
+    `run.json` of ours."""
+    with contextlib.suppress(UserError):
+        if "run_id" in folder.read_record():
+            return
+    foreign = [found for found in _written(folder) if not (found.is_dir() and not any(found.iterdir()))]
+    if foreign:
+        raise UserError(
+            f"{path} holds {foreign[0].name} and no run.json of this program: it is not known whose that is, and it is "
+            "left alone; choose another --output_dir, or remove it by hand"
+        )
+
+
 def refuse_full_disk(folder: RunFolder, checkpoint_bytes: int) -> None:
     """Raise UserError when not even one checkpoint fits on the disk."""
     free = shutil.disk_usage(folder.path).free + _bytes_of(folder.path / REPLACED)
@@ -137,14 +167,14 @@ def refuse_full_disk(folder: RunFolder, checkpoint_bytes: int) -> None:
 REPLACED, MOVING, DELETED = "_replaced", "_moving", "_deleted"
 
 
-def _written(folder: RunFolder) -> list[Path]:
-    """What a run has written, and nothing else that lies in its folder."""
+def _written(folder: RunFolder, links: bool = False) -> list[Path]:
+    """What a run has written, and nothing else that lies in its folder; with `links`, what is a link to nowhere too."""
     made = [checkpoints.path_of(folder.path, step) for step in checkpoints.steps(folder.path)]
     made += [
         folder.viz, folder.path / "_index", folder.path / "tensorboard", folder.ledger, folder.surprisals,
         *(folder.path / name for name in GROWING), folder.record, folder.config, folder.report,
     ]  # fmt: skip
-    return [path for path in made if path.exists()]
+    return [path for path in made if path.exists() or (links and path.is_symlink())]
 
 
 def put_aside(folder: RunFolder) -> None:
@@ -214,6 +244,7 @@ def cut_to(source: RunFolder, target: RunFolder, steps: int) -> ledger.Kept:
 
     Raises `ledger.Damaged`, with nothing changed, where the ledger is not as it was written.
     """
+    refuse_links(source)
     if source == target:
         kept = ledger.cut_back(target.ledger, steps)
     else:

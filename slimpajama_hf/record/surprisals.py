@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from slimpajama_hf import files
+
 if TYPE_CHECKING:
     from slimpajama_hf.record.ledger import Kept
 
@@ -26,7 +28,7 @@ class Surprisals:
     def __init__(self, path: Path, predicted: int = 0) -> None:
         self.path = path
         self._predicted = predicted
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | files.NO_LINK, 0o666)
 
     def write(self, nats: np.ndarray) -> None:
         """The values (tokens - 1,) of the next step, at their place; `advance` makes it the place of the one after.

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from slimpajama_hf.errors import UsageError
-from slimpajama_hf.settings.flags import all_tokens, read_flags
+from slimpajama_hf.settings.flags import all_tokens, read_flags, without_config
 from slimpajama_hf.settings.yaml_file import read_config
 
 if TYPE_CHECKING:
-    from slimpajama_hf.settings.settings import Settings
+    from slimpajama_hf.settings.settings import Settings, Stranger
 
 
 def parse(argv: Sequence[str]) -> Settings:
@@ -22,11 +23,14 @@ def parse(argv: Sequence[str]) -> Settings:
     Raises UsageError with one sentence for anything that cannot be understood, UserError for a resume that changes
     what matters.
     """
+    from slimpajama_hf.record import checkpoints, ownership
     from slimpajama_hf.record.run_folder import RunFolder
-    from slimpajama_hf.session import resume
+    from slimpajama_hf.session import resume, stranger
 
     settings = read_flags(argv)
     asked = settings.training.resume_from_checkpoint
+    named = settings.data.dataset if "dataset" in settings.typed else None
+    checkpoint: Path | None = None
     if not resume.is_asked(asked):
         return settings
     run = Path(settings.output_dir)
@@ -35,17 +39,26 @@ def parse(argv: Sequence[str]) -> Settings:
 
     if fetch.is_repo(str(asked)):
         run = run if "output_dir" in settings.typed else Path(fetch.folder_for(str(asked)))
-        dataset = settings.data.dataset if "dataset" in settings.typed else None
-        checkpoint = fetch.fetch(str(asked), str(run), dataset, settings.training.hub_token)
+        checkpoint = fetch.fetch(str(asked), str(run), named, settings.training.hub_token)
         argv = [*argv, "--resume_from_checkpoint", str(checkpoint)]
     elif str(asked).lower() != "true" and "output_dir" not in settings.typed:
         run = Path(str(asked)).parent
-    own = RunFolder(run).config
-    if not own.is_file():
+    folder = RunFolder(run)
+    if not folder.config.is_file():
         return settings
-    begun_with = resume.flags_of_run(read_config(str(own)), str(own))
+    config: dict[str, Any] = read_config(str(folder.config))
+    found: Stranger | None = None
+    if not ownership.is_own(folder):
+        # Its own configuration is not the user's word where it is named in full either.
+        argv = without_config(argv, folder.config)
+        typed = read_flags(argv)
+        named = typed.data.dataset if "dataset" in typed.typed else None
+        newest = checkpoints.newest_good(run)[0] if str(asked).lower() == "true" else checkpoint or Path(str(asked))
+        config, found = stranger.look_at(folder, config, newest, named)
+    begun_with = resume.flags_of_run(config, str(folder.config))
     recorded = read_flags(begun_with)
     settings = read_flags([*begun_with, f"--warmup_steps={recorded.training.warmup_steps}", *argv])
+    settings = dataclasses.replace(settings, stranger=found)
     settings = settings.changed(training={"output_dir": str(run)})
     resume.refuse_changes(settings, recorded)
     return settings

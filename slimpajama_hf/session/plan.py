@@ -56,6 +56,12 @@ def show(
     }
     for name, value in rows.items():
         screen.say(f"{name:>10}  {value}")
+    if settings.stranger is not None:
+        # Whoever goes on with it sees whose word it is.
+        left = [name for name in settings.stranger.left if name not in settings.typed and name != "output_dir"]
+        screen.say(f"{'begun':>10}  elsewhere, or before runs were marked; taken: {', '.join(settings.stranger.taken)}")
+        if left:
+            screen.say(f"{'not taken':>10}  {', '.join(left)}; type those that you want")
     warning = memory.warning(model, trainer.args.device, need, settings, memory.processes_here())
     if warning is not None:
         screen.say(f"{'warning':>10}  {warning}")

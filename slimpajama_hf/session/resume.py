@@ -17,6 +17,8 @@ from slimpajama_hf.corpus.documents import Cursor
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.record import checkpoints, ledger, run_folder
 from slimpajama_hf.record.run_folder import RunFolder, put_aside
+from slimpajama_hf.session import stranger
+from slimpajama_hf.settings.what_matters import WHAT_MATTERS
 
 if TYPE_CHECKING:
     from slimpajama_hf.corpus.corpus import Corpus
@@ -25,14 +27,6 @@ if TYPE_CHECKING:
 
 #: Rows that the policies on spikes and skipped updates look back on.
 ROWS_REMEMBERED = 200
-
-#: Arguments that make a run the run that it is: a resume that changes one is refused unless `--allow_changes` names it.
-WHAT_MATTERS = (
-    "dataset", "dataset_config_name", "dataset_revision", "dataset_split", "text_column", "sample_mode",
-    "max_seq_length", "shuffle_buffer", "leave_out", "model", "config_overrides", "tokenizer", "precision",
-    "learning_rate", "warmup_steps", "seed", "backward", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "max_grad_norm", "optim", "gradient_accumulation_steps", "hidden_optim", "hidden_rate",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +157,10 @@ def corpus_of(settings: Settings, folder: RunFolder, waiting: Callable[[str], No
     """The corpus of a run that starts, or the one that a run which goes on has recorded, if it is still that."""
     data = settings.data
     if is_asked(settings.training.resume_from_checkpoint) and folder.record.is_file():
-        return unchanged.check_unchanged(unchanged.recorded(folder.read_record()["corpus"]), waiting)
+        described = folder.read_record()["corpus"]
+        if settings.stranger is not None:
+            described = stranger.corpus_here(described, settings.stranger.dataset, str(folder.path))
+        return unchanged.check_unchanged(unchanged.recorded(described), waiting)
     return opening.open_corpus(
         data.dataset,
         text_column=data.text_column,

@@ -18,6 +18,7 @@ import torch
 from slimpajama_hf import __version__, files, screen
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.model.presets import checkpoint_bytes, vocabulary
+from slimpajama_hf.record import ownership
 from slimpajama_hf.record.ledger import Ledger
 from slimpajama_hf.record.surprisals import Surprisals
 from slimpajama_hf.screen import redacted
@@ -84,6 +85,8 @@ def record_run(
         record = folder.read_record()
         _refuse_another(settings, record, tokenizer_name, tokenizer_sha256, described["sha256"])
         _say_what_differs(settings, record)
+        if settings.stranger is not None:
+            record["corpus"] = corpus.describe()
     else:
         record = new_record(corpus.describe())
     # What was done after the checkpoint is done again: so are the starts that lay there.
@@ -105,6 +108,7 @@ def record_run(
     }
     files.write_json(folder.record, record, indent=1)
     files.write_whole(folder.config, settings.to_yaml())
+    ownership.sign(folder)
     return record
 
 

@@ -112,6 +112,13 @@ def all_tokens(argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, str
     return flags, from_files, origin
 
 
+def without_config(argv: Sequence[str], path: Path) -> list[str]:
+    """The command line without `--config` of this very file."""
+    configs, flags = split_config(argv)
+    kept = [config for config in configs if Path(config).resolve() != path.resolve()]
+    return [*(word for config in kept for word in ("--config", config)), *flags]
+
+
 def read_flags(argv: Sequence[str]) -> Settings:
     """Field defaults < configuration files in order < flags, for a run that begins anew."""
     devices.refuse_launchers_wishes()

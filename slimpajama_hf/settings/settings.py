@@ -12,6 +12,18 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stranger:
+    """Of a run that goes on and was not begun by this user on this machine (`session/stranger.py`)."""
+
+    dataset: str | None
+    """Its corpus as the user named it now."""
+    taken: tuple[str, ...]
+    """Arguments that its folder decides."""
+    left: tuple[str, ...]
+    """Those that its folder names, and that are not taken from it."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Everything that was asked for, resolved. Nothing of it changes: `changed` makes others, and the Trainer gets
     arguments of its own (`for_trainer`)."""
@@ -22,6 +34,8 @@ class Settings:
     training: SlimPajamaTrainingArguments
     typed: frozenset[str]
     """Names that a configuration file or a flag set, as opposed to defaults."""
+    stranger: Stranger | None = None
+    """Where a run goes on that is somebody else's."""
 
     def changed(self, **groups: dict[str, Any]) -> Settings:
         """The same with other values, as `changed(model={"precision": "float32"})`."""

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from slimpajama_hf import screen
+from slimpajama_hf import files, screen
 from slimpajama_hf.errors import SaidByTheFirst
 from slimpajama_hf.record import checkpoints
+from slimpajama_hf.record.run_folder import GROWING
 from slimpajama_hf.training.processes import OthersLost, is_about_others
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class Saving:
 
             def stage() -> Path:
                 self._recorder.sync()
+                for name in GROWING:
+                    files.sync(self._run / name)
                 return staged.enter_context(checkpoints.staged(run, step, about | {"chain": self._recorder.chain}))
 
             self.staging = team.first_does(stage)

@@ -1,0 +1,108 @@
+"""A run that somebody else began, or on another machine: what is taken from its folder, and what is not.
+
+Its numbers are taken: model, tokenizer, corpus, seed, rates. Names of files there name nothing here: the tokenizer and
+the model's configuration come from its checkpoint, a corpus of local files is named again by whoever goes on with it.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimpajama_hf.errors import UserError
+from slimpajama_hf.settings.settings import Stranger
+from slimpajama_hf.settings.what_matters import what_decides
+
+if TYPE_CHECKING:
+    from slimpajama_hf.record.run_folder import RunFolder
+
+
+#: Files of a tokenizer in a checkpoint begin like this.
+_OF_TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece")
+
+
+def look_at(
+    folder: RunFolder, config: Mapping[str, Any], checkpoint: Path | None, dataset: str | None
+) -> tuple[dict[str, Any], Stranger]:
+    """The configuration of a run that is not this user's, reduced to what decides its numbers, and what became of it.
+    `dataset`: as the user named it now, if so. Files that it needs are copied from the checkpoint into the folder."""
+    taken = what_decides(config)
+    left = sorted(config.keys() - taken.keys())
+    record = folder.read_record()
+    if dataset is not None:
+        taken["dataset"] = dataset
+    if checkpoint is not None:
+        taken |= names_here(taken, record, checkpoint, folder.path)
+    return taken, Stranger(dataset, tuple(sorted(taken)), tuple(left))
+
+
+def names_here(config: Mapping[str, Any], record: dict[str, Any], checkpoint: Path, folder: Path) -> dict[str, str]:
+    """What stands here for a tokenizer and a model that were files there: copies of the checkpoint's, in `folder`."""
+    changed: dict[str, str] = {}
+    if _was_a_path(str(config.get("tokenizer", "auto")), str(record.get("tokenizer"))):
+        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+        for path in checkpoint.iterdir():
+            if path.name.startswith(_OF_TOKENIZER) and not path.is_symlink():
+                shutil.copyfile(path, folder / "tokenizer" / path.name)
+        changed["tokenizer"] = str(folder / "tokenizer")
+    if str(config.get("model", "")).endswith(".json"):
+        shutil.copyfile(checkpoint / "config.json", folder / "model_config.json")
+        changed["model"] = str(folder / "model_config.json")
+    return changed
+
+
+def _was_a_path(asked: str, recorded: str) -> bool:
+    """Whether a tokenizer was a folder or a file; a Hub id and `builtin` are the same everywhere."""
+    name = recorded if asked == "auto" else asked
+    if name in ("builtin", "gpt2"):
+        return False
+    return name.endswith((".model", ".json")) or re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None or os.path.exists(name)
+
+
+def corpus_here(corpus: dict[str, Any], dataset: str | None, asked: str) -> dict[str, Any]:
+    """The corpus of its `run.json`, with the files of this machine. `asked`: what the user typed to go on with the run.
+
+    Raises UserError where local files are not named again, and for urls that are not of the corpus' own repository.
+    """
+    try:
+        entries = [[str(entry[0]), str(entry[1]), *entry[2:]] for entry in corpus["files"]]
+        mirror = str(corpus["mirror"])
+    except (KeyError, TypeError, IndexError):
+        raise UserError(f"{asked}: its run.json does not say which corpus it reads; the run cannot go on") from None
+    if mirror == "local":
+        here = _find_local([entry[0] for entry in entries], dataset, asked)
+        files = [[name, here[name], *rest] for name, _, *rest in entries]
+        return corpus | {"files": files, "name": dataset}
+    if mirror == "embedded":
+        # A place where nothing lies: it is built again from this Python, and compared.
+        return corpus | {"files": [[name, f"/nowhere/{name}", *rest] for name, _, *rest in entries]}
+    repo = mirror.partition("@")[0]
+    for _, url, *_ in entries:
+        match = re.fullmatch(r"hf://datasets/([^@]+)@[\w.-]+/(.+)", url)
+        if match is None or match[1] != repo or ".." in match[2].split("/"):
+            raise UserError(
+                f"{asked}: its run.json says that it reads {repo}, and names {url!r}; it is not gone on with"
+            )
+    return corpus
+
+
+def _find_local(names: list[str], dataset: str | None, asked: str) -> dict[str, str]:
+    """Shard name -> file on this machine, by the ends of their paths; that they are the same is checked when opened."""
+    found = sorted(glob.glob(os.path.expanduser(dataset), recursive=True)) if dataset else []
+    here = {
+        name: [path for path in found if Path(path).parts[-len(Path(name).parts) :] == Path(name).parts]
+        for name in names
+    }
+    missing = [name for name, paths in here.items() if len(paths) != 1]
+    if missing:
+        raise UserError(
+            f"{asked}: this run was begun elsewhere, or before this program marked whose a run is, and reads "
+            f"{len(names):,} local files ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); name them on "
+            "this machine with --dataset 'folder/*.jsonl.zst'"
+        )
+    return {name: os.path.abspath(paths[0]) for name, paths in here.items()}

@@ -1,0 +1,23 @@
+"""Which arguments make a run the run that it is, and which are nobody's but the user's who types them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: A resume that changes one of these is refused unless `--allow_changes` names it.
+WHAT_MATTERS = (
+    "dataset", "dataset_config_name", "dataset_revision", "dataset_split", "text_column", "sample_mode",
+    "max_seq_length", "shuffle_buffer", "leave_out", "model", "config_overrides", "tokenizer", "precision",
+    "learning_rate", "warmup_steps", "seed", "backward", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "optim", "gradient_accumulation_steps", "hidden_optim", "hidden_rate",
+)  # fmt: skip
+
+#: What decides the numbers of a run beside them.
+ALSO_DECIDES = ("epochs", "beta2_half_life_tokens", "average_weights", "max_steps", "neftune_noise_alpha")
+
+
+def what_decides(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's configuration what its numbers depend on: nothing of where it pushes, reports, writes or reads
+    held-out text, no intervals, no limits, no tokens."""
+    return {name: value for name, value in config.items() if name in WHAT_MATTERS + ALSO_DECIDES}
