@@ -41,6 +41,11 @@ def run(main: Any, if_stopped: str = "stopped before the first step; nothing to 
     """
     argv = sys.argv[1:]
     screen.open_what_is_closed()
+    with screen.gated():
+        return _run(main, argv, if_stopped)
+
+
+def _run(main: Any, argv: list[str], if_stopped: str) -> int:
     try:
         if "--help" in argv or "-h" in argv:
             sys.stdout.write(help_text() + "\n")

@@ -10,7 +10,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -44,7 +44,7 @@ class _Screen:
     """The tqdm bar that stands in the last line, if one does."""
 
     def write(self, text: str) -> int:
-        text = redacted(text)
+        text = harmless(redacted(text))
         try:
             if not self.muted and self._takes_it():
                 sys.stderr.write(text)
@@ -115,13 +115,72 @@ def open_what_is_closed() -> None:
             setattr(sys, name, stream)
 
 
+#: Tokens that were typed or found and may look like anything.
+_SECRETS: set[str] = set()
+
+#: Colours, which are ours, line ends and tabs; then what steers a terminal, and what turns the direction of a line.
+_STEERING = re.compile(
+    "(\x1b\\[[0-9;]*m)|([\x00-\x08\x0b\x0c\x0e-\x1f])|([\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069])"
+)
+
+
+def keep_secret(token: str | None) -> None:
+    """From now on this text is blanked out wherever it would be shown or recorded."""
+    if token and len(token) >= 8:
+        _SECRETS.add(token)
+
+
 def redacted(text: str) -> str:
     """`text` with Hub tokens blanked out."""
+    for token in (*_SECRETS, os.environ.get("HF_TOKEN", "")):
+        if len(token) >= 8:
+            text = text.replace(token, "***")
     return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", text)
+
+
+def harmless(text: str, hidden_too: bool = True) -> str:
+    """`text` without what steers a terminal (colours aside): its controls are shown as pictures, as ␛. `hidden_too`:
+    those beyond ASCII as well, and marks that turn the direction of the line."""
+
+    def shown(match: re.Match[str]) -> str:
+        colour, control, other = match.groups()
+        if colour or (other and not hidden_too):
+            return match[0]
+        return chr(0x2400 + ord(control)) if control else f"‹U+{ord(other):04X}›"
+
+    return _STEERING.sub(shown, text)
+
+
+class Gate:
+    """Standard output through which nothing passes that steers a terminal. Where it is none, what is data stays as it
+    is beyond ASCII."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(harmless(redacted(text), hidden_too=self._stream.isatty()))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def gated() -> Iterator[None]:
+    """While entered, standard output is a `Gate`."""
+    before = sys.stdout
+    sys.stdout = Gate(before)
+    try:
+        yield
+    finally:
+        sys.stdout = before
 
 
 def say(line: str) -> None:
     """Write one line to stderr; where there is a progress bar, above it."""
+    # A line is one: what would go back to its beginning hides what stands there.
+    line = line.replace("\r", "␍")
     if SCREEN.bar is not None:
         SCREEN.bar.write(line, file=SCREEN)
     else:

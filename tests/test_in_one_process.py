@@ -114,7 +114,7 @@ def test_a_start_that_was_killed_while_it_replaced_a_run(run, killed, overwrite,
         for name in ("ledger.jsonl", "run.json", "checkpoint-10"):
             (run / "_moving" / name).rename(run / name)
     elif killed in ("new run begun", "half deleted"):
-        folder.record.write_text("{}")
+        folder.record.write_bytes(before["run.json"])
         folder.ledger.write_text('{"step": 0}\n' if killed == "half deleted" else '{"step": 0')
     if not overwrite and killed != "half deleted":
         # What came back is no run to be replaced unasked.
@@ -123,11 +123,11 @@ def test_a_start_that_was_killed_while_it_replaced_a_run(run, killed, overwrite,
     with ExitStack() as at_end:
         run_folder.prepare(str(run), at_end, not overwrite, overwrite)
     if killed == "half deleted":
-        assert sorted(content(run)) == ["ledger.jsonl", "run.json"]
+        assert sorted(content(run)) == ["_lock", "ledger.jsonl", "run.json"]
     else:
         assert content(run) == before
         assert "is back" in capfd.readouterr().err
-    assert not [path.name for path in run.iterdir() if path.name.startswith("_") and path.name != "_index"]
+    assert not [path.name for path in run.iterdir() if path.name.startswith("_replac")]
 
 
 def test_a_full_disk_counts_what_the_replaced_run_frees(run, monkeypatch):

@@ -37,7 +37,11 @@ def same_processor() -> bool:
 
 def test_it_goes_on_as_if_it_had_never_stopped(older):
     run = older / "run"
-    more = run_script("--output_dir", str(run), "--resume_from_checkpoint", "true")
+    on = ["--output_dir", str(run), "--resume_from_checkpoint", "true"]
+    # It has no mark that says whose it is: what it reads is named once more.
+    refused = run_script(*on)
+    assert refused.returncode == 1 and "--dataset" in refused.stderr
+    more = run_script(*on, "--dataset", str(older / "corpus.jsonl"))
     assert more.returncode == 0, more.stderr
     assert "resumed" in more.stderr and "at step 120" in more.stderr and "Traceback" not in more.stderr
     rows, expected = read_ledger(run), [json.loads(line) for line in (older / "expected/ledger.jsonl").open()]

@@ -44,7 +44,7 @@ def test_the_folder_holds_what_the_readme_says(finished):
     checkpoint |= {f"averaged/{name}" for name in (*model, "averaging.json")}
     expected = {f"checkpoint-{step}/{name}" for step in (10, 20, 30, 40) for name in checkpoint}
     expected |= {"ledger.jsonl", "surprisals.f32", "samples.jsonl", "passports.jsonl", "prompts.jsonl"}
-    expected |= {"run.json", "run_config.yaml", "report.html", "_index/search.sqlite"}
+    expected |= {"run.json", "run_config.yaml", "report.html", "_index/search.sqlite", "_made_here", "_lock"}
     viz = ("metrics_history.json", "text_samples.json", "training_latest.png")
     expected |= {f"training_viz/{name}" for name in (*viz, "training_step_000020.png", "training_step_000040.png")}
     assert names == expected

@@ -89,6 +89,7 @@ def resolve(repo: str, token: str | None, **more: Any) -> Destination:
     except HFValidationError as error:
         raise UsageError(f"--hub_model_id {repo}: {_first_sentence(error)}; expected owner/name") from None
     token = token or get_token()
+    screen.keep_secret(token)
     if not token:
         raise UserError(f"--push_to_hub: there is no Hub token on this machine; {_GET_ONE}")
     try:

@@ -23,12 +23,12 @@ from slimpajama_hf import files
 from slimpajama_hf.corpus import hub_files
 from slimpajama_hf.corpus.patience import Patience
 from slimpajama_hf.errors import UserError
+from slimpajama_hf.hub import stranger
 from slimpajama_hf.hub.account import why
 from slimpajama_hf.hub.staging import STATE
 from slimpajama_hf.record import checkpoints, ledger, surprisals
 from slimpajama_hf.record.run_folder import RunFolder
 from slimpajama_hf.screen import Waiting
-from slimpajama_hf.session import stranger
 
 #: Where a run is put together before it is moved into its folder.
 INCOMING = "_incoming"

@@ -73,10 +73,9 @@ class Run:
 
 def _manifest(run: Path, step: int) -> dict[str, Any] | None:
     try:
-        manifest = json.loads((checkpoints.path_of(run, step) / checkpoints.MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return checkpoints.read_manifest(checkpoints.path_of(run, step))
+    except ValueError:
         return None
-    return manifest if isinstance(manifest, dict) else None
 
 
 def checkpoint_problem(run: Run, step: int) -> str | None:

@@ -14,15 +14,9 @@ import json
 import os
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from slimpajama_hf import files
-
-if TYPE_CHECKING:
-    from slimpajama_hf.record.run_folder import RunFolder
-
-#: The underscore keeps it out of uploads.
-FILE_NAME = "_made_here"
+from slimpajama_hf.record.run_folder import MARK, RunFolder
 
 
 def key_file() -> Path:
@@ -67,7 +61,7 @@ def sign(folder: RunFolder) -> None:
     key = _key()
     mark = _mark(folder, key) if key is not None else None
     if mark is not None:
-        files.write_whole(folder.path / FILE_NAME, mark + "\n")
+        files.write_whole(folder.path / MARK, mark + "\n")
 
 
 def is_own(folder: RunFolder) -> bool:
@@ -77,7 +71,7 @@ def is_own(folder: RunFolder) -> bool:
     if mark is None:
         return False
     try:
-        found = (folder.path / FILE_NAME).read_text(encoding="utf-8").strip()
+        found = (folder.path / MARK).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return False
     return hmac.compare_digest(found.encode(), mark.encode())

@@ -16,6 +16,9 @@ from slimpajama_hf.record.lock import FolderLock
 
 EVALUATIONS = "evaluations.jsonl"
 
+#: Says whose run it is (`ownership.py`). The underscore keeps it out of uploads.
+MARK = "_made_here"
+
 #: What a run appends to beside its ledger and its surprisals: one JSON object a line, with its `step`.
 GROWING = ("samples.jsonl", "passports.jsonl", "prompts.jsonl", EVALUATIONS)
 
@@ -82,13 +85,33 @@ class RunFolder:
         """The content of `run.json`. Raises UserError when it is missing or torn."""
         try:
             record = files.strict_json(self.record.read_text(encoding="utf-8"))
-            if not isinstance(record, dict):
-                raise ValueError(f"a JSON object was expected, not {type(record).__name__}")
+            _refuse_another_shape(record)
             return record
         except FileNotFoundError:
             raise UserError(f"{self.path}: no run.json in it; expected the folder of a run") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{self.record}: cannot be read ({error})") from None
+
+
+#: What every `run.json` has, with the kind of each, `.` between a name and a name inside.
+_SHAPE: dict[str, type | tuple[type, ...]] = {
+    "run_id": str, "corpus": dict, "corpus.name": str, "corpus.mirror": str, "model": dict, "model.name": str,
+    "model.parameters": int, "tokenizer": str, "sessions": list, "command": list, "max_steps": int,
+}  # fmt: skip
+
+
+def _refuse_another_shape(record: Any) -> None:
+    """Raise ValueError where a value is no `run.json` of this program: what is there must be of its kind."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON object was expected, not {type(record).__name__}")
+    for name, kind in _SHAPE.items():
+        value: Any = record
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"its {name} is not what this program writes there")
+        if value is None and "run_id" in record:
+            raise ValueError(f"it has no {name}")
 
 
 def prepare(path: str, at_end: contextlib.ExitStack, resume: bool, overwrite: bool) -> RunFolder:
@@ -98,12 +121,10 @@ def prepare(path: str, at_end: contextlib.ExitStack, resume: bool, overwrite: bo
     """
     folder = RunFolder(Path(path).expanduser())
     try:
+        refuse_links(folder)
         if not resume and not overwrite:
             _refuse_a_run(folder, path)
         folder.path.mkdir(parents=True, exist_ok=True)
-        refuse_links(folder)
-        if not resume:
-            _refuse_what_is_no_run(folder, path)
         files.write_whole(folder.path / "_writable", b"")
         (folder.path / "_writable").unlink()
         held = FolderLock(folder.path)
@@ -111,6 +132,8 @@ def prepare(path: str, at_end: contextlib.ExitStack, resume: bool, overwrite: bo
         held.take()
         # Left by a start that was killed while it replaced a run.
         settle_replaced(folder)
+        if not resume:
+            _refuse_what_is_no_run(folder, path)
         if not resume and not overwrite:
             _refuse_a_run(folder, path)
         folder.viz.mkdir(exist_ok=True)
@@ -173,6 +196,7 @@ def _written(folder: RunFolder, links: bool = False) -> list[Path]:
     made += [
         folder.viz, folder.path / "_index", folder.path / "tensorboard", folder.ledger, folder.surprisals,
         *(folder.path / name for name in GROWING), folder.record, folder.config, folder.report,
+        folder.path / MARK,
     ]  # fmt: skip
     return [path for path in made if path.exists() or (links and path.is_symlink())]
 

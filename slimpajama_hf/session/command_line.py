@@ -25,7 +25,7 @@ def parse(argv: Sequence[str]) -> Settings:
     """
     from slimpajama_hf.record import checkpoints, ownership
     from slimpajama_hf.record.run_folder import RunFolder
-    from slimpajama_hf.session import resume, stranger
+    from slimpajama_hf.session import resume
 
     settings = read_flags(argv)
     asked = settings.training.resume_from_checkpoint
@@ -35,7 +35,7 @@ def parse(argv: Sequence[str]) -> Settings:
         return settings
     run = Path(settings.output_dir)
     resume.refuse_run_folder(str(asked))
-    from slimpajama_hf.hub import fetch
+    from slimpajama_hf.hub import fetch, stranger
 
     if fetch.is_repo(str(asked)):
         run = run if "output_dir" in settings.typed else Path(fetch.folder_for(str(asked)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import time
@@ -11,13 +10,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimpajama_hf import screen
+from slimpajama_hf import files, screen
 from slimpajama_hf.corpus import opening, unchanged
 from slimpajama_hf.corpus.documents import Cursor
 from slimpajama_hf.errors import UserError
+from slimpajama_hf.hub import stranger
 from slimpajama_hf.record import checkpoints, ledger, run_folder
 from slimpajama_hf.record.run_folder import RunFolder, put_aside
-from slimpajama_hf.session import stranger
 from slimpajama_hf.settings.what_matters import WHAT_MATTERS
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def checkpoint_of(asked: str | bool | None, output_dir: str) -> Path | None:
     folder = Path(str(asked))
     if not folder.is_dir():
         raise UserError(f"--resume_from_checkpoint {asked}: no such folder; expected true or a checkpoint-N of a run")
-    wrong = checkpoints.problem(folder)
+    wrong = checkpoints.problem(folder) or _unloadable(folder)
     if wrong is not None:
         raise UserError(f"--resume_from_checkpoint {asked}: not a whole checkpoint: {wrong}")
     if folder.resolve().parent != Path(output_dir).resolve():
@@ -100,7 +99,7 @@ def _newest_good(run: Path) -> Path | None:
         shutil.rmtree(unfinished, ignore_errors=True)
     for step in reversed(checkpoints.steps(run)):
         folder = checkpoints.path_of(run, step)
-        wrong = checkpoints.problem(folder)
+        wrong = checkpoints.problem(folder) or _unloadable(folder)
         if wrong is None:
             return folder
         aside = run / f"_bad-{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"
@@ -109,20 +108,42 @@ def _newest_good(run: Path) -> Path | None:
     return None
 
 
+def _unloadable(folder: Path) -> str | None:
+    """What of a checkpoint whose bytes are as its manifest says is still no state of a run; None: nothing."""
+    import torch
+
+    try:
+        _cursor(folder)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return f"{checkpoints.DATA_STATE} does not say where reading goes on"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        if (folder / name).is_file():
+            try:
+                # Nothing is run that it holds; mapped, so that nothing large is read.
+                torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as error:
+                return f"{name} cannot be loaded ({type(error).__name__})"
+    return None
+
+
+def _cursor(folder: Path) -> Cursor:
+    """Where reading goes on after a checkpoint. Raises OSError, ValueError, KeyError or TypeError."""
+    state = files.strict_json((folder / checkpoints.DATA_STATE).read_text(encoding="utf-8"))
+    cursor = Cursor(**state["cursor"])
+    numbers = (value for name, value in dataclasses.asdict(cursor).items() if name != "shard")
+    if not isinstance(cursor.shard, str | None) or not all(type(each) in (int, bool) and each >= 0 for each in numbers):
+        raise ValueError("a place that is none")
+    return cursor
+
+
 def flags_of_run(config: Mapping[str, Any], path: str) -> list[str]:
     """What a run was begun with, as flags, from its `run_config.yaml` at `path`.
 
-    A run of an older version may say nothing of a flag that it had not yet, and may name one that had no effect and is
-    refused today: that is left out, with a word.
+    A run of an older version may say nothing of a flag that it had not yet.
     """
     from slimpajama_hf.settings.flags import config_to_argv
-    from slimpajama_hf.settings.training_arguments import REFUSED
 
-    without_effect = sorted(REFUSED.keys() & config.keys())
-    if without_effect:
-        screen.say(f"{path}: {', '.join(without_effect)} never had an effect on this run; left out")
-    known = {name: value for name, value in config.items() if name not in REFUSED}
-    flags = config_to_argv(known, path)
+    flags = config_to_argv(dict(config), path)
     if "hidden_optim" in config:
         return flags
     return ["--hidden_optim", "adamw", *([] if "hidden_rate" in config else ["--hidden_rate", "1"]), *flags]
@@ -204,9 +225,7 @@ def go_on(folder: RunFolder, checkpoint: Path | None) -> ResumePoint:
     """Cut the records of a run back to a checkpoint (None: to nothing) and say where reading goes on."""
     point = ResumePoint()
     if checkpoint is not None:
-        step = json.loads((checkpoint / checkpoints.MANIFEST).read_text(encoding="utf-8"))["step"]
-        state = json.loads((checkpoint / checkpoints.DATA_STATE).read_text(encoding="utf-8"))
-        point = ResumePoint(checkpoint, step, Cursor(**state["cursor"]))
+        point = ResumePoint(checkpoint, checkpoints.read_manifest(checkpoint)["step"], _cursor(checkpoint))
     try:
         kept = run_folder.cut_to(folder, folder, point.step)
     except ledger.Damaged as error:

@@ -150,6 +150,7 @@ def read_flags(argv: Sequence[str]) -> Settings:
     data, model, run, training = groups
     refuse_typed(typed, training)
     training.freeze()
+    screen.keep_secret(training.hub_token)
     return complete(Settings(data, model, run, training, typed))
 
 

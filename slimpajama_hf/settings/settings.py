@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Stranger:
-    """Of a run that goes on and was not begun by this user on this machine (`session/stranger.py`)."""
+    """Of a run that goes on and was not begun by this user on this machine (`hub/stranger.py`)."""
 
     dataset: str | None
     """Its corpus as the user named it now."""

@@ -84,16 +84,21 @@ def test_more_steps_do_not_warm_up_again(tmp_path, shards):
     assert rates == [0.00025, 0.0005, 0.00075] + [0.001] * 13
 
 
-def test_a_run_of_an_older_version_goes_on_without_flags_that_had_no_effect(tmp_path, shards):
+def test_a_run_of_an_older_version_goes_on_and_what_is_not_taken_is_said(tmp_path, shards):
+    """It has no mark that says whose it is: only what decides its numbers counts, and its corpus is named again."""
     run = tmp_path / "run"
     flags = [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--output_dir", str(run), "--precision", "float32"]
     assert run_script(*flags, "--max_steps", "4").returncode == 0
     config = run / "run_config.yaml"
     config.write_text(config.read_text() + "logging_steps: 10\nnum_train_epochs: 5\n")
-    more = run_script("--output_dir", str(run), "--resume_from_checkpoint", "true", "--max_steps", "6")
+    on = ["--output_dir", str(run), "--resume_from_checkpoint", "true", "--max_steps", "6"]
+    refused = run_script(*on)
+    assert refused.returncode == 1 and "name them on this machine with --dataset" in refused.stderr
+    more = run_script(*on, "--dataset", f"{shards}/*.jsonl.zst")
     assert more.returncode == 0, more.stderr
-    assert "logging_steps, num_train_epochs never had an effect" in more.stderr
-    assert len(read_ledger(run)) == 6
+    assert "not taken  logging_steps, num_train_epochs" in more.stderr
+    assert run_script(*on[:-1], "7").returncode == 0, "it is this user's from here on"
+    assert len(read_ledger(run)) == 7
 
 
 def test_a_checkpoint_of_the_model_alone_is_refused_by_name(tmp_path, shards):
