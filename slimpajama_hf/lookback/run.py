@@ -38,6 +38,8 @@ class Run:
         self.record = self.folder.read_record()
         self.manifests = {step: _manifest(self.folder.path, step) for step in checkpoints.steps(self.folder.path)}
         """Manifest of each checkpoint by its step, ascending; None where it cannot be read."""
+        self.line = b""
+        """The line of the ledger that `rows` has read last."""
         self.unreadable: list[str] = []
         """What is wrong with the lines that `rows` passed over, since somebody last emptied this."""
 
@@ -55,9 +57,9 @@ class Run:
         if not self.folder.ledger.is_file():
             return
         with open(self.folder.ledger, "rb") as file:
-            for line in file:
+            for self.line in file:
                 try:
-                    row = ledger.decode(line)
+                    row = ledger.decode(self.line)
                 except ValueError as error:
                     self.unreadable.append(str(error))
                 else:

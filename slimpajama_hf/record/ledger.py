@@ -286,7 +286,7 @@ class Kept:
 _LINE = re.compile(
     rb'\{"step":(\d+),"loss":([^,]+),"accuracy":[^,]+,"tokens":(\d+),"text_bytes":\d+,("throughput":[^,]+,)'
 )
-_SECONDS, _END = b'"step_seconds":', re.compile(rb',"chain":"([0-9a-f]{32})"\}\n$')
+_SECONDS, _CHAIN = b'"step_seconds":', b',"chain":"'
 
 
 def check(path: Path, steps: int | None = None) -> Kept:
@@ -312,21 +312,30 @@ def check(path: Path, steps: int | None = None) -> Kept:
     return Kept(chain, size, np.array(predicted_, np.int64), np.array(losses, np.float64))
 
 
+def follows(line: bytes, row: dict[str, Any], before: str) -> bool:
+    """Whether the hash of a row, as its line in the file, follows from its values and the hash before it."""
+    return _checked_by_bytes(line, row["step"], before) is not None or chain_hash(before, row) == row["chain"]
+
+
 def _checked_by_bytes(line: bytes, step: int, before: str) -> tuple[str, int, float] | None:
     """(chain hash, tokens predicted, loss) of a line that is as it was written; None: this way it cannot be told."""
-    begin, end = _LINE.match(line), _END.search(line, max(len(line) - 50, 0))
-    # In a string a quotation mark has a backslash before it: this is the field.
-    seconds = line.find(_SECONDS, begin.end()) if begin is not None else -1
-    if begin is None or end is None or seconds < 0 or int(begin[1]) != step or b'"samples":[]' not in line:
+    begin = _LINE.match(line)
+    # In a string a quotation mark has a backslash before it: these are the fields.
+    if begin is None or line[-45:-35] != _CHAIN or line[-3:] != b'"}\n' or b'"samples":[]' not in line:
         return None
-    behind = line.find(b",", seconds) + 1
-    clockless = line[: begin.start(4)], line[begin.end(4) : seconds], line[behind : end.start()]
-    hashed = b"".join((before.encode(), *clockless, b"}"))
-    chain = end[1].decode()
-    if hashlib.blake2b(hashed, digest_size=16).hexdigest() != chain:
+    number, value, tokens, _ = begin.groups()
+    seconds = line.find(_SECONDS, begin.end())
+    if seconds < 0 or int(number) != step:
         return None
-    loss = math.nan if begin[2] == b"null" else float(begin[2])
-    return chain, max(int(begin[3]) - 1, 0), loss
+    chain = line[-35:-3].decode("latin-1")
+    hashed = hashlib.blake2b(before.encode(), digest_size=16)
+    # Without what the clock says, and without the hash itself.
+    hashed.update(
+        line[: begin.start(4)] + line[begin.end() : seconds] + line[line.find(b",", seconds) + 1 : -45] + b"}"
+    )
+    if hashed.hexdigest() != chain:
+        return None
+    return chain, max(int(tokens) - 1, 0), math.nan if value == b"null" else float(value)
 
 
 def _checked(path: Path, line: bytes, step: int, before: str) -> tuple[str, int, float]:
