@@ -129,9 +129,9 @@ def train(flags: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
     resident: list[int] = []
     add = recorder.StepRecorder.add
 
-    def watched(self: Any, step: int, *arguments: Any, **keywords: Any) -> None:
-        add(self, step, *arguments, **keywords)
-        if step % 100 == 0:
+    def watched(self: Any, step: Any, values: Any) -> None:
+        add(self, step, values)
+        if step.step % 100 == 0:
             resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
 
     recorder.StepRecorder.add = watched  # type: ignore[method-assign]

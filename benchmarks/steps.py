@@ -14,6 +14,7 @@ bytes a parameter at the rate of a large AdamW. The table is printed and kept as
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -245,15 +246,15 @@ def ours(options: argparse.Namespace, outputs: bool, accumulated: int = 1) -> li
     tell = processes.News.add
     add, configure = recorder.StepRecorder.add, presets.model_config
 
-    def timed(self: Any, step: int, *arguments: Any, **keywords: Any) -> None:
-        if step == 0 and options.history:
+    def timed(self: Any, step: Any, values: Any) -> None:
+        if step.step == 0 and options.history:
             self._ledger._file.write(b"".join(line for line in rows(options.history)))
-        add(self, step + options.history, *arguments, **keywords)
+        add(self, dataclasses.replace(step, step=step.step + options.history), values)
         ended.append(time.perf_counter())
 
-    def told(self: Any, step: Any) -> Any:
+    def told(self: Any, step: Any, values: Any) -> Any:
         # Rows come in bursts there; steps do not.
-        news = tell(self, step)
+        news = tell(self, step, values)
         ended.append(time.perf_counter())
         return news
 

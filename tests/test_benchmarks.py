@@ -81,3 +81,14 @@ def test_the_whole_check_of_a_gpu_dry(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert found.keys() >= {each.__name__ for each in gpu_check.CHECKS} and all(found["claims"].values())
     assert found["launchers"]["a capture is refused"]["exit code"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["ours, everything on", "ours, 2 accumulated", "ours, outputs off"])
+def test_a_row_of_the_table_of_steps_is_measured(row):
+    """It looks into the program, which may change without it."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "steps.py"), "--row", row, "--steps", "4", "--precision", "float32"],
+        capture_output=True, text=True, timeout=200, env=environment(), cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

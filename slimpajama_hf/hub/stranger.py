@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimpajama_hf.errors import UserError
+from slimpajama_hf.settings import what_matters
 from slimpajama_hf.settings.settings import Stranger
 from slimpajama_hf.settings.what_matters import what_decides
 
@@ -34,6 +35,11 @@ def look_at(
     taken = what_decides(config)
     left = sorted(config.keys() - taken.keys())
     record = folder.read_record()
+    if record.get("config_sha256", what_matters.digest(config)) != what_matters.digest(config):
+        raise UserError(
+            f"{folder.config}: what decides the numbers of this run was changed in it; put it back, and change a run "
+            "that goes on by flags and --allow_changes"
+        )
     if dataset is not None:
         taken["dataset"] = dataset
     if checkpoint is not None:

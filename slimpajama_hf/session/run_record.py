@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 from slimpajama_hf import __version__, files, screen
 from slimpajama_hf.errors import UserError
@@ -23,6 +24,7 @@ from slimpajama_hf.record.ledger import Ledger
 from slimpajama_hf.record.surprisals import Surprisals
 from slimpajama_hf.screen import redacted
 from slimpajama_hf.session.resume import is_asked
+from slimpajama_hf.settings import what_matters
 from slimpajama_hf.training.recorder import StepRecorder
 from slimpajama_hf.training.step_numbers import StepNumbers
 
@@ -106,8 +108,10 @@ def record_run(
         # What numbers mean that a step has beside the usual ones.
         "numbers": StepNumbers.meanings(),
     }
+    config = settings.to_yaml()
+    record["config_sha256"] = what_matters.digest(yaml.safe_load(config))
     files.write_json(folder.record, record, indent=1)
-    files.write_whole(folder.config, settings.to_yaml())
+    files.write_whole(folder.config, config)
     ownership.sign(folder)
     return record
 

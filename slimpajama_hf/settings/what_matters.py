@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,8 @@ WHAT_MATTERS = (
     "max_grad_norm", "optim", "gradient_accumulation_steps", "hidden_optim", "hidden_rate",
 )  # fmt: skip
 
+_MAY_BE_PATHS = ("dataset", "tokenizer", "model")
+
 #: What decides the numbers of a run beside them.
 ALSO_DECIDES = ("epochs", "beta2_half_life_tokens", "average_weights", "max_steps", "neftune_noise_alpha")
 
@@ -21,3 +25,11 @@ def what_decides(config: Mapping[str, Any]) -> dict[str, Any]:
     """Of a run's configuration what its numbers depend on: nothing of where it pushes, reports, writes or reads
     held-out text, no intervals, no limits, no tokens."""
     return {name: value for name, value in config.items() if name in WHAT_MATTERS + ALSO_DECIDES}
+
+
+def digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of what decides a run's numbers, by which a configuration that was changed is known. Names of corpus,
+    tokenizer and model are left out: they may be paths, other ones elsewhere, and `run.json` knows what was in them."""
+    decides = {name: value for name, value in what_decides(config).items() if name not in _MAY_BE_PATHS}
+    values = json.dumps(decides, sort_keys=True, default=str)
+    return hashlib.sha256(values.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,131 @@
+"""Files of a run, damaged in every way that a disk or a stranger knows: no traceback, no hang, nothing silently wrong.
+
+`make test` makes a few dozen mutations, `make test-faults` as many as $MUTATIONS says (1,000), seeded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import make_records, run_command, run_script, write_records
+
+COMMANDS = ("resume", "resume", "verify", "report", "inspect", "evaluate", "compare", "views", "push")
+WAYS = ("truncate", "flip", "zeros", "delete", "types", "values", "link", "append", "empty")
+
+
+@pytest.fixture(scope="module")
+def half(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of 40 steps as it was after 30."""
+    run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("damage") / "half"))
+    shutil.rmtree(run / "checkpoint-40")
+    write_records(run.parent / "held-out.jsonl", make_records(4, seed=3))
+    return run
+
+
+def damage(run: Path, path: Path, way: str, draw: random.Random) -> None:
+    content = path.read_bytes()
+    at = draw.randrange(max(len(content), 1))
+    if way == "truncate":
+        path.write_bytes(content[:at])
+    elif way == "flip":
+        changed = bytearray(content or b"\0")
+        changed[at] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+    elif way == "zeros":
+        path.write_bytes(content[:at] + bytes(min(512, len(content) - at)) + content[at + 512 :])
+    elif way == "delete":
+        path.unlink()
+    elif way == "types":
+        path.write_bytes(draw.choice([b"[]", b"3", b'"x"', b"{}", b"null", b"[" * 20_000, b'{"step": "x"}\n', b"NaN"]))
+    elif way == "values":
+        numbers = list(re.finditer(rb"(?<=[:\[ ])-?\d[\d.e+-]*|\"[^\"]*\"(?=[,}\]])", content)) or [
+            re.search(rb"", content)
+        ]
+        match = draw.choice(numbers)
+        new = draw.choice([b"-1", b"null", b'"y"', b"1e999", b"[]", b"{}", b"999999999999999999999", b"true"])
+        path.write_bytes(content[: match.start()] + new + content[match.end() :])
+    elif way == "link":
+        path.unlink()
+        path.symlink_to(run.parent / "elsewhere.txt")
+    elif way == "append":
+        path.write_bytes(content + draw.choice([b"garbage", b"\n\n", b'{"step": 5}\n', content[:200]]))
+    else:
+        path.write_bytes(b"")
+
+
+def command(name: str, run: Path, finished: Path) -> subprocess.CompletedProcess[str]:
+    if name == "resume":
+        return run_script(
+            "--output_dir", str(run), "--resume_from_checkpoint", "true", "--max_steps", "40", timeout=120
+        )
+    words = {
+        "inspect": [str(run), "--step", "17"],
+        "evaluate": [str(run), "--dataset", str(run.parent / "held-out.jsonl"), "--documents", "2"],
+        "compare": [str(run), str(finished)],
+        "push": [str(run), "--hub_patience", "1"],
+    }.get(name, [str(run)])
+    return run_command(name, *words, timeout=120)
+
+
+def mutate(seed: int, half: Path, finished: Path, place: Path) -> tuple[str, str, str, str]:
+    """(what happened, command, way, file) of one mutation; AssertionError for what may not happen."""
+    draw = random.Random(seed)
+    run = Path(shutil.copytree(half, place / f"run-{seed}"))
+    (place / "elsewhere.txt").write_text("not the run's")
+    for name in ("held-out.jsonl",):
+        shutil.copy(half.parent / name, place)
+    files = sorted(path for path in run.rglob("*") if path.is_file() and path.name != "_lock")
+    path, way = draw.choice(files), draw.choice(WAYS)
+    name = COMMANDS[seed % len(COMMANDS)]
+    damage(run, path, way, draw)
+    where = f"mutation {seed}: {name} after {way} of {path.relative_to(run)}"
+    done = command(name, run, finished)
+    said = done.stdout + done.stderr
+    assert "Traceback" not in said, f"{where}\n{said[-3000:]}"
+    assert done.returncode in (0, 1, 2), f"{where}: exit code {done.returncode}\n{said[-2000:]}"
+    assert done.returncode == 0 or "error: " in said or name == "verify", f"{where}\n{said[-2000:]}"
+    assert (place / "elsewhere.txt").read_text() == "not the run's", where
+    outcome = "went on" if done.returncode == 0 else "refused"
+    if name == "resume" and done.returncode == 0:
+        weights = [(folder / "checkpoint-40" / "model.safetensors").read_bytes() for folder in (run, finished)]
+        assert weights[0] == weights[1], f"{where}: other weights\n{said[-2000:]}"
+        for file in ("ledger.jsonl", "samples.jsonl", "passports.jsonl", "prompts.jsonl"):
+            for line in (run / file).read_text().splitlines():
+                json.loads(line)
+        after = run_command("verify", str(run))
+        assert after.returncode == 0, f"{where}: it does not verify\n{after.stdout[-2000:]}{said[-2000:]}"
+    shutil.rmtree(run)
+    return outcome, name, way, path.name
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_some_mutations(part, half, finished, tmp_path):
+    for seed in range(part, 36, 4):
+        mutate(seed, half, finished, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("part", range(4))
+def test_a_thousand_mutations(part, half, finished, tmp_path, fault_table: Callable[..., None]):
+    failures, outcomes = [], Counter()
+    for seed in range(1000 + part, 1000 + int(os.environ.get("MUTATIONS", "1000")), 4):
+        try:
+            outcome, name, *_ = mutate(seed, half, finished, tmp_path)
+            outcomes[name, outcome] += 1
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            failures.append(str(error))
+            shutil.rmtree(tmp_path / f"run-{seed}", ignore_errors=True)
+    for (name, outcome), count in sorted(outcomes.items()):
+        fault_table(f"a file damaged, then {name}: {outcome}", count, bit_equal=True if name == "resume" else None)
+    assert not failures, f"{len(failures)} of them:\n" + "\n\n".join(failures)
