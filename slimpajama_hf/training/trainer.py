@@ -89,8 +89,7 @@ class SlimPajamaTrainer(Trainer):
         self.cursor = stream.start
         """Where reading goes on after the last trained sample."""
         self.stream_ended = False
-        self.steps_of_session = 0
-        self.skipped_records: Counter[str] = Counter()
+        self.steps_of_session, self.skipped_records = 0, Counter[str]()
         """Records passed over in this session, by reason."""
         self._held_out = held_out
         self._correct = self._loss = torch.tensor(0.0)
@@ -356,7 +355,8 @@ class SlimPajamaTrainer(Trainer):
             self.average.step(step + 1)
         numbers = self.measuring.numbers
         numbers.grad_norm, numbers.not_finite = self.update.grad_norm, self.update.not_finite
-        numbers.measure(self.accelerator.unwrap_model(self.model))
+        if numbers.meanings():  # looking for the model inside its wrapping takes its time
+            numbers.measure(self.accelerator.unwrap_model(self.model))
         finished = Step(step, self.sample, self.update.rate, self.clock.lap(), self._update_skipped)
         if self.news is not None:
             places = range(self.team.rank, len(self.sample.together), self.team.world_size)
