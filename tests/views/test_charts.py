@@ -467,8 +467,11 @@ def test_a_run_draws_under_a_foreign_backend_and_the_summary_names_what_is_there
     assert all(Path(path).is_file() for _, path in named)
     # What stands in the way of the views: none of them is drawn, and none is promised.
     other = tmp_path / "other"
+    assert run_script(*flags[:-1], "--output_dir", str(other)).returncode == 0
+    shutil.rmtree(other / "training_viz")
+    (other / "report.html").unlink()
     (other / "training_viz/metrics_history.json/in the way").mkdir(parents=True)
-    done = run_script(*flags, "--output_dir", str(other))
+    done = run_script("--output_dir", str(other), "--resume_from_checkpoint", "true", "--max_steps", "3")
     assert "the final chart was not drawn" in done.stderr, done.stderr
     named = re.findall(r"^ +(chart|report|metrics|samples|ledger)  (.*)$", done.stderr, re.M)
     assert [name for name, _ in named] == ["ledger"]
