@@ -37,7 +37,7 @@ def make_run(
                 "corpus": corpus.describe(),
                 "tokenizer": "builtin",
                 "tokenizer_sha256": reread.vocabulary_sha256(encoder.tokenizer),
-                "model": {"sample_mode": mode, "max_seq_length": length},
+                "model": {"name": "none", "sample_mode": mode, "max_seq_length": length},
             }
         )
     )

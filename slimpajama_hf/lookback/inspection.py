@@ -24,6 +24,7 @@ from slimpajama_hf.errors import UserError
 from slimpajama_hf.lookback import reread
 from slimpajama_hf.record import checkpoints, ledger, surprisals
 from slimpajama_hf.record.run_folder import RunFolder
+from slimpajama_hf.samples.pieces import Guesses
 from slimpajama_hf.screen import Waiting
 
 if TYPE_CHECKING:
@@ -176,17 +177,7 @@ def view_of(checkpoint: Path, step: int, ids: list[int], encoder: Encoder) -> Ch
         nats = -scores.gather(1, input_ids[0, 1:, None])[:, 0]  # (T-1,)
         best = scores.topk(min(GUESSES, scores.shape[1]), dim=-1)  # (T-1, GUESSES)
         accuracy = (best.indices[:, 0] == input_ids[0, 1:]).float().mean().item()
-    texts: dict[int, str] = {}
-    before = encoder.encode("a")[0][-1:]
-    opening = len(encoder.decode(before))
-
-    def text(token: int) -> str:
-        # Decoded behind a letter: SentencePiece drops the space of a token that begins a text.
-        if token not in texts:
-            own = encoder.decode([*before, token])[opening:]
-            texts[token] = own if own and "\ufffd" not in own else encoder.piece(token)
-        return texts[token]
-
+    text = Guesses(encoder).text
     guesses = [
         [Guess(index, text(index), probability) for index, probability in zip(row, likely, strict=True)]
         for row, likely in zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)

@@ -49,5 +49,6 @@ class Guesses:
     def text(self, token: int) -> str:
         if token not in self._known:
             text = self._encoder.decode([*self._before, token])[self._length :]
-            self._known[token] = text or self._encoder.piece(token)
+            # A part of a character is shown by its name in the vocabulary.
+            self._known[token] = text if text and "\ufffd" not in text else self._encoder.piece(token)
         return self._known[token]
