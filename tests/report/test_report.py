@@ -249,6 +249,23 @@ def test_what_was_not_measured_is_not_shown(tab, tmp_path):
 
 
 @needs_browser
+def test_a_number_that_was_added_to_a_step_has_a_panel_and_a_line(tab, tmp_path):
+    folder = make_run(tmp_path / "run", 60)
+    path = folder / "ledger.jsonl"
+    rows = [json.loads(line) | {"weight_norm": 2.0 + step / 100} for step, line in enumerate(path.open())]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = json.loads((folder / "run.json").read_text()) | {"numbers": {"weight_norm": "L2 norm of all weights"}}
+    (folder / "run.json").write_text(json.dumps(record))
+    tab.errors.clear()
+    tab.call("Page.navigate", url="about:blank")
+    tab.open(report.write(folder).as_uri() + "#step=7")
+    head = tab.text("#chart-added-weight_norm .chart-head")
+    assert "Weight norm" in head and "L2 norm of all weights" in head and "2.07" in head
+    assert "weight norm" in tab.text("#passport") and "2.0700" in tab.text("#passport")
+    assert tab.errors == []
+
+
+@needs_browser
 def test_charts_zoom_by_drag_and_wheel_and_choose_the_step(shown):
     box = shown.box("#chart-loss .plot")
     middle = box["y"] + box["height"] / 2
