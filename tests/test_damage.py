@@ -71,7 +71,7 @@ def command(name: str, run: Path, finished: Path) -> subprocess.CompletedProcess
     words = {
         "inspect": [str(run), "--step", "17"],
         "evaluate": [str(run), "--dataset", str(run.parent / "held-out.jsonl"), "--documents", "2"],
-        "compare": [str(run), str(finished)],
+        "compare": [str(run), str(finished), "--output", str(run.parent / "comparison.png")],
         "push": [str(run), "--hub_patience", "1"],
     }.get(name, [str(run)])
     return run_command(name, *words, timeout=120)
