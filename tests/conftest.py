@@ -7,8 +7,10 @@ import gzip
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # No test may reach the outside: the Hub of the tests is a loopback server, or nothing.
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
+# The key by which runs are marked is one of the tests, wherever the home of their user is.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="state-of-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 DOMAINS = ("RedPajamaC4", "RedPajamaGithub", "RedPajamaWikipedia", "RedPajamaStackExchange")
 _WORDS = [
