@@ -27,7 +27,7 @@ from slimpajama_hf.hub import stranger
 from slimpajama_hf.hub.account import why
 from slimpajama_hf.hub.staging import STATE
 from slimpajama_hf.record import checkpoints, ledger, surprisals
-from slimpajama_hf.record.run_folder import RunFolder
+from slimpajama_hf.record.run_folder import GROWING, RunFolder
 from slimpajama_hf.screen import Waiting
 
 #: Where a run is put together before it is moved into its folder.
@@ -37,9 +37,8 @@ INCOMING = "_incoming"
 _FETCHED = "_fetched.json"
 
 #: Files of a run that a resume or a look at it needs, where they were pushed.
-_RUN_FILES = ("run.json", "run_config.yaml", ledger.FILE_NAME, surprisals.FILE_NAME, "samples.jsonl", "passports.jsonl",
-              "prompts.jsonl", "evaluations.jsonl")  # fmt: skip
 _NEEDED = ("run.json", "run_config.yaml", ledger.FILE_NAME)
+_RUN_FILES = (*_NEEDED, surprisals.FILE_NAME, *GROWING)
 
 #: Seconds that a Hub which fails is waited for.
 _PATIENCE_SECONDS = 120.0

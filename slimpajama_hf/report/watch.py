@@ -13,7 +13,7 @@ from typing import Any
 
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.record.columns import Reader
-from slimpajama_hf.record.run_folder import RunFolder
+from slimpajama_hf.record.run_folder import GROWING, RunFolder
 from slimpajama_hf.report import page
 
 #: Where the page is looked for first; the next free port is taken where this one is not.
@@ -24,7 +24,7 @@ _PORTS_TRIED = 20
 FRESH_SECONDS = 1.0
 
 #: Files whose growth means that there is something new.
-_GROWING = ("ledger.jsonl", "passports.jsonl", "prompts.jsonl", "samples.jsonl", "evaluations.jsonl", "run.json")
+_GROWING = ("ledger.jsonl", "run.json", *GROWING)
 
 
 class Content:

@@ -18,7 +18,13 @@ WHAT_MATTERS = (
 _MAY_BE_PATHS = ("dataset", "tokenizer", "model")
 
 #: What decides the numbers of a run beside them.
-ALSO_DECIDES = ("epochs", "beta2_half_life_tokens", "average_weights", "max_steps", "neftune_noise_alpha")
+ALSO_DECIDES = (
+    "epochs", "skip_broken_shards", "beta2_half_life_tokens", "average_weights", "max_steps", "neftune_noise_alpha",
+    "optim_args", "optim_target_modules", "tf32", "full_determinism", "activation_checkpointing",
+    "activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile",
+    "torch_compile_backend", "torch_compile_mode", "use_liger_kernel", "liger_kernel_config", "ddp_bucket_cap_mb",
+    "ddp_static_graph",
+)  # fmt: skip
 
 
 def what_decides(config: Mapping[str, Any]) -> dict[str, Any]:

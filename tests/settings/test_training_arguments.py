@@ -11,6 +11,7 @@ from slimpajama_hf.errors import UsageError
 from slimpajama_hf.session import command_line
 from slimpajama_hf.settings.arguments import TRAINING_DEFAULTS
 from slimpajama_hf.settings.training_arguments import PASSED_ON, REFUSED
+from slimpajama_hf.settings.what_matters import ALSO_DECIDES, WHAT_MATTERS
 from tests.conftest import NANO, read_ledger, run_script
 
 
@@ -20,6 +21,20 @@ def test_every_field_of_this_version_has_been_decided_on():
     undecided = there - ours - PASSED_ON - refused
     assert not undecided, "a new field of transformers: PASSED_ON or REFUSED in training_arguments.py?"
     assert not PASSED_ON & (ours | refused)
+
+
+def test_of_every_flag_it_is_decided_whether_a_strangers_run_may_say_it():
+    """What is passed on either decides numbers, or reaches devices, the outside, or this start alone."""
+    not_its_word = {
+        # `--precision` is taken.
+        "bf16", "fp16",
+        "use_cpu", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+        "eval_strategy", "eval_delay", "eval_on_start", "save_only_model", "hub_token", "hub_revision",
+        "auto_find_batch_size", "do_train", "ddp_find_unused_parameters", "ddp_broadcast_buffers", "ddp_backend",
+        "ddp_timeout", "local_rank",
+    }  # fmt: skip
+    taken = set(WHAT_MATTERS) | set(ALSO_DECIDES)
+    assert not taken & not_its_word and taken | not_its_word >= PASSED_ON
 
 
 #: A value other than the default, as it is typed.
