@@ -31,7 +31,8 @@ from slimpajama_hf.lookback.checkpoint_checks import (
 )
 from slimpajama_hf.lookback.findings import Finding, Problems
 from slimpajama_hf.lookback.run import Report, Run, shown_value
-from slimpajama_hf.record import ledger, surprisals
+from slimpajama_hf.record import ledger, run_folder, surprisals
+from slimpajama_hf.settings import what_matters
 from slimpajama_hf.views.views import METRICS
 
 if TYPE_CHECKING:
@@ -284,11 +285,35 @@ def surprisals_of_the_ledger(run: Run) -> Watch:
     return problems.finding(f"{count:,} steps, the mean of the tokens is the loss")
 
 
+def growing_files(run: Run) -> Finding:
+    """What the run appends to beside its ledger begins as its newest checkpoint says."""
+    step, manifest = next(((s, m) for s, m in reversed(run.manifests.items()) if m and "beside" in m), (0, None))
+    if manifest is None:
+        return Finding(True, "not looked at: no checkpoint has their sums")
+    problems = Problems()
+    for name in run_folder.not_as_saved(run.folder, manifest):
+        problems.add(f"{name}: not as it was when checkpoint-{step} was saved")
+    known = sorted({name for each in run.record.get("sessions", []) for name in each.get("not_as_saved", [])})
+    words = f"{', '.join(manifest['beside'])}: as checkpoint-{step} saved them"
+    return problems.finding(words + (f"; noted at a resume as changed before: {', '.join(known)}" if known else ""))
+
+
+def configuration(run: Run) -> Finding:
+    """run_config.yaml says of what decides the numbers what `run.json` says of it."""
+    recorded = run.record.get("config_sha256")
+    if recorded is None:
+        return Finding(True, "not looked at: run.json has no sum of it")
+    if what_matters.digest(run.config()) != recorded:
+        return Finding(False, f"{run.folder.config.name}: not the configuration that run.json has the sum of")
+    return Finding(True, f"{run.folder.config.name} is the one of run.json")
+
+
 #: Every check: its name on the screen, and the function.
 CHECKS: tuple[tuple[str, Callable[[Run], Finding | Watch]], ...] = (
     ("ledger", rows_follow_each_other),
     ("code bits", code_bits),
     ("documents", documents_once),
+    ("configuration", configuration),
     ("checkpoint files", checkpoint_files),
     ("checkpoint identity", checkpoint_identity),
     ("checkpoint chain", checkpoint_chain),
@@ -298,11 +323,16 @@ CHECKS: tuple[tuple[str, Callable[[Run], Finding | Watch]], ...] = (
     ("sample accuracy", samples_of_the_ledger),
     ("surprisals", surprisals_of_the_ledger),
     ("latest chart", latest_chart),
+    ("growing files", growing_files),
 )
 
 
-#: Files of a run that no check looks into.
-NOT_COVERED = ("evaluations.jsonl", "passports.jsonl", "prompts.jsonl", "run_config.yaml", "run.json")
+#: What no check notices.
+NOT_COVERED = (
+    "a changed value in run.json",
+    "in run_config.yaml: names of corpus, tokenizer and model, and flags that decide no number",
+    "what was appended since the newest checkpoint to samples.jsonl, passports.jsonl, prompts.jsonl, evaluations.jsonl",
+)
 
 
 class _Checking:
@@ -352,7 +382,7 @@ def verify(path: str | Path) -> Report:
         findings.append((name, each.finding))
     ok = all(finding.ok for _, finding in findings)
     lines = [f"{'ok' if finding.ok else 'FAILED':<7} {name:<20} {finding.words}" for name, finding in findings]
-    lines.append(f"note    not covered          values in {', '.join(NOT_COVERED)}")
+    lines += [f"note    {'not covered':<20} {what}" for what in NOT_COVERED]
     failed = sum(not finding.ok for _, finding in findings)
     lines.append(f"{path}: " + ("all of it holds" if ok else f"{failed} of {len(findings)} checks failed"))
     return Report(ok, lines, {

@@ -25,12 +25,14 @@ def path_of(run: Path, step: int) -> Path:
     return run / f"checkpoint-{step}"
 
 
-def _sha256(path: Path) -> str:
+def sum_of(path: Path, first_bytes: int | None = None) -> dict[str, Any]:
+    """`bytes` and `sha256` of a file, or of its first bytes. Raises OSError."""
+    digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(2**20):
+        while chunk := file.read(2**20 if first_bytes is None else min(2**20, first_bytes - size)):
             digest.update(chunk)
-    return digest.hexdigest()
+            size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _members(folder: Path) -> list[Path]:
@@ -53,7 +55,7 @@ def staged(run: Path, step: int, about: dict[str, Any]) -> Iterator[Path]:
         for path in _members(folder):
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-            content[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            content[str(path.relative_to(folder))] = sum_of(path)
         files.write_json(folder / MANIFEST, {"step": step, **about, "files": content}, indent=1)
         files.sync_folder(folder)
         target = path_of(run, step)
@@ -73,7 +75,10 @@ def is_plain(name: Any) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises ValueError, in a few words, where it is none."""
+    """The manifest of a checkpoint. Raises ValueError, in a few words, where it is none.
+
+    `files`: the sum (`sum_of`) of each file of the checkpoint; `beside`: those of the files that the run appends to.
+    """
     try:
         manifest = files.strict_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -81,9 +86,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         raise ValueError("its manifest cannot be read") from None
     entries = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(entries, dict) or type(manifest.get("step")) is not int:
+    beside = manifest.get("beside", {}) if isinstance(manifest, dict) else None
+    if not (isinstance(entries, dict) and isinstance(beside, dict) and type(manifest.get("step")) is int):
         raise ValueError("its manifest is not one of ours")
-    for name, entry in entries.items():
+    for name, entry in (*entries.items(), *beside.items()):
         if not is_plain(name):
             raise ValueError(f"its manifest names {name!r}, which is no file of it")
         if not (isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)):
@@ -108,7 +114,7 @@ def problem(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
-        if _sha256(path) != expected["sha256"]:
+        if sum_of(path)["sha256"] != expected["sha256"]:
             return f"{name} is not what was saved (its SHA-256 differs)"
     return None
 

@@ -290,6 +290,21 @@ def cut_to(source: RunFolder, target: RunFolder, steps: int) -> ledger.Kept:
     return kept
 
 
+def sums(folder: RunFolder) -> dict[str, dict[str, Any]]:
+    """For the manifest of a checkpoint: of each file of `GROWING` how long it is, and the SHA-256 of that."""
+    return {name: checkpoints.sum_of(folder.path / name) for name in GROWING if (folder.path / name).is_file()}
+
+
+def not_as_saved(folder: RunFolder, manifest: dict[str, Any]) -> list[str]:
+    """The files of `GROWING` that do not begin with the bytes which they had when a checkpoint was saved."""
+    return [
+        name
+        for name, saved in manifest.get("beside", {}).items()
+        if name in GROWING
+        and not ((path := folder.path / name).is_file() and checkpoints.sum_of(path, saved["bytes"]) == saved)
+    ]
+
+
 def _cut_lines(source: Path, target: Path, steps: int) -> None:
     passed_over: list[str] = []
     kept = [line for line, entry in files.json_lines(source, passed_over) if _is_before(source.name, entry, steps)]

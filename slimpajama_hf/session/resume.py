@@ -40,6 +40,8 @@ class ResumePoint:
     """The last rows before `step`, at most `ROWS_REMEMBERED`."""
     predicted: int = 0
     """Tokens predicted before `step`."""
+    not_as_saved: tuple[str, ...] = ()
+    """Files beside the ledger that were changed since the checkpoint."""
 
 
 def is_asked(asked: str | bool | None) -> bool:
@@ -225,7 +227,14 @@ def go_on(folder: RunFolder, checkpoint: Path | None) -> ResumePoint:
     """Cut the records of a run back to a checkpoint (None: to nothing) and say where reading goes on."""
     point = ResumePoint()
     if checkpoint is not None:
-        point = ResumePoint(checkpoint, checkpoints.read_manifest(checkpoint)["step"], _cursor(checkpoint))
+        manifest = checkpoints.read_manifest(checkpoint)
+        changed = tuple(run_folder.not_as_saved(folder, manifest))
+        point = ResumePoint(checkpoint, manifest["step"], _cursor(checkpoint), not_as_saved=changed)
+        for name in changed:
+            screen.say(
+                f"{folder.path / name}: what it held at {checkpoint.name} was changed, or is gone; what is computed "
+                "does not depend on it, and run.json notes it"
+            )
     try:
         kept = run_folder.cut_to(folder, folder, point.step)
     except ledger.Damaged as error:

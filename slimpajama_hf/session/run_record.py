@@ -93,7 +93,9 @@ def record_run(
         record = new_record(corpus.describe())
     # What was done after the checkpoint is done again: so are the starts that lay there.
     earlier = [each for each in record.get("sessions", []) if each["step"] < point.step]
-    started = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": point.step}
+    started: dict[str, Any] = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": point.step}
+    if point.not_as_saved:
+        started["not_as_saved"] = list(point.not_as_saved)
     record |= {
         "sessions": [*earlier, started],
         "max_steps": settings.training.max_steps,

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from slimpajama_hf import files, screen
 from slimpajama_hf.errors import SaidByTheFirst
 from slimpajama_hf.record import checkpoints
-from slimpajama_hf.record.run_folder import GROWING
+from slimpajama_hf.record.run_folder import GROWING, RunFolder, sums
 from slimpajama_hf.training.processes import OthersLost, is_about_others
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ class Saving:
                 self._recorder.sync()
                 for name in GROWING:
                     files.sync(self._run / name)
-                return staged.enter_context(checkpoints.staged(run, step, about | {"chain": self._recorder.chain}))
+                now = {"chain": self._recorder.chain, "beside": sums(RunFolder(run))}
+                return staged.enter_context(checkpoints.staged(run, step, about | now))
 
             self.staging = team.first_does(stage)
             try:

@@ -68,7 +68,7 @@ def test_all_of_a_whole_run_holds(finished):
     done = run_command("verify", str(finished))
     assert done.returncode == 0, done.stdout + done.stderr
     *lines, last = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["ok"] * len(checks.CHECKS) + ["note"]
+    assert [line.split()[0] for line in lines] == ["ok"] * len(checks.CHECKS) + ["note"] * len(checks.NOT_COVERED)
     assert read_ledger(finished)[-1]["chain"] in done.stdout
     assert "4 agree with the ledger" in done.stdout and "40 of 40 steps" in done.stdout
     assert last == f"{finished}: all of it holds"
@@ -200,6 +200,19 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str, str]] = {
         lambda run: flip_a_byte(run / "training_viz/training_latest.png"),
         "latest chart", "training_latest.png is not training_step_000040.png",
     ),
+    # What checkpoints have sums of.
+    "a byte of the passports": (
+        lambda run: flip_a_byte(run / "passports.jsonl"),
+        "growing files", "passports.jsonl: not as it was when checkpoint-40 was saved",
+    ),
+    "a byte of what fixed prompts led to": (
+        lambda run: flip_a_byte(run / "prompts.jsonl"), "growing files", "prompts.jsonl: not as it was",
+    ),
+    "no samples": (lambda run: (run / "samples.jsonl").unlink(), "growing files", "samples.jsonl: not as it was"),
+    "a rate in the configuration": (
+        lambda run: (run / "run_config.yaml").write_text((run / "run_config.yaml").read_text().replace("warmup_steps: 20", "warmup_steps: 19")),
+        "configuration", "run_config.yaml: not the configuration that run.json has the sum of",
+    ),
 }  # fmt: skip
 
 
@@ -235,6 +248,16 @@ def test_a_killed_run_with_older_views_and_one_more_sample_holds(copy):
     assert any("20 of 30 steps" in line for line in report.lines)
 
 
+def test_a_resume_says_and_notes_that_a_file_beside_the_ledger_was_changed(copy):
+    shutil.rmtree(copy / "checkpoint-40")
+    change_lines(copy / "passports.jsonl", lambda lines: [lines[0].replace('"step": 0', '"step": 1'), *lines[1:]])
+    done = run_script("--output_dir", str(copy), "--resume_from_checkpoint", "true", "--max_steps", "40")
+    assert done.returncode == 0, done.stderr
+    assert "passports.jsonl: what it held at checkpoint-30 was changed" in done.stderr
+    found = findings(copy)["growing files"]
+    assert found["ok"] and "noted at a resume as changed before: passports.jsonl" in found["words"]
+
+
 def test_a_run_without_checkpoints_and_views_holds(copy):
     for path in [*copy.glob("checkpoint-*"), copy / "training_viz"]:
         shutil.rmtree(path)
@@ -263,7 +286,8 @@ def test_a_document_trained_twice_is_a_note(copy):
     )
     with open(copy / "run_config.yaml", "a", encoding="utf-8") as file:
         file.write("epochs: 2\n")
-    assert "several passes" in findings(copy)["documents"]["words"]
+    found = findings(copy)
+    assert "several passes" in found["documents"]["words"] and not found["configuration"]["ok"]
 
 
 def test_what_is_no_run_is_one_sentence(tmp_path):
