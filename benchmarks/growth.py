@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -121,6 +122,56 @@ def ledger_append() -> dict[str, Any]:
     return result
 
 
+def lookback() -> dict[str, Any]:
+    """Seconds to cut back, to verify and to report a run of 200,000 rows: 255 tokens each, its losses their means."""
+    import numpy as np
+
+    import run_clm_slimpajama
+    from slimpajama_hf.lookback import checks
+    from slimpajama_hf.record import run_folder
+    from slimpajama_hf.record.ledger import Ledger, Row
+    from slimpajama_hf.record.surprisals import Surprisals
+    from slimpajama_hf.report import page
+
+    rows, tokens = 200_000, 256
+    draw = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as place:
+        run = run_folder.RunFolder(Path(place) / "run")
+        flags = ["--dataset", "embedded", "--model", "tiny", "--max_steps", "3", "--no-checkpoint"]
+        run_clm_slimpajama.main([*flags, "--output_dir", str(run.path)])
+        vocabulary = json.loads(run.record.read_text())["tokenizer_size"]
+        run.ledger.unlink()
+        run.surprisals.unlink()
+        for name in run_folder.GROWING:
+            (run.path / name).unlink(missing_ok=True)
+        book, nats = Ledger(run.ledger), Surprisals(run.surprisals, 0)
+        for step in range(rows):
+            values = draw.exponential(3.0, tokens - 1).astype(np.float32)
+            loss = float(values.mean(dtype=np.float64))
+            bits = (loss * (tokens - 1) + np.log(vocabulary)) / np.log(2)
+            nats.write(values)
+            nats.advance(len(values))
+            book.append(Row(step, loss, 0.25, tokens, 1000, 3000.0, 1e-3, 1.5, "embedded", f"{step // 5000}.jsonl.zst",
+                            step % 5000, f"{step:040x}", "RedPajamaC4", 100, True, float(bits), 0.08))  # fmt: skip
+        book.close()
+        nats.close()
+        shutil.rmtree(run.viz)
+        found: dict[str, Any] = {"rows": rows, "ledger_mb": run.ledger.stat().st_size / 1e6}
+        verified = None
+        for name, act in {
+            "verify": lambda: checks.verify(run.path),
+            "cut_back": lambda: run_folder.cut_to(run, run, rows - 1000),
+            "report": lambda: page.write(run.path),
+        }.items():
+            start = time.perf_counter(), time.process_time()
+            outcome = act()
+            found[f"{name}_seconds"] = time.perf_counter() - start[0]
+            found[f"{name}_cpu_seconds"] = time.process_time() - start[1]
+            verified = outcome if name == "verify" else verified
+        assert verified is not None and verified.ok, verified.lines
+    return found
+
+
 def train(flags: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
     """A training run of the tiny model: its ledger, and the resident bytes of its process at every 100th step."""
     import run_clm_slimpajama
@@ -175,6 +226,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "chart": chart,
     "metrics": metrics,
     "ledger": ledger_append,
+    "lookback": lookback,
     "documents of 4 KB": lambda: documents(4096),
     "documents of 10 MB": lambda: documents(10_000_000),
     "memory": memory,
@@ -201,7 +253,7 @@ def main() -> None:
         found[part] = json.loads(done.stdout.splitlines()[-1])
         print(f"{part}: {json.dumps(found[part])}")
     date = time.strftime("%Y-%m-%d")
-    suffix = "-memory" if options.part == ["memory"] else ""
+    suffix = f"-{options.part[0]}" if options.part in (["memory"], ["lookback"]) else ""
     path = ROOT / "benchmarks" / "results" / f"growth{suffix}-{date}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import functools
 import os
 import signal
@@ -71,6 +72,31 @@ def _run(main: Any, argv: list[str], if_stopped: str) -> int:
     except KeyboardInterrupt:
         screen.say(if_stopped)
         return 130
+    except (OSError, MemoryError) as error:
+        words = _of_the_machine(error)
+        if words is None:
+            raise
+        _say_error(UserError(words))
+        return UserError.exit_code
+
+
+#: What a machine refuses whatever this program does, and what to do about it.
+_MACHINE = {
+    errno.ENOSPC: "make room", errno.EDQUOT: "make room, or ask for a larger quota", errno.EIO: "look at the disk",
+    errno.EROFS: "make it writable", errno.EACCES: "make it writable and readable for you",
+    errno.EPERM: "make it writable and readable for you", errno.EFBIG: "raise the limit: ulimit -f unlimited",
+    errno.EMFILE: "raise the limit: ulimit -n 4096", errno.ENFILE: "close other programs",
+    errno.ENOMEM: "close other programs, or raise ulimit -v", errno.EAGAIN: "close other programs, or raise ulimit -u",
+}  # fmt: skip
+
+
+def _of_the_machine(error: OSError | MemoryError) -> str | None:
+    """What the machine did not give, in a sentence; None where the error is one of this program."""
+    number = errno.ENOMEM if isinstance(error, MemoryError) else error.errno
+    if number not in _MACHINE:
+        return None
+    what = error.filename if isinstance(error, OSError) and error.filename else "a file or memory of this program"
+    return f"{what}: {os.strerror(number)}; {_MACHINE[number]}, then type the same command again"
 
 
 def end(code: int) -> NoReturn:

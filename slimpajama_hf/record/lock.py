@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -43,7 +44,14 @@ class FolderLock:
                 f"{holder.get('host', '?')} since {holder.get('since', '?')}); wait for it, stop it, or choose another "
                 "--output_dir"
             ) from None
-        except (OSError, NotImplementedError):
+        except (OSError, NotImplementedError) as error:
+            if getattr(error, "errno", errno.ENOSYS) not in (
+                errno.ENOSYS,
+                errno.ENOLCK,
+                errno.EOPNOTSUPP,
+                errno.EINVAL,
+            ):
+                raise
             # A file system without locks: the run goes on without one.
             screen.say(f"{self.path.parent}: this file system has no locks; do not start two runs in this folder")
             return
