@@ -110,8 +110,13 @@ def _serve(address: str) -> dict[str, Any]:
     import datasets  # noqa: F401
     import matplotlib.figure  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
+    import transformers.convert_slow_tokenizer
+    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
     from transformers import Trainer  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    # Half a second at the first save of a process; kept from then on.
+    get_checkpoint_conversion_mapping("gpt2")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()

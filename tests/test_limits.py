@@ -94,6 +94,7 @@ def test_no_inodes_left_and_then_some(corpus, unbroken, tmp_path, fault_table): 
         subprocess.run(["umount", "-l", str(place)], capture_output=True)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_stopped_and_goes_on(corpus, unbroken, tmp_path, fault_table):  # noqa: F811
     run = tmp_path / "run"
     process = begin(flags_of(corpus, run, *MORE))
@@ -121,7 +122,7 @@ def child_of(process: subprocess.Popen[str], module: str) -> psutil.Process | No
 
 def test_the_process_that_draws_is_killed_as_when_memory_is_short(corpus, unbroken, tmp_path, fault_table):  # noqa: F811
     run = tmp_path / "run"
-    process = begin(flags_of(corpus, run, *MORE, "--viz_interval", "2"), stderr=subprocess.PIPE)
+    process = begin(flags_of(corpus, run, *MORE, "--viz_interval", "10"), stderr=subprocess.PIPE)
     killed = 0
     while process.poll() is None and killed < 2:
         child = child_of(process, "slimpajama_hf.watching.view_process")
@@ -138,6 +139,7 @@ def test_the_process_that_draws_is_killed_as_when_memory_is_short(corpus, unbrok
     fault_table("the chart process killed (as when memory is short)", killed, bit_equal=True)
 
 
+@pytest.mark.slow
 def test_the_process_that_uploads_is_killed_and_push_brings_the_rest(corpus, unbroken, tmp_path, fault_table):  # noqa: F811
     run = tmp_path / "run"
     with LoopbackModelHub() as hub:
