@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: help install test-run test test-faults test-all check lint types audit bench gpu-check train clean
+.PHONY: help install test-run test test-faults test-all check lint types audit bench docs gpu-check train clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -67,6 +67,9 @@ bench: $(DEV_STAMP) $(VENV)/litgpt/bin/python ## measure the step, what seeing c
 	@$(BIN)/python benchmarks/steps.py --model small --steps 25 --rounds 2
 	@$(BIN)/python benchmarks/growth.py
 
+docs: $(DEV_STAMP) ## the documentation as a site in site/; a link that leads nowhere is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 gpu-check: $(DEV_STAMP) ## every claim about CUDA, proved or refuted on one GPU in 8 minutes; result in benchmarks/results/
 	@$(BIN)/python benchmarks/gpu_check.py
 
@@ -74,5 +77,5 @@ train: $(RUN_STAMP) ## the 10,000 steps of configs/slimpajama.yaml
 	@$(BIN)/accelerate launch run_clm_slimpajama.py --config configs/slimpajama.yaml --resume_from_checkpoint true
 
 clean: ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './runs/*' -exec rm -rf {} +
