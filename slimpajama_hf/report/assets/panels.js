@@ -66,7 +66,7 @@ function difference(former, now) {
 
 let shownWriting = "";
 function showWriting() {
-  const step = run.steps[cursor.index], { prompts, samples } = run.meta, note = [];
+  const step = cursor.moved ? run.steps[cursor.index] : Infinity, { prompts, samples } = run.meta, note = [];
   const place = latest(prompts, step), box = $("prompts");
   const key = `${run.meta.steps} ${place} ${latest(samples, step)}`;
   if (key === shownWriting) return; // what many steps share is not built for each
@@ -81,8 +81,8 @@ function showWriting() {
       const before = former?.texts[k]?.[1];
       const parts = before === undefined ? [[true, output]] : difference(before, output);
       return element("div.card", {},
-        element("p.written", { dir: direction(prompt + output) }, element("b", {}, signs(prompt)), parts.map(([kept, text]) => (kept ? lines(text) : element("mark", {}, lines(text))))),
-        former ? element("p.former", { dir: direction(before ?? "") }, `step ${count(former.step)}: ${before === output ? "the same" : `…${lines(before ?? "")}`}`) : null);
+        element("p.written", { dir: direction(prompt + output) }, element("b", {}, signs(prompt)), /^\s+$/.test(output) ? element("span.gone", {}, ` ${written(output)}`) : parts.map(([kept, text]) => (kept ? lines(text) : element("mark", {}, lines(text))))),
+        former ? element("p.former", { dir: direction(before ?? "") }, `step ${count(former.step)}: ${before === output ? "the same" : /^\s*$/.test(before ?? "") ? written(before ?? "") : `…${lines(before ?? "")}`}`) : null);
     })));
   }
   $("writing-note").textContent = note.join("");
@@ -98,17 +98,21 @@ function showWriting() {
         element("button", { type: "button", disabled: k > 0 ? null : "", onclick: () => goToStep(samples[k - 1].step) }, "‹ the one before"),
         element("button", { type: "button", disabled: k + 1 < samples.length ? null : "", onclick: () => goToStep(samples[k + 1].step) }, "the next ›"))),
     element("div.sample", {},
-      element("div.card.opening", {}, element("h3", {}, "The opening that it was given"), element("p.written", { dir: direction(sample.input || "") }, signs(sample.input || ""))),
+      element("div.card.opening", {}, element("h3", {}, "The opening that it was given"), element("p.written", { dir: direction(sample.input || "") }, inWords(sample.input || ""))),
       element("div.card", {}, element("h3", {}, "What it wrote"), element("p.written", { id: "sample-output", dir: direction(sample.output || "") },
         sample.output === null || sample.output === undefined ? element("span.alarm-text", {}, `failed: ${sample.error || "unknown"}`)
-          : sample.output === "" ? element("span.gone", {}, "nothing: it ended the text") : [element("mark", {}, signs(sample.output.slice(0, same))), signs(sample.output.slice(same))])),
+          : sample.output === "" ? element("span.gone", {}, "nothing: it ended the text") : /^\s+$/.test(sample.output) ? element("span.gone", {}, written(sample.output))
+            : [same ? element("mark", {}, signs(sample.output.slice(0, same))) : null, inWords(sample.output.slice(same))])),
       element("div.card", {}, element("h3", {}, "What came"), element("p.written", { id: "sample-true", dir: direction(sample.true || "") },
         sample.true === null || sample.true === undefined ? element("span.gone", {}, "The document is not in this page and its corpus is not on the disk where this report was made.")
-          : sample.true === "" ? element("span.gone", {}, "nothing: the document ends here") : signs(sample.true)))));
+          : sample.true === "" ? element("span.gone", {}, "nothing: the document ends here") : inWords(sample.true)))));
 }
 
+// White space that says nothing, in words (terminal.written is the same).
+const written = (text) => (text === "" ? "(end of text)" : `(${plural(text.length, "character")} of white space)`);
+const inWords = (text) => signs(text.replace(/\s{24,}/g, (space) => ` ${written(space)} `));
 // Line ends as signs: what is written again and again on lines of its own would fill the page.
-const lines = (text) => signs(text.replace(/\n/g, " ⏎ "));
+const lines = (text) => inWords(text).replace(/\n/g, " ⏎ ");
 
 function common(a, b) {
   let k = 0;
@@ -213,7 +217,7 @@ function showTeaching() {
 function showCorpus() {
   const { meta } = run, { unusual } = meta;
   const item = (entry) => element("li", {}, element("button", { type: "button", onclick: () => goToStep(entry.step, true) },
-    entry.text === null ? element("span.excerpt.none", {}, "text not in this page") : element("span.excerpt", {}, oneLine(entry.text)),
+    entry.text === null ? element("span.excerpt.none", {}, "text not in this page") : element("span.excerpt", {}, oneLine(entry.text) || written(entry.text)),
     element("span.value", {}, fixed(entry.loss, 2)),
     element("span.what", {}, `step ${count(entry.step)} · ${domainAt(entry.step)}`),
     element("span.against", {}, `usual then ${fixed(entry.usual, 2)}`)));
@@ -226,8 +230,8 @@ function showCorpus() {
 
   for (const { u } of stills.splice(0)) u.destroy();
   const charts = [];
-  if (meta.by_position?.curves.some((curve) => curve.means.some((mean) => mean !== null))) charts.push(element("div", {}, positionChart(), element("p.lead", {}, "How much a longer beginning helps, in each quarter of the run: pale is early, dark is late.")));
-  if (meta.by_length.length) charts.push(element("div", {}, lengthChart(), element("p.lead", {}, "The later half of the run. Bar: the middle half of the documents, darker where there are more; line: their mean.")));
+  if (meta.by_position?.curves.some((curve) => curve.means.some((mean) => mean !== null))) charts.push(element("div", {}, positionChart(), positionKey(), element("p.lead", {}, "How much it helps to have read more of a document: a line for each quarter of the run.")));
+  if (meta.by_length.length) charts.push(element("div", {}, lengthChart(), element("p.lead", {}, "The later half of the run. Box: the middle half of the documents of a length, the stronger its colour the more there are; line: their mean.")));
   $("breakdowns").replaceChildren(...charts);
 
   const most = Math.max(...meta.by_domain.map((d) => d.steps), 1);
@@ -256,13 +260,21 @@ function domainAt(step) {
 
 function positionChart() {
   const { edges, curves } = run.meta.by_position, all = curves.flatMap((curve) => curve.means.filter((m) => m !== null));
-  const shade = (q) => css(mix(rgb(ink.paper), rgb(ink.accent), curves.length === 1 ? 1 : 0.34 + (0.66 * q) / (curves.length - 1)));
-  return stillChart("Surprisal by position in the document", "nats, log scale of tokens", {
-    series: [{}, ...curves.map((_, q) => ({ ...QUIET, stroke: shade(q), width: 2, spanGaps: true }))],
+  return stillChart("Surprisal by position in the document", "nats, by tokens before it", {
+    series: [{}, ...curves.map((_, q) => ({ ...QUIET, stroke: quarterColour(q), width: 2, spanGaps: true }))],
     scales: { x: { time: false, distr: 3, log: 2, range: [1, edges[edges.length - 1]] }, y: { range: [Math.max(Math.min(...all) - 0.3, 0), Math.max(...all) + 0.2] } },
     axes: [xAxis({}, count), yAxis(40)],
-  }, [edges.slice(0, -1).map((edge, k) => (edge + edges[k + 1]) / 2), ...curves.map((curve) => curve.means)]);
+  }, [edges.slice(0, -1).map((edge, k) => (edge + edges[k + 1]) / 2), ...curves.map((curve) => curve.means)],
+  curves.map((curve) => { const known = curve.means.filter((m) => m !== null); return `${quarterName(curve)}: ${fixed(known[0], 2)} at the beginning, ${fixed(known.at(-1), 2)} at the end`; }).join("; "));
 }
+
+// The later a quarter, the further its colour is from the paper, on light and on dark; all stand out from it by 3:1.
+function quarterColour(q) {
+  const many = run.meta.by_position.curves.length, part = many === 1 ? 1 : 0.55 + (0.45 * q) / (many - 1);
+  return css(onPaper(`#${mix(rgb(ink.paper), rgb(ink.accent), part).map((c) => Math.round(c).toString(16).padStart(2, "0")).join("")}`));
+}
+const quarterName = (curve) => `steps ${count(curve.first)} to ${count(curve.last)}`;
+const positionKey = () => element("p.hint.keys", {}, run.meta.by_position.curves.map((curve, q) => element("span", {}, element("i.reach.key", { style: { "--colour": quarterColour(q), opacity: 1, height: "3px" } }), quarterName(curve))));
 
 function lengthChart() {
   const bins = run.meta.by_length, high = Math.max(...bins.map((b) => b.high)) + 0.2, low = Math.max(Math.min(...bins.map((b) => b.low)) - 0.3, 0);
@@ -275,12 +287,12 @@ function lengthChart() {
     return [css(rgb(ink.point), 0.35 + 0.5 * (bin.count / most)), path];
   });
   const means = (u) => boxes(u, "mean", "mean", 2.4).reduce((all, [, path]) => (all.addPath(path), all), new Path2D());
-  return stillChart("Loss by length of the document", "nats per token", {
+  return stillChart("Loss by length of the document", "nats per token, by tokens", {
     series: [{}, { ...QUIET, fill: "black", paths: (u) => ({ fill: byColour(boxes(u, "high", "low", 0)) }) },
       { ...QUIET, fill: ink.accent, paths: (u) => ({ fill: means(u) }) }],
     scales: { x: { time: false, range: [-0.5, bins.length - 0.5] }, y: { range: [low, high] } },
     axes: [xAxis({ splits: () => places }, (k) => name(bins[k])), yAxis(40)],
-  }, [places, places, places]);
+  }, [places, places, places], bins.map((bin) => `${name(bin)} tokens: ${fixed(bin.mean, 2)}`).join(", "));
 }
 
 // ---- the record ----
