@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import re
 import time
@@ -107,8 +106,8 @@ def text_of(passport: dict[str, Any], first: int = 0, last: int | None = None) -
 def late_and_readable(passports: list[dict[str, Any]], steps: int) -> int | None:
     """The step that the page opens at: the newest document that is easily read, of the later half of the run.
 
-    Those with the model's guesses and both surprisals come first, then those with surprisals; of the readable ones those
-    that were no harder than the middle one. None where no document of the later half has surprisals.
+    Those with the model's guesses and both surprisals come first, then those with surprisals; of the readable ones
+    those that were no harder than the middle one. None where no document of the later half has surprisals.
     """
     late = [each for each in passports if each["step"] >= steps // 2 and "before" in each]
     full = [each for each in late if "after" in each] or late
@@ -119,10 +118,9 @@ def late_and_readable(passports: list[dict[str, Any]], steps: int) -> int | None
 
 
 def is_readable(pieces: list[str]) -> bool:
-    """Whether tokens are a text of some length that is mostly letters and single spaces."""
-    text = "".join(pieces)
-    plain = sum(char.isalpha() or (char == " " and before.isalnum()) for before, char in itertools.pairwise(text))
-    return len(pieces) >= 32 and plain >= 0.7 * len(text)
+    """Whether tokens are a text of some length that is mostly words, as prose and most code are."""
+    text = "".join("".join(pieces).split())
+    return len(pieces) >= 32 and sum(map(str.isalpha, text)) >= 0.7 * len(text)
 
 
 def read_again(

@@ -98,9 +98,9 @@ def _held_out(evaluations: list[dict[str, Any]]) -> str:
         '<th scope="col">accuracy<small>of next tokens</small></th>'
         '<th scope="col">bits per byte<small>of text</small></th></tr></thead>'
         f"<tbody>{rows}</tbody></table></section>"
-        f'<p class="note" id="no-held-out"{" hidden" if newest else ""}>No held-out document was scored in this run yet: '
-        "<code>--eval_steps N</code> does it every N steps. The numbers below are of documents just before they were "
-        "learned.</p>"
+        f'<p class="note" id="no-held-out"{" hidden" if newest else ""}>'
+        "No held-out document was scored in this run yet: <code>--eval_steps N</code> does it every N "
+        "steps. The numbers below are of documents just before they were learned.</p>"
     )
 
 

@@ -116,7 +116,8 @@ const gradient = (colour, from, to) =>
 // Ink for text on a colour: the first that stands out by 4.5:1. Of black and white one always does.
 function over(background) {
   const inks = [[31, 35, 40], [255, 255, 255], [0, 0, 0]];
-  return css(inks.find((each) => contrast(each, background) >= 4.5));
+  const seen = background.map(Math.round);
+  return css(inks.find((each) => contrast(each, seen) >= 4.5));
 }
 
 // A canvas of the size that its box has, in device pixels; drawing units are CSS pixels.

@@ -204,8 +204,8 @@ function showTeaching() {
   const said = (fall) => (fall.count < needed ? "measured too few times to say" : fall.stands_out ? `${fall.mean > 0 ? "lower" : "higher"} by ${fixed(1000 * Math.abs(fall.mean), 1)}` : "the same within noise");
   box.replaceChildren(...head,
     element("p.lead", {}, `After an update the loss of its own document is ${said(all.own)}; that of the next, not learned yet, is ${said(all.same)} if it is of the same domain, ${said(all.other)} if of another. ${verdict[0].toUpperCase()}${verdict.slice(1)}.`),
-    element("div.scroll.taught-scroll", {}, element("table.figures-table.taught-table", {},
-      element("thead", {}, element("tr", {}, ["learned", "updates", "itself", "next, same", "next, other", ""].map((name) => element("th", { scope: "col" }, name)))),
+    element("div.scroll.taught-scroll", { tabindex: "0", role: "region", "aria-label": "Which documents teach, as a table" }, element("table.figures-table.taught-table", {},
+      element("thead", {}, element("tr", {}, ["learned", "updates", "itself", "next, same", "next, other"].map((name) => element("th", { scope: "col" }, name)), element("td"))),
       element("tbody", {}, row(all, "all", null), domains.map((taught, k) => [taught, k]).filter(([taught]) => taught.own.count).map(([taught, k]) => row(taught, run.meta.domains[k].name, css(onPaper(run.meta.domains[k].colour))))))),
     element("p.hint.keys", {}, element("span", {}, element("i.mark.same"), "next document of the same domain"), element("span", {}, element("i.mark.other"), "of another domain"),
       element("span", {}, "right of the middle: its loss fell; line: two standard errors, ±: one; bold: beyond two; grey: too few")),
@@ -237,7 +237,7 @@ function showCorpus() {
   const most = Math.max(...meta.by_domain.map((d) => d.steps), 1);
   $("by-domain").replaceChildren(
     element("div.sub", {}, element("h3", {}, "By domain"), element("p", {}, "last: the last tenth of its documents, at least 10")),
-    element("div.scroll", {}, element("table.figures-table", {},
+    element("div.scroll", { tabindex: "0", role: "region", "aria-label": "By domain, as a table" }, element("table.figures-table", {},
       element("thead", {}, element("tr", {}, ["domain", "documents", "tokens", "first loss", "last loss", "last accuracy", "last bits per byte"].map((name) => element("th", { scope: "col" }, name)))),
       element("tbody", {}, meta.by_domain.map((d, k) => element("tr", {},
         element("td", { title: meta.domains[k].full }, element("i.share", {}, element("i", { style: { width: `${(100 * d.steps) / most}%`, background: css(onPaper(meta.domains[k].colour)) } })), meta.domains[k].name),
