@@ -49,6 +49,7 @@ from slimpajama_hf.views.drawing import (
     mark_unseen,
     note_unseen,
     number_axis,
+    plural,
     printable,
     robust_limits,
     short_number,
@@ -291,7 +292,10 @@ def draw_samples(ax: Axes, columns: Columns, samples: Samples) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """A panel and its place: a row shares its width out by `weight`; `left` and `gutter` are inches beside it."""
+    """A panel and its place: a row shares its width out by `weight`; `left` and `gutter` are inches beside it.
+
+    In the title stand `{steps}` and `{samples}` for how many of them are shown.
+    """
 
     name: str
     title: str
@@ -306,11 +310,11 @@ PANELS: list[Panel] = [
     Panel("loss", "Loss", draw_loss, row=0, weight=6.7),
     Panel("accuracy", "Next-token accuracy", draw_accuracy, row=0, weight=5.6),
     Panel("domains", "Loss by domain", draw_domains, row=0, weight=6.8, gutter=LABELS),
-    Panel("recent", f"Last {RECENT} steps", draw_recent, row=1, weight=6.7, gutter=2.1),
+    Panel("recent", "Last {steps}", draw_recent, row=1, weight=6.7, gutter=2.1),
     Panel("cloud", "Loss against accuracy", draw_cloud, row=1, weight=4.6, gutter=1.15),
     Panel("throughput", "Throughput", draw_throughput, row=1, weight=4.0, gutter=0.85),
     Panel("learning_rate", "Learning rate", draw_learning_rate, row=1, weight=3.8, gutter=0.95),
-    Panel("samples", f"Last {SAMPLES_SHOWN} samples", draw_samples, row=2, weight=1, gutter=0.0, left=0.0),
+    Panel("samples", "Last {samples}", draw_samples, row=2, weight=1, gutter=0.0, left=0.0),
 ]
 
 
@@ -389,6 +393,10 @@ def places(panels: Iterable[Panel]) -> list[tuple[Panel, tuple[float, float, flo
 def draw(columns: Columns, samples: Samples, caption: Caption) -> Figure:
     """The picture of a run so far. `samples`: dicts with `step`, `input`, `output`, `accuracy` (fraction or None),
     and `error` where the generation failed; the last SAMPLES_SHOWN are shown."""
+    shown = {
+        "steps": plural(min(len(columns), RECENT), "step"),
+        "samples": plural(min(len(samples), SAMPLES_SHOWN), "sample"),
+    }
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE, dpi=DPI)
         FigureCanvasAgg(figure)
@@ -396,7 +404,7 @@ def draw(columns: Columns, samples: Samples, caption: Caption) -> Figure:
         for panel, box in places(PANELS):
             ax = figure.add_axes(box, gid=panel.name)
             x = -panel.left * DPI / ax.bbox.width
-            ax.set_title(panel.title, loc="left", fontsize=TITLE, fontweight="bold", x=x, y=1.0, pad=28)
+            ax.set_title(panel.title.format_map(shown), loc="left", fontsize=TITLE, fontweight="bold", x=x, y=1.0, pad=28)
             ax.grid(axis="y", color=palette.GRID, lw=0.9)
             ax.tick_params(length=0, labelsize=BODY, labelcolor=palette.MUTED, pad=5)
             panel.draw(ax, columns, samples)

@@ -141,6 +141,8 @@ def test_a_mean_says_of_how_many_steps_it_is() -> None:
         assert "line: mean of 12 steps" in panel(short, name).get_ylabel()
         assert "line: mean of 50 steps" in panel(long, name).get_ylabel()
     assert charts.headline(run_of(12), 100)[1][2] == "mean of the last 12 steps"
+    assert panel(short, "recent").get_title("left") == "Last 12 steps"
+    assert panel(charts.draw(run_of(700), [{"step": 0}], CAPTION), "samples").get_title("left") == "Last 1 sample"
 
 
 def test_running_mean_forgets_a_huge_value() -> None:
