@@ -404,7 +404,9 @@ def draw(columns: Columns, samples: Samples, caption: Caption) -> Figure:
         for panel, box in places(PANELS):
             ax = figure.add_axes(box, gid=panel.name)
             x = -panel.left * DPI / ax.bbox.width
-            ax.set_title(panel.title.format_map(shown), loc="left", fontsize=TITLE, fontweight="bold", x=x, y=1.0, pad=28)
+            ax.set_title(
+                panel.title.format_map(shown), loc="left", fontsize=TITLE, fontweight="bold", x=x, y=1.0, pad=28
+            )
             ax.grid(axis="y", color=palette.GRID, lw=0.9)
             ax.tick_params(length=0, labelsize=BODY, labelcolor=palette.MUTED, pad=5)
             panel.draw(ax, columns, samples)
