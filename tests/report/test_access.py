@@ -113,6 +113,7 @@ def test_it_opens_at_its_end(run: Path, shown: Browser) -> None:
     assert "as of step 119" in shown.text("#writing-note")
     assert "(160 characters of white space)" in shown.text("#prompts")
     assert shown.text("#sample-output") == "(40 characters of white space)"
+    assert shown.value("location.hash") == "", "opened anew it opens the same way"
     go(shown, 29)
     assert "as of step 10" in shown.text("#writing-note"), "whoever moves the step sees what was written by then"
     assert shown.errors == []
@@ -142,13 +143,16 @@ def test_what_a_step_taught_is_what_the_ledger_and_the_summary_say(run: Path, sh
     rows = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
     expected = [row["loss"] - row["loss_after"] if row["step"] >= 9 and row["loss"] else math.nan for row in rows]
     np.testing.assert_allclose(arrays["taught"], expected, atol=1e-5)
-    told = f"{whole.own.mean:.3f} ± {whole.own.error:.3f}"
+    told = f"{whole.own.mean:.4f} ± {whole.own.error:.4f}"
+    assert (teaching.in_words(whole, []) or "").startswith(
+        f"an update changes the loss of its own document by -{told} "
+    ), "the summary's sentence"
     caption = shown.text("#chart-taught .caption")
     assert f"the document that it learned by {told}" in caption
     assert f"{whole.own.count} updates measured, those of the warm-up left out" in caption
     following = np.array([rows[k]["next_loss"] - rows[k + 1]["loss"] for k in range(9, 119) if rows[k + 1]["loss"]])
     error = following.std(ddof=1) / len(following) ** 0.5
-    assert f"{following.mean():.3f} ± {error:.3f}" in caption
+    assert f"{following.mean():.4f} ± {error:.4f}" in caption
     go(shown, 3)  # in the warm-up, where nothing counts
     assert shown.text("#chart-taught .readout") == told
     assert shown.value("!document.querySelector('#chart-taught').hidden")

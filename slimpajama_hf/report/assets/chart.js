@@ -48,12 +48,12 @@ class Sums {
     const values = run[panel.values], weights = panel.weights ? run[panel.weights] : null;
     this.index = chosen;
     this.total = new Float64Array(chosen.length + 1);
-    this.squares = new Float64Array(chosen.length + 1);
+    this.squares = panel.beside ? new Float64Array(chosen.length + 1) : null; // for standard errors
     this.weight = new Float64Array(chosen.length + 1);
     for (let k = 0; k < chosen.length; k++) {
       const i = chosen[k], weight = weights ? weights[i] : 1, good = Number.isFinite(values[i]);
       this.total[k + 1] = this.total[k] + (good ? (panel.sums ? run[panel.sums][i] : values[i] * weight) : 0);
-      this.squares[k + 1] = this.squares[k] + (good ? values[i] * values[i] * weight : 0);
+      if (this.squares) this.squares[k + 1] = this.squares[k] + (good ? values[i] * values[i] * weight : 0);
       this.weight[k + 1] = this.weight[k] + (good ? weight : 0);
     }
   }

@@ -11,7 +11,7 @@ function meanAndError(values) {
   const all = Array.from(values).filter(Number.isFinite), n = all.length, mean = all.reduce((sum, v) => sum + v, 0) / n;
   return { count: n, mean, error: n > 1 ? Math.sqrt(all.reduce((sum, v) => sum + (v - mean) ** 2, 0) / (n - 1) / n) : NaN };
 }
-const plusMinus = ({ mean, error }) => `${fixed(mean, 3)} ± ${fixed(error ?? NaN, 3)}`;
+const plusMinus = ({ mean, error }) => `${fixed(mean, 4)} ± ${fixed(error ?? NaN, 4)}`;
 function taughtInWords({ meta, taught_next }) {
   const { own } = meta.teaching.all, next = meanAndError(taught_next);
   return `Dots and line: an update lowers the loss of the document that it learned by ${plusMinus(own)} (band: one standard error). `
@@ -25,7 +25,7 @@ const PANELS = [
   { id: "gradient", title: "Gradient norm", unit: "before clipping", caption: "How large the gradient of each step was. A peak is a document unlike those before it, or a broken one.", values: "grad_norm", read: (v) => fixed(v, 3) },
   { id: "rate", title: "Learning rate", unit: "of each update", caption: "The rate that each update was made with, warm-up included.", values: "learning_rate", floor: 0, exact: true, read: rate, ticks: (ticks) => ticks.map((t) => (t === 0 ? "0" : t < 1e-3 ? t.toExponential(+t.toExponential().split("e")[0] % 1 ? 1 : 0).replace("e-", "e−") : String(t))) },
   { id: "throughput", title: "Throughput", unit: "tokens per second", caption: "How fast it trained: tokens of a step by its time.", values: "throughput", floor: 0, read: (v) => fixed(v, v < 100 ? 1 : 0) },
-  { id: "taught", title: "What a step taught", unit: "nats per token", values: "taught", beside: "taught_next", sparse: true, needs: "was_taught", read: (v) => fixed(v, 3), told: (run) => plusMinus(run.meta.teaching.all.own), caption: taughtInWords },
+  { id: "taught", title: "What a step taught", unit: "nats per token", values: "taught", beside: "taught_next", sparse: true, needs: "was_taught", read: (v) => fixed(v, 4), told: (run) => plusMinus(run.meta.teaching.all.own), caption: taughtInWords },
 ];
 const actions = { go: (i) => moveTo(i), hover: (i) => { if (i !== cursor.hover) { cursor.hover = i; later(drawTops); } }, zoom: zoomTo };
 const charts = PANELS.map((panel) => new StepChart(panel, actions));
@@ -91,7 +91,8 @@ function showStep() {
   showDocument();
   showWriting();
   drawTops();
-  try { history.replaceState(null, "", `#step=${step}`); } catch { /* some viewers forbid it */ }
+  // The address names the step that somebody chose; a page that was only opened opens the same way again.
+  if (cursor.moved) try { history.replaceState(null, "", `#step=${step}`); } catch { /* some viewers forbid it */ }
 }
 
 const STRIDES = [
