@@ -1,7 +1,7 @@
 // Charts of uPlot: steps as dots, or as a fan of quantiles where they are many; means around each; one zoom for all.
 
 const view = { from: 0, to: 1, log: false }; // in steps
-const shown = { hidden: new Set(), window: 50 };
+const shown = { hidden: new Set(), window: 50, chosen: false }; // chosen: by a person
 
 // The two scales of steps: uPlot's linear one and its asinh, a logarithm that begins at 0.
 const across = (step) => (view.log ? Math.asinh(step) : step);

@@ -243,13 +243,14 @@ function take(content, first) {
   shownWriting = "";
   cursor.hover = null;
   fillStrides();
-  if (first) chooseWindow();
   const figures = run.meta.headline;
-  showHeldOut();
   if (!first) for (const [id, value] of [["steps", count(run.meta.steps)], ["loss", fixed(figures.loss, 3)], ["accuracy", percent(figures.accuracy ?? NaN)], ["bits-per-byte", fixed(figures.bits_per_byte, 3)], ["training-time", seconds(figures.seconds)]]) $(`figure-${id}`).textContent = value;
   for (const old of document.querySelectorAll(".top > .note.told")) old.remove();
   for (const text of run.meta.notes) $("failure").before(element("p.note.told", {}, signs(text)));
   showRecord();
+  showHeldOut();
+  showLast();
+  chooseWindow();
   $("slider").max = Math.max(run.n - 1, 0);
   if (!run.n) { nothingYet(); return; }
   for (const id of ["curves", "one-step", "writing", "learning", "corpus"]) $(id).hidden = false;
@@ -274,30 +275,16 @@ function take(content, first) {
 // The page opens at a late document that can be read (documents.late_and_readable), else at the last step.
 const startingPlace = () => (run.meta.opens_at === null ? run.n - 1 : nearest(run.steps, run.meta.opens_at));
 
-// The newest held-out scores, over everything else; page.py writes the same for who runs no script.
-function showHeldOut() {
-  const newest = run.meta.evaluations.at(-1);
-  $("held-out").hidden = !newest;
-  $("no-held-out").hidden = Boolean(newest);
-  if (!newest) return;
-  $("held-out-note").textContent = `${newest.documents ? count(newest.documents) : "The"} documents that no step learns, scored after ${plural(newest.step, "update")}.`;
-  for (const [row, scores] of [["raw", newest], ["averaged", newest.averaged]]) {
-    $(`held-out-${row}`).hidden = !scores;
-    if (scores) for (const [name, text] of [["loss", fixed(scores.loss, 3)], ["accuracy", percent(scores.accuracy ?? NaN)], ["bits_per_byte", fixed(scores.bits_per_byte, 3)]]) $(`held-out-${row}-${name}`).textContent = text;
-  }
-}
-
 function nothingYet() {
   for (const id of ["curves", "one-step", "writing", "learning", "corpus"]) $(id).hidden = true;
   $("scrubber").hidden = true;
 }
 
+// No mean is of more steps than there are; one that nobody chose grows with the run.
 const WINDOWS = [1, 10, 50, 200, 1000, 5000];
 function chooseWindow() {
-  const n = run.meta.steps;
-  shown.window = n > 60000 ? 1000 : n > 8000 ? 200 : n > 300 ? 50 : 10;
-  const some = WINDOWS.filter((w) => w <= n);
-  shown.window = Math.min(shown.window, some.at(-1) ?? 1);
+  const n = run.meta.steps, some = WINDOWS.filter((w) => w <= Math.max(n, 1));
+  if (!shown.chosen) shown.window = Math.min(n > 60000 ? 1000 : n > 8000 ? 200 : n > 300 ? 50 : 10, some.at(-1));
   $("window").replaceChildren(...some.map((w) => element("option", { value: w, ...(w === shown.window ? { selected: "" } : {}) }, count(w))));
 }
 
@@ -337,7 +324,7 @@ $("forth").addEventListener("click", () => stride(1));
 $("step").addEventListener("change", (event) => { const step = parseInt(event.target.value.replace(/[^\d]/g, ""), 10); if (Number.isFinite(step)) goToStep(step); else later(showStep); });
 $("step").addEventListener("keydown", (event) => { if (event.key === "Enter") event.target.blur(); event.stopPropagation(); });
 $("step").addEventListener("focus", (event) => event.target.select());
-$("window").addEventListener("change", (event) => { shown.window = +event.target.value; later(drawCharts); });
+$("window").addEventListener("change", (event) => { shown.window = +event.target.value; shown.chosen = true; later(drawCharts); });
 $("unzoom").addEventListener("click", () => zoomTo(-Infinity, Infinity));
 for (const button of $("scale").children)
   button.addEventListener("click", () => {

@@ -1,4 +1,24 @@
-// The panels around the charts: passport, writings, lists, tables, the record.
+// The panels around the charts: held-out scores, passport, writings, lists, tables, the record.
+
+// The newest held-out scores, over everything else; page.py writes the same for who runs no script.
+function showHeldOut() {
+  const newest = run.meta.evaluations.at(-1);
+  $("held-out").hidden = !newest;
+  $("no-held-out").hidden = Boolean(newest);
+  if (!newest) return;
+  $("held-out-note").textContent = `${newest.documents ? count(newest.documents) : "The"} documents that no step learns, scored after ${plural(newest.step, "update")}.`;
+  for (const [row, scores] of [["raw", newest], ["averaged", newest.averaged]]) {
+    $(`held-out-${row}`).hidden = !scores;
+    if (scores) for (const [name, text] of [["loss", fixed(scores.loss, 3)], ["accuracy", percent(scores.accuracy ?? NaN)], ["bits_per_byte", fixed(scores.bits_per_byte, 3)]]) $(`held-out-${row}-${name}`).textContent = text;
+  }
+}
+
+// Of how many steps the loss and the accuracy of the training are; page.py writes the same.
+function showLast() {
+  const { steps, headline } = run.meta, last = steps > 1 ? `last ${Math.min(headline.recent_steps, steps)} steps` : "one step";
+  $("figure-loss").nextSibling.textContent = `nats per token, ${last}`;
+  $("figure-accuracy").nextSibling.textContent = `of next tokens, ${last}`;
+}
 
 function showPassport() {
   const i = cursor.index, step = run.steps[i], { meta } = run;
