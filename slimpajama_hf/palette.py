@@ -69,7 +69,8 @@ def text_colour(colour: str, contrast: float = 4.5) -> str:
     """`colour` darkened, hue kept, until text in it stands out from PAPER by `contrast` (WCAG 2 ratio)."""
     rgb = _rgb(colour)
     paper = _luminance(_rgb(PAPER))
-    while (paper + 0.05) / (_luminance(rgb) + 0.05) < contrast:
+    # As it is written: rounded to 256 values.
+    while (paper + 0.05) / (_luminance(_rgb(_hex(rgb))) + 0.05) < contrast:
         rgb = (rgb[0] * 0.96, rgb[1] * 0.96, rgb[2] * 0.96)
     return _hex(rgb)
 

@@ -70,6 +70,19 @@ def _fall(values: np.ndarray) -> Fall:
     return Fall(count, float(values.mean()) if count else None, error)
 
 
+def falls(
+    loss: np.ndarray, loss_after: np.ndarray, next_loss: np.ndarray, learning_rate: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """By how much each update lowered the loss of its own document and that of the next, nats per token, (steps,) each;
+    NaN where it was not measured, and where it does not count. The arguments are columns of the ledger, (steps,).
+
+    Steps at the rate of the last one alone count: in warm-up each teaches another amount than the one before.
+    """
+    alike = learning_rate == learning_rate[-1:]
+    own = np.where(alike, loss - loss_after, np.nan)
+    return own, np.where(alike, next_loss - np.append(loss, np.nan)[1:], np.nan)
+
+
 def by_domain(
     loss: np.ndarray,
     loss_after: np.ndarray,
@@ -78,14 +91,8 @@ def by_domain(
     domain: np.ndarray,
     names: Sequence[str],
 ) -> tuple[Taught, list[Taught]]:
-    """What all documents taught, and those of each domain; the arguments are columns of the ledger, (steps,), NaN where
-    nothing was measured, `domain` indices into `names`.
-
-    Steps at the rate of the last one alone count: in warm-up each teaches another amount than the one before.
-    """
-    alike = learning_rate == learning_rate[-1:]
-    own = np.where(alike, loss - loss_after, np.nan)
-    following = np.where(alike, next_loss - np.append(loss, np.nan)[1:], np.nan)
+    """What all documents taught, and those of each domain: the means of `falls`, `domain` are indices into `names`."""
+    own, following = falls(loss, loss_after, next_loss, learning_rate)
     akin = np.append(domain, -1)[1:] == domain
 
     def taught(name: str, mine: np.ndarray) -> Taught:

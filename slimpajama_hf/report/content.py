@@ -54,6 +54,7 @@ def gather(folder: RunFolder, reader: Reader, most_passports: int = documents.MO
         "domains": domains,
         "events": _events(rows, folder, record),
         "passports": [_passport(each) for each in passports],
+        "opens_at": documents.late_and_readable(passports, len(rows)),
         "vocabulary": vocabulary,
         "evaluations": _evaluations(folder, len(rows)),
         "config": _config(folder),
@@ -199,14 +200,23 @@ def _passed_over(rows: Columns) -> list[list[Any]]:
     return [[reason, count] for reason, count in sorted(total.items(), key=lambda pair: -pair[1])]
 
 
+_SCORES = ("loss", "accuracy", "bits_per_byte")
+
+
 def _evaluations(folder: RunFolder, steps: int) -> list[dict[str, Any]]:
-    """Held-out scores of all domains together, by step."""
+    """Held-out scores of all domains together, by step: of the weights, and under `averaged` of the averaged ones."""
+
+    def whole(scores: Any) -> dict[str, Any] | None:
+        found = scores.get("all") if isinstance(scores, dict) else None
+        return {name: found.get(name) for name in _SCORES} if isinstance(found, dict) else None
+
     found = []
     for _, entry in files.json_lines(folder.evaluations):
-        scores = entry.get("scores")
-        whole = scores.get("all") if isinstance(scores, dict) else None
-        if isinstance(whole, dict) and isinstance(entry.get("step"), int) and entry["step"] <= steps:
-            found.append({"step": entry["step"], **{n: whole.get(n) for n in ("loss", "accuracy", "bits_per_byte")}})
+        scores = whole(entry.get("scores"))
+        if scores is not None and isinstance(entry.get("step"), int) and entry["step"] <= steps:
+            samples = entry["scores"]["all"].get("samples")
+            averaged = whole(entry.get("averaged"))
+            found.append({"step": entry["step"], "documents": samples, **scores, "averaged": averaged})
     return found[-MOST_EVENTS:]
 
 

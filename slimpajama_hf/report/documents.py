@@ -103,6 +103,26 @@ def text_of(passport: dict[str, Any], first: int = 0, last: int | None = None) -
     return "".join(passport["pieces"][first:last])
 
 
+def late_and_readable(passports: list[dict[str, Any]], steps: int) -> int | None:
+    """The step that the page opens at: the newest document that is easily read, of the later half of the run.
+
+    Those with the model's guesses and both surprisals come first, then those with surprisals; of the readable ones
+    those that were no harder than the middle one. None where no document of the later half has surprisals.
+    """
+    late = [each for each in passports if each["step"] >= steps // 2 and "before" in each]
+    full = [each for each in late if "after" in each] or late
+    readable = [each for each in full if is_readable(each["pieces"])] or full
+    loss = {each["step"]: float(np.nan_to_num(np.nanmean(numbers(each["before"])), nan=np.inf)) for each in readable}
+    usual = float(np.median(list(loss.values()))) if loss else 0.0
+    return max((step for step in loss if loss[step] <= usual), default=None)
+
+
+def is_readable(pieces: list[str]) -> bool:
+    """Whether tokens are a text of some length that is mostly words, as prose and most code are."""
+    text = "".join("".join(pieces).split())
+    return len(pieces) >= 32 and sum(map(str.isalpha, text)) >= 0.7 * len(text)
+
+
 def read_again(
     record: dict[str, Any], wanted: dict[tuple[str, int], str], seconds: float
 ) -> dict[tuple[str, int], str]:

@@ -55,8 +55,14 @@ def carried_rows(rows: Columns, folder: RunFolder) -> tuple[np.ndarray, int]:
     named = [*rows.seldom["spike"], *rows.seldom["update_skipped"]]
     named += [entry["step"] for _, entry in files.json_lines(folder.samples) if isinstance(entry.get("step"), int)]
     named += [passport["step"] for passport in documents.read_passports(folder.path / documents.PASSPORTS, count)]
+    named[:0] = np.flatnonzero(np.isfinite(taught_of(rows)[0])).tolist()
     extra = np.array([step for step in named[: MOST_STEPS // 10] if step < count], np.int64)
     return np.union1d(np.arange(0, count, every), extra), every
+
+
+def taught_of(rows: Columns) -> tuple[np.ndarray, np.ndarray]:
+    """By how much each update lowered the loss of its own document and of the next (`teaching.falls`)."""
+    return teaching.falls(rows.loss, rows.loss_after, rows.next_loss, rows.learning_rate)
 
 
 def step_arrays(rows: Columns, carried: np.ndarray, every: int, domain_of: np.ndarray) -> dict[str, np.ndarray]:
@@ -80,6 +86,7 @@ def step_arrays(rows: Columns, carried: np.ndarray, every: int, domain_of: np.nd
         "domain": domain_of.astype(np.uint8),
         "part": rows.part.astype(np.uint32),
     }
+    arrays |= dict(zip(("taught", "taught_next"), (fall.astype(np.float32) for fall in taught_of(rows)), strict=True))
     arrays |= {ADDED + name: values.astype(np.float32) for name, values in rows.added.items()}
     arrays = {name: array[carried] for name, array in arrays.items()}
     # Readers go forward: differences are small numbers that compress to almost nothing.
@@ -157,6 +164,7 @@ def headline(rows: Columns) -> dict[str, Any]:
     last = slice(max(len(rows) - _LAST, 0), None)
     found = noise.estimate(rows.grad_square, rows.grad_agreement)
     return {
+        "recent_steps": _LAST,
         "loss": mean_of(rows.loss[last]),
         "accuracy": mean_of(rows.accuracy[last]),
         "bits_per_byte": _bits_per_byte(rows, slice(None)),

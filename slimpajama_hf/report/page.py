@@ -61,6 +61,7 @@ def render(meta: dict[str, Any], packed: bytes | None, watch: bool = False) -> s
         f"connect-src {connections}; base-uri 'none'; form-action 'none'",
         "title": html.escape(meta["title"]),
         "subtitle": html.escape(meta["subtitle"]),
+        "held_out": _held_out(meta["evaluations"]),
         "figures": _figures(meta),
         "watch": "yes" if watch else "no",
         "style": "".join((_ASSETS / name).read_text(encoding="utf-8") for name in ("uplot/uPlot.min.css", "page.css")),
@@ -73,21 +74,48 @@ def render(meta: dict[str, Any], packed: bytes | None, watch: bool = False) -> s
     return pieces[0] + "".join(parts[name] + rest for name, rest in (piece.split("}}", 1) for piece in pieces[1:]))
 
 
+def _shown(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form).replace("%", " %")
+
+
+def _held_out(evaluations: list[dict[str, Any]]) -> str:
+    """The newest held-out scores, of the weights and of their average; a sentence where there are none."""
+    newest = evaluations[-1] if evaluations else {}
+    rows = ""
+    for name, words, scores in (("raw", "weights", newest), ("averaged", "averaged weights", newest.get("averaged"))):
+        cells = "".join(
+            f'<td><b id="held-out-{name}-{score}">{_shown((scores or {}).get(score), form)}</b></td>'
+            for score, form in (("loss", ".3f"), ("accuracy", ".1%"), ("bits_per_byte", ".3f"))
+        )
+        rows += f'<tr id="held-out-{name}"{"" if scores else " hidden"}><th scope="row">{words}</th>{cells}</tr>'
+    documents = f"{newest['documents']:,}" if newest.get("documents") else "The"
+    updates = f"{newest.get('step', 0):,} update{'' if newest.get('step') == 1 else 's'}"
+    return (
+        f'<section class="held-out" id="held-out" aria-labelledby="held-out-title"{"" if newest else " hidden"}>'
+        '<div><h2 id="held-out-title">Held out</h2>'
+        f'<p id="held-out-note">{documents} documents that no step learns, scored after {updates}.</p></div>'
+        '<table><thead><tr><td></td><th scope="col">loss<small>nats per token</small></th>'
+        '<th scope="col">accuracy<small>of next tokens</small></th>'
+        '<th scope="col">bits per byte<small>of text</small></th></tr></thead>'
+        f"<tbody>{rows}</tbody></table></section>"
+        f'<p class="note" id="no-held-out"{" hidden" if newest else ""}>'
+        "No held-out document was scored in this run yet: <code>--eval_steps N</code> does it every N "
+        "steps. The numbers below are of documents just before they were learned.</p>"
+    )
+
+
 def _figures(meta: dict[str, Any]) -> str:
     """The headline numbers as HTML: they are there at the first paint, and where no script runs."""
     head, steps = meta["headline"], meta["steps"]
-
-    def shown(value: float | None, form: str) -> str:
-        return "–" if value is None else format(value, form)
-
+    last = f"last {min(head['recent_steps'], steps)} steps" if steps > 1 else "one step"
     goal = f"of {meta['max_steps']:,}" if meta["max_steps"] and meta["max_steps"] != steps else "one document each"
     figures = [
         ("steps", f"{steps:,}", goal),
-        ("loss", shown(head["loss"], ".3f"), "nats per token, last 50 steps"),
-        ("accuracy", shown(head["accuracy"], ".1%").replace("%", " %"), "of next tokens, last 50 steps"),
-        ("bits per byte", shown(head["bits_per_byte"], ".3f"), "prequential, the whole run"),
+        ("loss", _shown(head["loss"], ".3f"), f"nats per token, {last}"),
+        ("accuracy", _shown(head["accuracy"], ".1%"), f"of next tokens, {last}"),
+        ("bits per byte", _shown(head["bits_per_byte"], ".3f"), "prequential, the whole run"),
         ("tokens", _short(head["tokens"]), f"{_short(head['text_bytes'])}B of text"),
-        ("training time", _duration(head["seconds"]), f"{shown(head['throughput'], ',.0f')} tokens per second"),
+        ("training time", _duration(head["seconds"]), f"{_shown(head['throughput'], ',.0f')} tokens per second"),
     ]
     noise = head["noise_scale"]
     wide = f'<div class="wide"><dt>noise scale</dt><dd><span>{html.escape(noise)}</span></dd></div>' if noise else ""

@@ -39,17 +39,19 @@ from slimpajama_hf.views.drawing import (
     STYLE,
     TITLE,
     WINDOW,
+    centred_mean,
     draw_mean,
     draw_steps,
     evenly,
     fit,
     label_ends,
+    last_mean,
     mark_unseen,
     note_unseen,
     number_axis,
+    plural,
     printable,
     robust_limits,
-    running_mean,
     short_number,
     step_axis,
     unseen,
@@ -83,7 +85,7 @@ class Caption:
 
 
 def draw_series(ax: Axes, columns: Columns, values: np.ndarray, unit: str, number: str, floor: bool) -> None:
-    """One quantity per step with its running mean. `number` formats the mean's last value; `floor`: start at 0."""
+    """One quantity per step and its mean. `number` formats the mean of the last steps; `floor`: start at 0."""
     steps = columns.step
     # Once a pixel holds more than WINDOW steps, a mean of WINDOW would show only which of them were picked.
     window = max(WINDOW, values.size // LINE_POINTS)
@@ -92,9 +94,14 @@ def draw_series(ax: Axes, columns: Columns, values: np.ndarray, unit: str, numbe
     low, high = robust_limits(values)
     ax.set_ylim(0 if floor else low, high if high > 0 else 1)
     step_axis(ax, steps)
-    number_axis(ax, "y", f"{unit} · line: {window:,}-step mean" + (f", {key}" if ax.bbox.width > 350 else ""))
+    number_axis(ax, "y", f"{unit} · line: {mean_of(window, steps.size)}" + (f", {key}" if ax.bbox.width > 350 else ""))
     mark_unseen(ax, steps, values)
     label_ends(ax, [(now, format(now, number), palette.ACCENT)])
+
+
+def mean_of(window: int, steps: int) -> str:
+    """What a line of means is, for the label of its axis; a short run has fewer steps than the window."""
+    return f"mean of {min(window, max(steps, 1)):,} steps"
 
 
 def by_frequency(columns: Columns) -> list[int]:
@@ -179,11 +186,11 @@ def draw_recent(ax: Axes, columns: Columns, samples: Samples) -> None:
     size = 34 if steps.size <= 100 else 16
     ax.scatter(steps, loss, c=list(colours[domain]), s=size, lw=0, alpha=0.8, gid="recent")
     # Averaged over the whole run, so that the line enters from the left with a full window.
-    mean = running_mean(columns.loss, WINDOW)[-RECENT:]
+    mean = centred_mean(columns.loss, WINDOW)[-RECENT:]
     ax.plot(steps, mean, color=palette.INK, lw=2, marker="o" if steps.size == 1 else "", gid="mean")
     ax.set_ylim(*robust_limits(loss))
     step_axis(ax, steps)
-    number_axis(ax, "y", f"nats per token · colour: domain, with its mean · line: {WINDOW}-step mean")
+    number_axis(ax, "y", f"nats per token · colour: domain, with its mean · line: {mean_of(WINDOW, len(columns))}")
     mark_unseen(ax, steps, loss, gutter=1.9)
     labels = []
     for index in by_frequency(columns)[:DOMAINS_SHOWN]:
@@ -221,7 +228,7 @@ def draw_domains(ax: Axes, columns: Columns, samples: Samples) -> None:
 
 def domain_dots(ax: Axes, columns: Columns, groups: Groups) -> tuple[list[float], list[float]]:
     """One row per domain, the hardest on top: its documents as dots, their mean as a bar. Returns heights, means."""
-    means = [float(running_mean(columns.loss[where], DOT_ROWS)[-1]) for _, where in groups]
+    means = [last_mean(columns.loss[where], DOT_ROWS) for _, where in groups]
     heights = [float(rank) for rank in np.argsort(np.argsort(means, kind="stable"))]
     for (name, where), mean, height in zip(groups, means, heights, strict=True):
         colour, loss = palette.domain_colour(name), columns.loss[where]
@@ -237,7 +244,7 @@ def domain_dots(ax: Axes, columns: Columns, groups: Groups) -> tuple[list[float]
 
 
 def domain_curves(ax: Axes, columns: Columns, groups: Groups) -> list[float]:
-    """Running mean of each domain's own documents. Returns the last value of each."""
+    """Mean of each domain's own documents around each step. Returns the mean of the last ones of each."""
     # Rare domains move along steps in leaps: 1 % of their documents keeps a long run's curves apart and smooth.
     windows = [max(WINDOW, int(where.sum()) // 100) for _, where in groups]
     means = [
@@ -246,8 +253,11 @@ def domain_curves(ax: Axes, columns: Columns, groups: Groups) -> list[float]:
     ]
     ax.set_ylim(*robust_limits(np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in ax.lines])))
     step_axis(ax, columns.step)
-    over = f"{WINDOW} documents" if max(windows) == WINDOW else f"1 % of documents, at least {WINDOW}"
-    number_axis(ax, "y", f"nats per token · mean over the last {over}")
+    if max(windows) > WINDOW:
+        over = f"1 % of documents (≥ {WINDOW})"
+    else:
+        over = f"{'up to ' if any(where.sum() < WINDOW for _, where in groups) else ''}{WINDOW} documents"
+    number_axis(ax, "y", f"nats per token · mean of {over} · right: last mean, documents")
     return means
 
 
@@ -282,7 +292,10 @@ def draw_samples(ax: Axes, columns: Columns, samples: Samples) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """A panel and its place: a row shares its width out by `weight`; `left` and `gutter` are inches beside it."""
+    """A panel and its place: a row shares its width out by `weight`; `left` and `gutter` are inches beside it.
+
+    In the title stand `{steps}` and `{samples}` for how many of them are shown.
+    """
 
     name: str
     title: str
@@ -297,11 +310,11 @@ PANELS: list[Panel] = [
     Panel("loss", "Loss", draw_loss, row=0, weight=6.7),
     Panel("accuracy", "Next-token accuracy", draw_accuracy, row=0, weight=5.6),
     Panel("domains", "Loss by domain", draw_domains, row=0, weight=6.8, gutter=LABELS),
-    Panel("recent", f"Last {RECENT} steps", draw_recent, row=1, weight=6.7, gutter=2.1),
+    Panel("recent", "Last {steps}", draw_recent, row=1, weight=6.7, gutter=2.1),
     Panel("cloud", "Loss against accuracy", draw_cloud, row=1, weight=4.6, gutter=1.15),
     Panel("throughput", "Throughput", draw_throughput, row=1, weight=4.0, gutter=0.85),
     Panel("learning_rate", "Learning rate", draw_learning_rate, row=1, weight=3.8, gutter=0.95),
-    Panel("samples", f"Last {SAMPLES_SHOWN} samples", draw_samples, row=2, weight=1, gutter=0.0, left=0.0),
+    Panel("samples", "Last {samples}", draw_samples, row=2, weight=1, gutter=0.0, left=0.0),
 ]
 
 
@@ -311,8 +324,8 @@ PANELS: list[Panel] = [
 def headline(columns: Columns, max_steps: int) -> list[tuple[str, str, str]]:
     """The big numbers now: (number, what it is, how it is meant)."""
     done = len(columns)
-    means = [running_mean(v, WINDOW)[-1:] for v in (columns.loss, 100 * columns.accuracy, columns.throughput)]
-    loss, accuracy, throughput = (float(mean[0]) if mean.size else math.nan for mean in means)
+    series = (columns.loss, 100 * columns.accuracy, columns.throughput)
+    loss, accuracy, throughput = (last_mean(values, WINDOW) for values in series)
     bits = columns.prequential_bits_per_byte()
     over = f"mean of the last {min(WINDOW, done)} steps" if done > 1 else ("no step yet", "of a single step")[done]
     share = f"{100 * done / max_steps:.3g} % of {max_steps:,}" if max_steps > 0 else "no end set"
@@ -380,6 +393,10 @@ def places(panels: Iterable[Panel]) -> list[tuple[Panel, tuple[float, float, flo
 def draw(columns: Columns, samples: Samples, caption: Caption) -> Figure:
     """The picture of a run so far. `samples`: dicts with `step`, `input`, `output`, `accuracy` (fraction or None),
     and `error` where the generation failed; the last SAMPLES_SHOWN are shown."""
+    shown = {
+        "steps": plural(min(len(columns), RECENT), "step"),
+        "samples": plural(min(len(samples), SAMPLES_SHOWN), "sample"),
+    }
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE, dpi=DPI)
         FigureCanvasAgg(figure)
@@ -387,7 +404,9 @@ def draw(columns: Columns, samples: Samples, caption: Caption) -> Figure:
         for panel, box in places(PANELS):
             ax = figure.add_axes(box, gid=panel.name)
             x = -panel.left * DPI / ax.bbox.width
-            ax.set_title(panel.title, loc="left", fontsize=TITLE, fontweight="bold", x=x, y=1.0, pad=28)
+            ax.set_title(
+                panel.title.format_map(shown), loc="left", fontsize=TITLE, fontweight="bold", x=x, y=1.0, pad=28
+            )
             ax.grid(axis="y", color=palette.GRID, lw=0.9)
             ax.tick_params(length=0, labelsize=BODY, labelcolor=palette.MUTED, pad=5)
             panel.draw(ax, columns, samples)

@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from slimpajama_hf import palette
 
-WINDOW = 50  # steps of a running mean
+WINDOW = 50  # steps that a mean is of; fewer where a run has fewer
 
 
 RAW_STEPS = 2_500  # more steps than this are drawn as a band
@@ -104,6 +104,29 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     means = sums.reshape(-1)[: kept.size] / np.minimum(np.arange(1, kept.size + 1), window)
     last = np.cumsum(finite) - 1
     return np.where(last >= 0, means[last], np.nan)
+
+
+def centred_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the `window` finite values around each position; same shape (n,).
+
+    It does not lag behind a falling loss, as `running_mean` does. The window shrinks at the ends: near the first value
+    it reaches as far ahead as back, near the last one it has only what is behind. Not finite: as in `running_mean`.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(values)
+    kept = values[finite]
+    if not kept.size:
+        return np.full(values.shape, np.nan)
+    place, back = np.arange(kept.size), window // 2
+    ahead = window - 1 - back
+    # A window that ends at `last` is a trailing one; one that is cut off by the end is a trailing one seen from there.
+    last = place + np.minimum(place, ahead)
+    cut_off = last >= kept.size
+    means = running_mean(kept, window)[np.minimum(last, kept.size - 1)]
+    first = np.maximum(place - back, 0)[cut_off]
+    means[cut_off] = running_mean(kept[::-1], window)[kept.size - 1 - first]
+    rank = np.cumsum(finite) - 1
+    return np.where(rank >= 0, means[rank], np.nan)
 
 
 def robust_limits(values: np.ndarray) -> tuple[float, float]:
@@ -256,12 +279,18 @@ def draw_steps(ax: Axes, steps: np.ndarray, values: np.ndarray) -> str:
 def draw_mean(
     ax: Axes, steps: np.ndarray, values: np.ndarray, window: int, colour: str = palette.ACCENT, gid: str = "mean"
 ) -> float:
-    """Running mean of `values` (n,) over `window` steps as a line; returns its last value."""
-    means = running_mean(values, window)
+    """Mean of the `window` steps around each of `values` (n,) as a line; returns the mean of the last `window`."""
+    means = centred_mean(values, window)
     shown = evenly(means.size, means.size if means.size <= RAW_STEPS else LINE_POINTS)
     marker = "o" if values.size == 1 else ""
     ax.plot(steps[shown], means[shown], color=colour, lw=2, marker=marker, ms=7, gid=gid)
-    return float(means[-1]) if means.size else math.nan
+    return last_mean(values, window)
+
+
+def last_mean(values: np.ndarray, window: int) -> float:
+    """Mean of the last `window` finite values of `values` (n,); NaN where there is none."""
+    kept = values[np.isfinite(values)][-window:]
+    return float(running_mean(kept, window)[-1]) if kept.size else math.nan
 
 
 def label_ends(ax: Axes, labels: Sequence[tuple[float, str, str]]) -> None:

@@ -161,7 +161,7 @@ def test_the_slider_moves_every_panel_and_shows_the_numbers_of_the_ledger(run, s
         assert shown.text("#passport-sha1") == row["text_sha1"]
         assert shown.text("#passport-shard") == "<i>shard</i>.jsonl"
         if row["loss"] is not None:
-            assert f"step {step}: {row['loss']:.4f}" in shown.text("#chart-loss output")
+            assert f"step {step}: {row['loss']:.4f}" in shown.text("#chart-loss .readout")
     assert "The update was skipped (not finite)" in shown.text("#passport")
     go(shown, 40)
     assert "Loss spike: 6." in shown.text("#passport")
@@ -315,9 +315,9 @@ def test_the_mouse_over_one_chart_is_shown_in_all(shown):
     box = shown.box("#chart-loss .plot")
     shown.mouse("mouseMoved", box["x"] + 46 + 0.75 * (box["width"] - 55), box["y"] + box["height"] - 26)
     shown.frame()
-    step = int(shown.text("#chart-loss output").split()[1].rstrip(":"))
+    step = int(shown.text("#chart-loss .readout").split()[1].rstrip(":"))
     assert abs(step - 89) <= 2 and shown.text("#step-title") == "5"
-    assert shown.text("#chart-gradient output").startswith(f"{1.5 + step / 120:.3f}")
+    assert shown.text("#chart-gradient .readout").startswith(f"{1.5 + step / 120:.3f}")
     lines = "[...document.querySelectorAll('.chart:not([hidden]) .u-cursor-x')].filter(line => !line.matches('.u-off')).length"
     assert shown.value(lines) == shown.value(
         "document.querySelectorAll('.chart:not([hidden]) .plot:not(.still)').length"

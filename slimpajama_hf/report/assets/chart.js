@@ -1,7 +1,7 @@
-// Charts of uPlot: steps as dots, or as a fan of quantiles where they are many; running means; one zoom for all.
+// Charts of uPlot: steps as dots, or as a fan of quantiles where they are many; means around each; one zoom for all.
 
 const view = { from: 0, to: 1, log: false }; // in steps
-const shown = { hidden: new Set(), window: 50 };
+const shown = { hidden: new Set(), window: 50, chosen: false }; // chosen: by a person
 
 // The two scales of steps: uPlot's linear one and its asinh, a logarithm that begins at 0.
 const across = (step) => (view.log ? Math.asinh(step) : step);
@@ -48,16 +48,29 @@ class Sums {
     const values = run[panel.values], weights = panel.weights ? run[panel.weights] : null;
     this.index = chosen;
     this.total = new Float64Array(chosen.length + 1);
+    this.squares = panel.beside ? new Float64Array(chosen.length + 1) : null; // for standard errors
     this.weight = new Float64Array(chosen.length + 1);
     for (let k = 0; k < chosen.length; k++) {
       const i = chosen[k], weight = weights ? weights[i] : 1, good = Number.isFinite(values[i]);
       this.total[k + 1] = this.total[k] + (good ? (panel.sums ? run[panel.sums][i] : values[i] * weight) : 0);
+      if (this.squares) this.squares[k + 1] = this.squares[k] + (good ? values[i] * values[i] * weight : 0);
       this.weight[k + 1] = this.weight[k] + (good ? weight : 0);
     }
   }
   mean(low, high) {
     const weight = this.weight[high] - this.weight[low];
     return weight > 0 ? (this.total[high] - this.total[low]) / weight : NaN;
+  }
+  // Standard error of the mean, where all weights are one.
+  error(low, high) {
+    const n = this.weight[high] - this.weight[low], mean = this.mean(low, high);
+    return n > 1 ? Math.sqrt(Math.max((this.squares[high] - this.squares[low]) / n - mean * mean, 0) / (n - 1)) : NaN;
+  }
+  // The `window` places around a place, [from, to): at the beginning it reaches as far ahead as back, at the end it has
+  // only what is behind (drawing.centred_mean is the same).
+  around(place, window) {
+    const back = window >> 1, ahead = Math.min(window - 1 - back, place);
+    return [Math.max(place - back, 0), Math.min(place + ahead + 1, this.index.length)];
   }
   // First place among the chosen whose carried index is at or after `i`.
   place(i) { return lowerBound(this.index, i); }
@@ -66,14 +79,16 @@ class Sums {
 }
 
 class StepChart {
-  // panel: {id, title, unit, values, weights?, sums?, wide?, floor?, domains?, dashed?, held_out?, exact?, sparse?, read, ticks?}
+  // panel: {id, title, unit, caption?, values, weights?, sums?, wide?, floor?, domains?, dashed?, beside?, held_out?, exact?, sparse?, told?, read, ticks?}
   constructor(panel, actions) {
     this.panel = panel;
     this.actions = actions;
-    this.output = element("output");
-    this.plot = element("div.plot", { role: "img", "aria-label": `${panel.title} (${panel.unit}) by step` });
+    // No live region: all charts would speak at once. `say` in main.js tells the step, once.
+    this.readout = element("span.readout");
+    this.plot = element("div.plot", { role: "img" });
+    this.caption = element("p.caption");
     this.node = element(panel.wide ? "div.chart.wide" : "div.chart", { id: `chart-${panel.id}` },
-      element("div.chart-head", {}, element("h3", {}, panel.title, element("small", {}, panel.unit)), this.output), this.plot);
+      element("div.chart-head", {}, element("h3", {}, panel.title, element("small", {}, panel.unit)), this.readout), this.plot, this.caption);
     this.here = element("div.here", {}, element("i"));
     this.listen();
   }
@@ -86,7 +101,19 @@ class StepChart {
     this.all = new Sums(run, this.panel, this.chosen);
     this.lines = this.panel.domains && byDomain.length > 1
       ? byDomain.map(({ domain, index }) => ({ domain, sums: new Sums(run, this.panel, index) })) : [];
+    this.beside = this.panel.beside ? new Sums(run, { values: this.panel.beside }, chosen.filter((i) => Number.isFinite(run[this.panel.beside][i]))) : null;
+    const caption = this.panel.caption;
+    this.caption.textContent = (typeof caption === "function" ? caption(run) : caption) ?? "";
+    this.plot.setAttribute("aria-label", this.inWords());
     this.u?.setData(this.data(), false);
+  }
+
+  // What the curve does, for who does not see it.
+  inWords() {
+    const { index } = this.all, head = `${this.panel.title}, ${this.panel.unit}, by step`;
+    if (!index.length) return `${head}: no step yet.`;
+    const at = (place) => `${this.panel.read(this.all.mean(...this.all.around(place, this.window)))} at step ${count(this.run.steps[index[place]])}`;
+    return `${head}: ${at(0)}, ${at((index.length - 1) >> 1)}, ${at(index.length - 1)}.`;
   }
 
   data() { return [this.run.steps, ...this.series().slice(1).map(() => this.values)]; }
@@ -98,10 +125,11 @@ class StepChart {
       // Nothing is stroked here: the width lets dots at the edge be seen whole.
       { ...QUIET, width: 12, fill: "black", paths: (u) => ({ fill: this.steps(u) }) },
       { ...QUIET, width: 1.25, stroke: "black", paths: (u) => ({ stroke: byColour(this.lines.map(({ domain, sums }) =>
-        [css(onPaper(this.run.meta.domains[domain].colour), 0.9), pathOf(this.means(sums), u)])) }) },
+        [css(onPaper(this.run.meta.domains[domain].colour), 0.9), pathOf(this.means(sums, this.windowOf(sums)), u)])) }) },
+      { ...QUIET, fill: () => css(rgb(ink.point), 0.4), paths: (u) => ({ fill: this.errors(u) }) },
       stroke(() => ink.paper, 5, () => this.curve),
       stroke(() => (this.lines.length ? ink.ink : ink.accent), 2.2, () => this.curve),
-      stroke(() => ink.alarm, 1.5, () => this.dashed(), { dash: [6, 4] })];
+      stroke(() => (this.beside ? ink.ink : ink.alarm), 1.5, () => this.dashed(), { dash: [6, 4] })];
   }
 
   build() {
@@ -158,13 +186,16 @@ class StepChart {
   get width() { return this.u.bbox.width / uPlot.pxRatio; }
   stepAt(x) { return back(across(view.from) + (x / this.width) * (across(view.to) - across(view.from))); }
   get window() {
-    return this.panel.exact ? 1 : this.panel.sparse ? 10 : Math.max(Math.round(shown.window / this.run.meta.every), 1);
+    return this.panel.exact ? 1 : this.panel.sparse ? Math.max(Math.min(10, this.all.index.length), 1) : Math.max(Math.round(shown.window / this.run.meta.every), 1);
   }
+  // As many documents of a domain as stand among that many steps.
+  windowOf(sums) { return Math.max(Math.round((this.window * sums.index.length) / this.all.index.length), 10); }
 
   // Limits that show the course of what is in view, not its outliers.
   limits() {
     const [first, last] = this.all.seen(this.run.steps), picked = [];
     this.curve = this.means(this.all);
+    this.curveBeside = this.beside ? this.means(this.beside) : [];
     const stride = Math.max(1, Math.floor((last - first) / 1500));
     for (let k = first; k < last; k += stride) { const v = this.values[this.chosen[k]]; if (Number.isFinite(v)) picked.push(v); }
     if (!picked.length) return [0, 1];
@@ -174,7 +205,7 @@ class StepChart {
     const inside = picked.filter((v) => v >= at(0.25) - fence && v <= at(0.75) + fence);
     let low = Math.min(at(0.01), inside[0]), high = Math.max(at(0.99), inside[inside.length - 1]);
     // A long run still shows the height that it fell from.
-    for (const [, mean] of this.curve) { low = Math.min(low, mean); high = Math.max(high, mean); }
+    for (const [, mean] of [...this.curve, ...this.curveBeside]) { low = Math.min(low, mean); high = Math.max(high, mean); }
     const pad = 0.06 * (high - low) || 0.1 * Math.abs(high) || 1;
     low = this.panel.floor === 0 ? 0 : low < 0 ? low - pad : Math.max(0, low - pad);
     return [low, high + pad];
@@ -190,18 +221,32 @@ class StepChart {
     }
   }
 
-  // [[step, mean], ...] of the last `window` chosen steps up to each place; one point a pixel at most.
-  means(sums) {
+  // [[step, mean], ...] of the `window` chosen steps around each place; one point a pixel at most.
+  means(sums, window = this.window) {
     const { steps } = this.run, [first, last] = sums.seen(steps), points = [];
-    // As many documents of a domain as stand among that many steps.
-    const window = sums === this.all ? this.window : Math.max(Math.round((this.window * sums.index.length) / this.all.index.length), 10);
-    const add = (step, from, to) => { const mean = sums.mean(Math.max(from, 0), to); if (Number.isFinite(mean)) points.push([step, mean]); };
-    if (last - first < this.width * 1.5) for (let k = first; k < last; k++) add(steps[sums.index[k]], k + 1 - window, k + 1);
-    else for (const [from, to, step] of this.columns(sums, 1)) add(step, Math.min(to - window, from), to);
+    const add = (step, from, to) => { const mean = sums.mean(from, to); if (Number.isFinite(mean)) points.push([step, mean]); };
+    if (last - first < this.width * 1.5) for (let k = first; k < last; k++) add(steps[sums.index[k]], ...sums.around(k, window));
+    else for (const [from, to, step] of this.columns(sums, 1)) {
+      const [low, high] = sums.around((from + to - 1) >> 1, window);
+      add(step, Math.min(low, from), Math.max(high, to));
+    }
     return points;
   }
 
+  // The mean and one standard error above and below it.
+  errors(u) {
+    const { all, run } = this, points = [];
+    if (!this.panel.beside) return null;
+    const [first, last] = all.seen(run.steps);
+    for (let k = first; k < last; k++) {
+      const window = all.around(k, this.window), mean = all.mean(...window), error = all.error(...window);
+      if (Number.isFinite(error)) points.push([run.steps[all.index[k]], mean - error, mean + error]);
+    }
+    return pathOf([...points.map(([x, low]) => [x, low]), ...points.map(([x, , high]) => [x, high]).reverse()], u);
+  }
+
   dashed() {
+    if (this.beside) return this.curveBeside;
     const line = this.run[this.panel.dashed], { steps } = this.run, points = [];
     if (!line) return points;
     const from = lowerBound(steps, view.from), to = Math.min(lowerBound(steps, view.to) + 1, this.run.n);
@@ -289,9 +334,12 @@ class StepChart {
     };
     const shape = (x, y, ...points) => points.forEach(([dx, dy], k) => c[k ? "lineTo" : "moveTo"](x + dx * ratio, y + dy * ratio));
     if (this.panel.held_out) {
-      const scores = new Map(this.run.meta.evaluations.map((entry) => [entry.step, entry[this.panel.held_out]]).filter(([, value]) => Number.isFinite(value)));
-      c.fillStyle = ink.paper; c.strokeStyle = ink.ink; c.lineWidth = 1.6 * ratio;
-      each(scores.keys(), 0, (x, step) => { c.arc(x, u.valToPos(scores.get(step), "y", true), 4 * ratio, 0, 7); c.fill(); c.stroke(); });
+      // Rings: the weights; full: their average.
+      for (const [of, fill] of [[(entry) => entry, ink.paper], [(entry) => entry.averaged, ink.ink]]) {
+        const scores = new Map(this.run.meta.evaluations.map((entry) => [entry.step, of(entry)?.[this.panel.held_out]]).filter(([, value]) => Number.isFinite(value)));
+        c.fillStyle = fill; c.strokeStyle = ink.ink; c.lineWidth = 1.6 * ratio;
+        each(scores.keys(), 0, (x, step) => { c.arc(x, u.valToPos(scores.get(step), "y", true), 4 * ratio, 0, 7); c.fill(); c.stroke(); });
+      }
     }
     if (!this.panel.wide) return;
     c.fillStyle = c.strokeStyle = ink.alarm; c.lineWidth = 1.8 * ratio;
@@ -310,12 +358,12 @@ class StepChart {
     dot.hidden = !Number.isFinite(y);
     dot.style.transform = `translateY(${Math.min(Math.max(y, -3), this.u.bbox.height / uPlot.pxRatio)}px)`;
     dot.style.background = css(this.colour(at));
-    const i = cursor.hover ?? at, k = this.all.place(i + 1);
-    const mean = this.all.mean(Math.max(k - this.window, 0), k);
-    const parts = [element("b", {}, this.panel.read(this.values[i]))];
-    if (this.panel.wide) parts.unshift(`step ${count(this.run.steps[i])}: `);
+    const i = cursor.hover ?? at, measured = Number.isFinite(this.values[i]);
+    const mean = this.all.mean(...this.all.around(Math.max(this.all.place(i + 1) - 1, 0), this.window));
+    const parts = [element("b", {}, this.panel.told && !measured ? this.panel.told(this.run) : this.panel.read(this.values[i]))];
+    if (this.panel.wide || (this.panel.told && measured)) parts.unshift(`step ${count(this.run.steps[i])}: `);
     if (!this.panel.exact && !this.panel.sparse) parts.push(` · mean ${this.panel.read(mean)}`);
-    this.output.replaceChildren(...parts);
+    this.readout.replaceChildren(...parts);
   }
 
   // uPlot knows the mouse; fingers, the wheel and what a click means are here.
@@ -373,8 +421,8 @@ class StepChart {
 
 // A small chart that stands still, on scales of its own.
 const stills = [];
-function stillChart(title, unit, options, data) {
-  const plot = element("div.plot.still", { role: "img", "aria-label": title });
+function stillChart(title, unit, options, data, words) {
+  const plot = element("div.plot.still", { role: "img", "aria-label": `${title}, ${unit}. ${words}` });
   const u = new uPlot({ width: 300, height: 230, padding: [10, 8, 0, 0], legend: { show: false }, cursor: { show: false }, ...options }, data, plot);
   stills.push({ u, resize: () => u.setSize({ width: plot.clientWidth, height: 230 }) });
   return element("div.chart", {}, element("div.chart-head", {}, element("h3", {}, title, element("small", {}, unit))), plot);

@@ -56,13 +56,7 @@ function derive({ meta, arrays }) {
     predicted += passport.tokens - 1;
     if (passport.top) guessed += 5 * (passport.tokens - 1);
   }
-  // What an update did to the document that it was made with: mean over its tokens of before - after, nats.
-  run.lesson = new Float32Array(n).fill(NaN);
-  for (const passport of run.passports.values()) {
-    const i = lowerBound(run.steps, passport.step);
-    if (passport.after && run.steps[i] === passport.step) run.lesson[i] = lesson(arrays, passport);
-  }
-  run.taught = run.lesson.some(Number.isFinite);
+  run.was_taught = run.taught.some(Number.isFinite);
   run.coloured = meta.passports.map((passport) => passport.step);
   const by = (pairs) => new Map(pairs);
   run.spikes = by(meta.events.spikes);
@@ -74,13 +68,6 @@ function derive({ meta, arrays }) {
 
 const PARTS = 10000; // surprisals come as ten-thousandths of a nat
 const UNKNOWN = 2 ** 32 - 1; // ... one that nobody knows
-
-function lesson({ before, after }, { nats_at, tokens }) {
-  let sum = 0, n = 0;
-  for (let k = nats_at; k < nats_at + tokens - 1; k++)
-    if (before[k] !== UNKNOWN && after[k] !== UNKNOWN) { sum += before[k] - after[k]; n++; }
-  return n ? sum / n / PARTS : NaN;
-}
 
 // First index whose step is at or after `step`.
 function lowerBound(steps, step) {

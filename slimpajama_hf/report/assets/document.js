@@ -24,7 +24,7 @@ function showDocument() {
     return mode === "taught" ? change(value) : ramp(value / blind());
   };
 
-  const text = element("div.document", { dir: direction(pieces.join("")), tabindex: "0", "aria-label": "The document, token by token" });
+  const text = element("div.document", { dir: direction(pieces.join("")), tabindex: "0", role: "group", "aria-label": "The document; arrow keys go from token to token" });
   const spans = pieces.map((piece, k) => {
     const background = k ? colour(k - 1) : null;
     const span = element("span", { style: background ? { "background-color": css(background), color: over(background) } : {} });
@@ -81,6 +81,7 @@ function showDocument() {
     if (!way) return;
     event.preventDefault(); event.stopPropagation();
     open(Math.min(Math.max((reading.lit ?? -1) + way, 0), tokens - 1));
+    $("said").textContent = Array.from($("popover").children).slice(0, 2).map((each) => each.textContent).join(": ");
   });
   text.addEventListener("blur", () => { hidePopover(); light(null); });
   const onBars = (event) => {

@@ -113,10 +113,11 @@ const ramp = (t) => along(RAMPS[ink.dark ? "dark" : "light"], t);
 const change = (t) => along(CHANGES[ink.dark ? "dark" : "light"], t);
 const gradient = (colour, from, to) =>
   `linear-gradient(90deg, ${Array.from({ length: 11 }, (_, i) => css(colour(from + ((to - from) * i) / 10))).join(", ")})`;
-// Ink for text on a colour: the one that is read more easily.
+// Ink for text on a colour: the first that stands out by 4.5:1. Of black and white one always does.
 function over(background) {
-  const dark = [31, 35, 40], light = [255, 255, 255];
-  return css(contrast(dark, background) >= contrast(light, background) ? dark : light);
+  const inks = [[31, 35, 40], [255, 255, 255], [0, 0, 0]];
+  const seen = background.map(Math.round);
+  return css(inks.find((each) => contrast(each, seen) >= 4.5));
 }
 
 // A canvas of the size that its box has, in device pixels; drawing units are CSS pixels.

@@ -1,18 +1,31 @@
 // State, the step slider, the zoom, and where the content comes from.
 
 let run = null;
-const cursor = { index: 0, hover: null };
+// Until somebody moves the step, what was written last is shown, whatever document the page opens at.
+const cursor = { index: 0, hover: null, moved: false };
 const page = document.documentElement;
 const watching = page.dataset.watch === "yes";
 
+// Mean and standard error of the numbers among `values`.
+function meanAndError(values) {
+  const all = Array.from(values).filter(Number.isFinite), n = all.length, mean = all.reduce((sum, v) => sum + v, 0) / n;
+  return { count: n, mean, error: n > 1 ? Math.sqrt(all.reduce((sum, v) => sum + (v - mean) ** 2, 0) / (n - 1) / n) : NaN };
+}
+const plusMinus = ({ mean, error }) => `${fixed(mean, 4)} ± ${fixed(error ?? NaN, 4)}`;
+function taughtInWords({ meta, taught_next }) {
+  const { own } = meta.teaching.all, next = meanAndError(taught_next);
+  return `Dots and line: an update lowers the loss of the document that it learned by ${plusMinus(own)} (band: one standard error). `
+    + `Dashed: it lowers that of the next document, not learned yet, by ${plusMinus(next)}. ${plural(own.count, "update")} measured, those of the warm-up left out.`;
+}
+
 const PANELS = [
-  { id: "loss", title: "Loss", unit: "nats per token", values: "loss", wide: true, domains: true, held_out: "loss", read: (v) => fixed(v, 4) },
-  { id: "accuracy", title: "Accuracy", unit: "of next tokens", values: "accuracy", floor: 0, domains: true, held_out: "accuracy", read: (v) => percent(v), ticks: (ticks, step) => ticks.map((t) => `${fixed(100 * t, decimals(100 * step))} %`) },
-  { id: "bits", title: "Bits per byte", unit: "dashed: so far", values: "bits_per_byte", sums: "bits", weights: "text_bytes", domains: true, dashed: "running_bits", held_out: "bits_per_byte", read: (v) => fixed(v, 3) },
-  { id: "gradient", title: "Gradient norm", unit: "before clipping", values: "grad_norm", read: (v) => fixed(v, 3) },
-  { id: "rate", title: "Learning rate", unit: "per update", values: "learning_rate", floor: 0, exact: true, read: rate, ticks: (ticks) => ticks.map((t) => (t === 0 ? "0" : t < 1e-3 ? t.toExponential(+t.toExponential().split("e")[0] % 1 ? 1 : 0).replace("e-", "e−") : String(t))) },
-  { id: "throughput", title: "Throughput", unit: "tokens per second", values: "throughput", floor: 0, read: (v) => fixed(v, v < 100 ? 1 : 0) },
-  { id: "lesson", title: "What a step taught", unit: "nats", values: "lesson", sparse: true, needs: "taught", read: (v) => fixed(v, 3) },
+  { id: "loss", title: "Loss", unit: "nats per token", values: "loss", wide: true, domains: true, held_out: "loss", read: (v) => fixed(v, 4), caption: "How surprising each document was to the model before it learned it, on average over its tokens. Lower is better." },
+  { id: "accuracy", title: "Accuracy", unit: "of next tokens", caption: "How many tokens of each document were the model’s first guess. Higher is better.", values: "accuracy", floor: 0, domains: true, held_out: "accuracy", read: (v) => percent(v), ticks: (ticks, step) => ticks.map((t) => `${fixed(100 * t, decimals(100 * step))} %`) },
+  { id: "bits", title: "Bits per byte", unit: "of text", caption: "Bits that the model needs for a byte of text, whatever its tokenizer. Dashed: all documents so far. Lower is better.", values: "bits_per_byte", sums: "bits", weights: "text_bytes", domains: true, dashed: "running_bits", held_out: "bits_per_byte", read: (v) => fixed(v, 3) },
+  { id: "gradient", title: "Gradient norm", unit: "before clipping", caption: "How large the gradient of each step was. A peak is a document unlike those before it, or a broken one.", values: "grad_norm", read: (v) => fixed(v, 3) },
+  { id: "rate", title: "Learning rate", unit: "of each update", caption: "The rate that each update was made with, warm-up included.", values: "learning_rate", floor: 0, exact: true, read: rate, ticks: (ticks) => ticks.map((t) => (t === 0 ? "0" : t < 1e-3 ? t.toExponential(+t.toExponential().split("e")[0] % 1 ? 1 : 0).replace("e-", "e−") : String(t))) },
+  { id: "throughput", title: "Throughput", unit: "tokens per second", caption: "How fast it trained: tokens of a step by its time.", values: "throughput", floor: 0, read: (v) => fixed(v, v < 100 ? 1 : 0) },
+  { id: "taught", title: "What a step taught", unit: "nats per token", values: "taught", beside: "taught_next", sparse: true, needs: "was_taught", read: (v) => fixed(v, 4), told: (run) => plusMinus(run.meta.teaching.all.own), caption: taughtInWords },
 ];
 const actions = { go: (i) => moveTo(i), hover: (i) => { if (i !== cursor.hover) { cursor.hover = i; later(drawTops); } }, zoom: zoomTo };
 const charts = PANELS.map((panel) => new StepChart(panel, actions));
@@ -50,9 +63,21 @@ function drawAll() {
 
 function moveTo(i, scroll = false) {
   if (!run?.n) return;
+  cursor.moved = true;
+  later(say);
   cursor.index = Math.min(Math.max(i, 0), run.n - 1);
   later(showStep);
   if (scroll) $("one-step").scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+}
+// The one live region: a step is told once, when it has come to rest; the slider has words of its own.
+let saying = 0;
+function say() {
+  clearTimeout(saying);
+  if (document.activeElement === $("slider")) return;
+  saying = setTimeout(() => {
+    const i = cursor.index;
+    $("said").textContent = `Step ${count(run.steps[i])}: loss ${fixed(run.loss[i], 4)}, accuracy ${percent(run.accuracy[i])}, domain ${run.meta.domains[run.domain[i]].name}.`;
+  }, 400);
 }
 const goToStep = (step, scroll = false) => moveTo(nearest(run.steps, step), scroll);
 
@@ -66,7 +91,8 @@ function showStep() {
   showDocument();
   showWriting();
   drawTops();
-  try { history.replaceState(null, "", `#step=${step}`); } catch { /* some viewers forbid it */ }
+  // The address names the step that somebody chose; a page that was only opened opens the same way again.
+  if (cursor.moved) try { history.replaceState(null, "", `#step=${step}`); } catch { /* some viewers forbid it */ }
 }
 
 const STRIDES = [
@@ -148,9 +174,10 @@ function showMarks() {
   add("◆", events.checkpoints.length, "checkpoint");
   add("┆", events.resumes.length, "resume");
   add("○", evaluations.length, "held-out score");
+  if (evaluations.some((entry) => entry.averaged)) marks.push(element("span", {}, element("b", {}, "●"), "the same of averaged weights"));
   const many = run.n > 1200;
   marks.push(element("span", {}, many ? "bands: all, 80 % and half of the steps; zoom in for single documents" : "dots: single documents in the colour of their domain"));
-  marks.push(element("span", {}, "thick line: running mean, thin: of each domain"));
+  marks.push(element("span", {}, "thick line: mean of the steps around, thin: of each domain"));
   $("marks").replaceChildren(...marks);
 }
 
@@ -216,12 +243,14 @@ function take(content, first) {
   shownWriting = "";
   cursor.hover = null;
   fillStrides();
-  if (first) chooseWindow();
   const figures = run.meta.headline;
   if (!first) for (const [id, value] of [["steps", count(run.meta.steps)], ["loss", fixed(figures.loss, 3)], ["accuracy", percent(figures.accuracy ?? NaN)], ["bits-per-byte", fixed(figures.bits_per_byte, 3)], ["training-time", seconds(figures.seconds)]]) $(`figure-${id}`).textContent = value;
   for (const old of document.querySelectorAll(".top > .note.told")) old.remove();
   for (const text of run.meta.notes) $("failure").before(element("p.note.told", {}, signs(text)));
   showRecord();
+  showHeldOut();
+  showLast();
+  chooseWindow();
   $("slider").max = Math.max(run.n - 1, 0);
   if (!run.n) { nothingYet(); return; }
   for (const id of ["curves", "one-step", "writing", "learning", "corpus"]) $(id).hidden = false;
@@ -235,7 +264,7 @@ function take(content, first) {
   showTeaching();
   showCorpus();
   const wanted = first ? /^#step=(\d+)$/.exec(location.hash) : null;
-  if (wanted) cursor.index = nearest(run.steps, +wanted[1]);
+  if (wanted) { cursor.index = nearest(run.steps, +wanted[1]); cursor.moved = true; }
   else if (step !== null && !follow) cursor.index = nearest(run.steps, step);
   else if (!first) cursor.index = run.n - 1;
   else cursor.index = startingPlace();
@@ -243,22 +272,20 @@ function take(content, first) {
   drawAll();
 }
 
-// The page opens at the last document that has everything, else at the last step.
-function startingPlace() {
-  const last = [...run.passports.values()].filter((passport) => passport.after).pop();
-  return last ? nearest(run.steps, last.step) : run.n - 1;
-}
+// The page opens at a late document that can be read (documents.late_and_readable), else at the last step.
+const startingPlace = () => (run.meta.opens_at === null ? run.n - 1 : nearest(run.steps, run.meta.opens_at));
 
 function nothingYet() {
   for (const id of ["curves", "one-step", "writing", "learning", "corpus"]) $(id).hidden = true;
   $("scrubber").hidden = true;
 }
 
+// No mean is of more steps than there are; one that nobody chose grows with the run.
 const WINDOWS = [1, 10, 50, 200, 1000, 5000];
 function chooseWindow() {
-  const n = run.meta.steps;
-  shown.window = n > 60000 ? 1000 : n > 8000 ? 200 : n > 300 ? 50 : 10;
-  $("window").replaceChildren(...WINDOWS.filter((w) => w <= Math.max(n / 2, 10)).map((w) => element("option", { value: w, ...(w === shown.window ? { selected: "" } : {}) }, count(w))));
+  const n = run.meta.steps, some = WINDOWS.filter((w) => w <= Math.max(n, 1));
+  if (!shown.chosen) shown.window = Math.min(n > 60000 ? 1000 : n > 8000 ? 200 : n > 300 ? 50 : 10, some.at(-1));
+  $("window").replaceChildren(...some.map((w) => element("option", { value: w, ...(w === shown.window ? { selected: "" } : {}) }, count(w))));
 }
 
 function fail(text) {
@@ -297,7 +324,7 @@ $("forth").addEventListener("click", () => stride(1));
 $("step").addEventListener("change", (event) => { const step = parseInt(event.target.value.replace(/[^\d]/g, ""), 10); if (Number.isFinite(step)) goToStep(step); else later(showStep); });
 $("step").addEventListener("keydown", (event) => { if (event.key === "Enter") event.target.blur(); event.stopPropagation(); });
 $("step").addEventListener("focus", (event) => event.target.select());
-$("window").addEventListener("change", (event) => { shown.window = +event.target.value; later(drawCharts); });
+$("window").addEventListener("change", (event) => { shown.window = +event.target.value; shown.chosen = true; later(drawCharts); });
 $("unzoom").addEventListener("click", () => zoomTo(-Infinity, Infinity));
 for (const button of $("scale").children)
   button.addEventListener("click", () => {
@@ -338,7 +365,23 @@ $("theme").addEventListener("click", () => {
 });
 useTheme(remembered);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
-new ResizeObserver(() => { if (run?.n) later(drawAll); }).observe(document.body);
+new ResizeObserver(() => { if (run?.n && !("printing" in page.dataset)) later(drawAll); }).observe(document.body);
+
+// On paper: light colours, and every chart drawn anew as wide as its place there (page.css, [data-printing]).
+addEventListener("beforeprint", () => {
+  if (!run?.n) return;
+  page.dataset.printing = page.dataset.theme ?? "";
+  page.dataset.theme = "light";
+  readInk();
+  showDomains(); showPassport(); showDocument(); showTeaching(); showCorpus();
+  drawAll();
+});
+addEventListener("afterprint", () => {
+  if (!run?.n) return;
+  const theme = page.dataset.printing;
+  delete page.dataset.printing;
+  useTheme(theme);
+});
 
 nothingYet();
 if (watching) ask();

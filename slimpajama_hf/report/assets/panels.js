@@ -1,4 +1,24 @@
-// The panels around the charts: passport, writings, lists, tables, the record.
+// The panels around the charts: held-out scores, passport, writings, lists, tables, the record.
+
+// The newest held-out scores, over everything else; page.py writes the same for who runs no script.
+function showHeldOut() {
+  const newest = run.meta.evaluations.at(-1);
+  $("held-out").hidden = !newest;
+  $("no-held-out").hidden = Boolean(newest);
+  if (!newest) return;
+  $("held-out-note").textContent = `${newest.documents ? count(newest.documents) : "The"} documents that no step learns, scored after ${plural(newest.step, "update")}.`;
+  for (const [row, scores] of [["raw", newest], ["averaged", newest.averaged]]) {
+    $(`held-out-${row}`).hidden = !scores;
+    if (scores) for (const [name, text] of [["loss", fixed(scores.loss, 3)], ["accuracy", percent(scores.accuracy ?? NaN)], ["bits_per_byte", fixed(scores.bits_per_byte, 3)]]) $(`held-out-${row}-${name}`).textContent = text;
+  }
+}
+
+// Of how many steps the loss and the accuracy of the training are; page.py writes the same.
+function showLast() {
+  const { steps, headline } = run.meta, last = steps > 1 ? `last ${Math.min(headline.recent_steps, steps)} steps` : "one step";
+  $("figure-loss").nextSibling.textContent = `nats per token, ${last}`;
+  $("figure-accuracy").nextSibling.textContent = `of next tokens, ${last}`;
+}
 
 function showPassport() {
   const i = cursor.index, step = run.steps[i], { meta } = run;
@@ -66,7 +86,7 @@ function difference(former, now) {
 
 let shownWriting = "";
 function showWriting() {
-  const step = run.steps[cursor.index], { prompts, samples } = run.meta, note = [];
+  const step = cursor.moved ? run.steps[cursor.index] : Infinity, { prompts, samples } = run.meta, note = [];
   const place = latest(prompts, step), box = $("prompts");
   const key = `${run.meta.steps} ${place} ${latest(samples, step)}`;
   if (key === shownWriting) return; // what many steps share is not built for each
@@ -81,8 +101,8 @@ function showWriting() {
       const before = former?.texts[k]?.[1];
       const parts = before === undefined ? [[true, output]] : difference(before, output);
       return element("div.card", {},
-        element("p.written", { dir: direction(prompt + output) }, element("b", {}, signs(prompt)), parts.map(([kept, text]) => (kept ? lines(text) : element("mark", {}, lines(text))))),
-        former ? element("p.former", { dir: direction(before ?? "") }, `step ${count(former.step)}: ${before === output ? "the same" : `…${lines(before ?? "")}`}`) : null);
+        element("p.written", { dir: direction(prompt + output) }, element("b", {}, signs(prompt)), /^\s+$/.test(output) ? element("span.gone", {}, ` ${written(output)}`) : parts.map(([kept, text]) => (kept ? lines(text) : element("mark", {}, lines(text))))),
+        former ? element("p.former", { dir: direction(before ?? "") }, `step ${count(former.step)}: ${before === output ? "the same" : /^\s*$/.test(before ?? "") ? written(before ?? "") : `…${lines(before ?? "")}`}`) : null);
     })));
   }
   $("writing-note").textContent = note.join("");
@@ -98,17 +118,21 @@ function showWriting() {
         element("button", { type: "button", disabled: k > 0 ? null : "", onclick: () => goToStep(samples[k - 1].step) }, "‹ the one before"),
         element("button", { type: "button", disabled: k + 1 < samples.length ? null : "", onclick: () => goToStep(samples[k + 1].step) }, "the next ›"))),
     element("div.sample", {},
-      element("div.card.opening", {}, element("h3", {}, "The opening that it was given"), element("p.written", { dir: direction(sample.input || "") }, signs(sample.input || ""))),
+      element("div.card.opening", {}, element("h3", {}, "The opening that it was given"), element("p.written", { dir: direction(sample.input || "") }, inWords(sample.input || ""))),
       element("div.card", {}, element("h3", {}, "What it wrote"), element("p.written", { id: "sample-output", dir: direction(sample.output || "") },
         sample.output === null || sample.output === undefined ? element("span.alarm-text", {}, `failed: ${sample.error || "unknown"}`)
-          : sample.output === "" ? element("span.gone", {}, "nothing: it ended the text") : [element("mark", {}, signs(sample.output.slice(0, same))), signs(sample.output.slice(same))])),
+          : sample.output === "" ? element("span.gone", {}, "nothing: it ended the text") : /^\s+$/.test(sample.output) ? element("span.gone", {}, written(sample.output))
+            : [same ? element("mark", {}, signs(sample.output.slice(0, same))) : null, inWords(sample.output.slice(same))])),
       element("div.card", {}, element("h3", {}, "What came"), element("p.written", { id: "sample-true", dir: direction(sample.true || "") },
         sample.true === null || sample.true === undefined ? element("span.gone", {}, "The document is not in this page and its corpus is not on the disk where this report was made.")
-          : sample.true === "" ? element("span.gone", {}, "nothing: the document ends here") : signs(sample.true)))));
+          : sample.true === "" ? element("span.gone", {}, "nothing: the document ends here") : inWords(sample.true)))));
 }
 
+// White space that says nothing, in words (terminal.written is the same).
+const written = (text) => (text === "" ? "(end of text)" : `(${plural(text.length, "character")} of white space)`);
+const inWords = (text) => signs(text.replace(/\s{24,}/g, (space) => ` ${written(space)} `));
 // Line ends as signs: what is written again and again on lines of its own would fill the page.
-const lines = (text) => signs(text.replace(/\n/g, " ⏎ "));
+const lines = (text) => inWords(text).replace(/\n/g, " ⏎ ");
 
 function common(a, b) {
   let k = 0;
@@ -200,8 +224,8 @@ function showTeaching() {
   const said = (fall) => (fall.count < needed ? "measured too few times to say" : fall.stands_out ? `${fall.mean > 0 ? "lower" : "higher"} by ${fixed(1000 * Math.abs(fall.mean), 1)}` : "the same within noise");
   box.replaceChildren(...head,
     element("p.lead", {}, `After an update the loss of its own document is ${said(all.own)}; that of the next, not learned yet, is ${said(all.same)} if it is of the same domain, ${said(all.other)} if of another. ${verdict[0].toUpperCase()}${verdict.slice(1)}.`),
-    element("div.scroll.taught-scroll", {}, element("table.figures-table.taught-table", {},
-      element("thead", {}, element("tr", {}, ["learned", "updates", "itself", "next, same", "next, other", ""].map((name) => element("th", { scope: "col" }, name)))),
+    element("div.scroll.taught-scroll", { tabindex: "0", role: "region", "aria-label": "Which documents teach, as a table" }, element("table.figures-table.taught-table", {},
+      element("thead", {}, element("tr", {}, ["learned", "updates", "itself", "next, same", "next, other"].map((name) => element("th", { scope: "col" }, name)), element("td"))),
       element("tbody", {}, row(all, "all", null), domains.map((taught, k) => [taught, k]).filter(([taught]) => taught.own.count).map(([taught, k]) => row(taught, run.meta.domains[k].name, css(onPaper(run.meta.domains[k].colour))))))),
     element("p.hint.keys", {}, element("span", {}, element("i.mark.same"), "next document of the same domain"), element("span", {}, element("i.mark.other"), "of another domain"),
       element("span", {}, "right of the middle: its loss fell; line: two standard errors, ±: one; bold: beyond two; grey: too few")),
@@ -213,7 +237,7 @@ function showTeaching() {
 function showCorpus() {
   const { meta } = run, { unusual } = meta;
   const item = (entry) => element("li", {}, element("button", { type: "button", onclick: () => goToStep(entry.step, true) },
-    entry.text === null ? element("span.excerpt.none", {}, "text not in this page") : element("span.excerpt", {}, oneLine(entry.text)),
+    entry.text === null ? element("span.excerpt.none", {}, "text not in this page") : element("span.excerpt", {}, oneLine(entry.text) || written(entry.text)),
     element("span.value", {}, fixed(entry.loss, 2)),
     element("span.what", {}, `step ${count(entry.step)} · ${domainAt(entry.step)}`),
     element("span.against", {}, `usual then ${fixed(entry.usual, 2)}`)));
@@ -226,14 +250,14 @@ function showCorpus() {
 
   for (const { u } of stills.splice(0)) u.destroy();
   const charts = [];
-  if (meta.by_position?.curves.some((curve) => curve.means.some((mean) => mean !== null))) charts.push(element("div", {}, positionChart(), element("p.lead", {}, "How much a longer beginning helps, in each quarter of the run: pale is early, dark is late.")));
-  if (meta.by_length.length) charts.push(element("div", {}, lengthChart(), element("p.lead", {}, "The later half of the run. Bar: the middle half of the documents, darker where there are more; line: their mean.")));
+  if (meta.by_position?.curves.some((curve) => curve.means.some((mean) => mean !== null))) charts.push(element("div", {}, positionChart(), positionKey(), element("p.lead", {}, "How much it helps to have read more of a document: a line for each quarter of the run.")));
+  if (meta.by_length.length) charts.push(element("div", {}, lengthChart(), element("p.lead", {}, "The later half of the run. Box: the middle half of the documents of a length, the stronger its colour the more there are; line: their mean.")));
   $("breakdowns").replaceChildren(...charts);
 
   const most = Math.max(...meta.by_domain.map((d) => d.steps), 1);
   $("by-domain").replaceChildren(
     element("div.sub", {}, element("h3", {}, "By domain"), element("p", {}, "last: the last tenth of its documents, at least 10")),
-    element("div.scroll", {}, element("table.figures-table", {},
+    element("div.scroll", { tabindex: "0", role: "region", "aria-label": "By domain, as a table" }, element("table.figures-table", {},
       element("thead", {}, element("tr", {}, ["domain", "documents", "tokens", "first loss", "last loss", "last accuracy", "last bits per byte"].map((name) => element("th", { scope: "col" }, name)))),
       element("tbody", {}, meta.by_domain.map((d, k) => element("tr", {},
         element("td", { title: meta.domains[k].full }, element("i.share", {}, element("i", { style: { width: `${(100 * d.steps) / most}%`, background: css(onPaper(meta.domains[k].colour)) } })), meta.domains[k].name),
@@ -256,13 +280,21 @@ function domainAt(step) {
 
 function positionChart() {
   const { edges, curves } = run.meta.by_position, all = curves.flatMap((curve) => curve.means.filter((m) => m !== null));
-  const shade = (q) => css(mix(rgb(ink.paper), rgb(ink.accent), curves.length === 1 ? 1 : 0.34 + (0.66 * q) / (curves.length - 1)));
-  return stillChart("Surprisal by position in the document", "nats, log scale of tokens", {
-    series: [{}, ...curves.map((_, q) => ({ ...QUIET, stroke: shade(q), width: 2, spanGaps: true }))],
+  return stillChart("Surprisal by position in the document", "nats, by tokens before it", {
+    series: [{}, ...curves.map((_, q) => ({ ...QUIET, stroke: quarterColour(q), width: 2, spanGaps: true }))],
     scales: { x: { time: false, distr: 3, log: 2, range: [1, edges[edges.length - 1]] }, y: { range: [Math.max(Math.min(...all) - 0.3, 0), Math.max(...all) + 0.2] } },
     axes: [xAxis({}, count), yAxis(40)],
-  }, [edges.slice(0, -1).map((edge, k) => (edge + edges[k + 1]) / 2), ...curves.map((curve) => curve.means)]);
+  }, [edges.slice(0, -1).map((edge, k) => (edge + edges[k + 1]) / 2), ...curves.map((curve) => curve.means)],
+  curves.map((curve) => { const known = curve.means.filter((m) => m !== null); return `${quarterName(curve)}: ${fixed(known[0], 2)} at the beginning, ${fixed(known.at(-1), 2)} at the end`; }).join("; "));
 }
+
+// The later a quarter, the further its colour is from the paper, on light and on dark; all stand out from it by 3:1.
+function quarterColour(q) {
+  const many = run.meta.by_position.curves.length, part = many === 1 ? 1 : 0.55 + (0.45 * q) / (many - 1);
+  return css(onPaper(`#${mix(rgb(ink.paper), rgb(ink.accent), part).map((c) => Math.round(c).toString(16).padStart(2, "0")).join("")}`));
+}
+const quarterName = (curve) => `steps ${count(curve.first)} to ${count(curve.last)}`;
+const positionKey = () => element("p.hint.keys", {}, run.meta.by_position.curves.map((curve, q) => element("span", {}, element("i.reach.key", { style: { "--colour": quarterColour(q), opacity: 1, height: "3px" } }), quarterName(curve))));
 
 function lengthChart() {
   const bins = run.meta.by_length, high = Math.max(...bins.map((b) => b.high)) + 0.2, low = Math.max(Math.min(...bins.map((b) => b.low)) - 0.3, 0);
@@ -275,12 +307,12 @@ function lengthChart() {
     return [css(rgb(ink.point), 0.35 + 0.5 * (bin.count / most)), path];
   });
   const means = (u) => boxes(u, "mean", "mean", 2.4).reduce((all, [, path]) => (all.addPath(path), all), new Path2D());
-  return stillChart("Loss by length of the document", "nats per token", {
+  return stillChart("Loss by length of the document", "nats per token, by tokens", {
     series: [{}, { ...QUIET, fill: "black", paths: (u) => ({ fill: byColour(boxes(u, "high", "low", 0)) }) },
       { ...QUIET, fill: ink.accent, paths: (u) => ({ fill: means(u) }) }],
     scales: { x: { time: false, range: [-0.5, bins.length - 0.5] }, y: { range: [low, high] } },
     axes: [xAxis({ splits: () => places }, (k) => name(bins[k])), yAxis(40)],
-  }, [places, places, places]);
+  }, [places, places, places], bins.map((bin) => `${name(bin)} tokens: ${fixed(bin.mean, 2)}`).join(", "));
 }
 
 // ---- the record ----
