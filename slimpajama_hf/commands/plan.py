@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from slimpajama_hf import screen
 from slimpajama_hf.errors import UserError
+from slimpajama_hf.settings.arguments import help_text
 
 if TYPE_CHECKING:
     from slimpajama_hf.record.run_folder import RunFolder
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 
 HELP = "memory, time and disk of a run, found by making its first steps"
+USAGE = "python -m slimpajama_hf plan [--config FILE.yaml]... [--flag value]..."
+DESCRIPTION = "Make the first steps of the run that these flags would start, in a folder that is then deleted."
 
 
 #: Steps that warm caches up, the optimizer's state and a GPU's graph among them; not counted.
@@ -162,6 +165,5 @@ def main(argv: list[str]) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `plan`."""
-    parser.usage = "python -m slimpajama_hf plan [flags of run_clm_slimpajama.py]"
-    parser.description = "Makes the first steps of the run that the same flags would start, in a folder thrown away."
+    """The flags of `plan` are those of training; their parser is another (`settings/flags.py`)."""
+    parser.format_help = lambda: help_text(USAGE, DESCRIPTION) + "\n"  # type: ignore[method-assign]

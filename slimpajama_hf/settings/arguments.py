@@ -180,25 +180,21 @@ TRAINING_DEFAULTS: dict[str, tuple[Any, str | None]] = {
 
 TRAINING_ARGUMENTS_PAGE = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 
-#: Flags of the program that this one replaces, and what they are called now.
-OLD_FLAGS = {"steps": "max_steps", "checkpoint_interval": "save_steps"}
+#: Flags that only commands write.
+NOT_IN_HELP = {"leave_out"}
 
-#: Flags that commands write or few people type (README.md has those); help is short.
-NOT_IN_HELP = {"leave_out", "beta2_half_life_tokens", "hidden_optim", "hidden_rate"}
-
-#: Old flags that mean nothing any more, with the line that says what to type.
-REFUSED_FLAGS = {
-    "max_chunks": "--max-chunks is gone: a step is one document now; use --steps N",
-    "tokens_per_chunk": "--tokens-per-chunk is gone: a step is a document's first tokens; use --steps N",
-}
+TRAINING_USAGE = "accelerate launch run_clm_slimpajama.py [--config FILE.yaml]... [--flag value]..."
 
 
-def help_text() -> str:
-    """The short, grouped `--help`."""
+def help_text(
+    usage: str = TRAINING_USAGE,
+    what: str = "Pre-train a GPT-2-style model on SlimPajama, one document per step.",
+) -> str:
+    """The short, grouped `--help` of a program that takes the flags of training."""
     lines = [
-        "usage: accelerate launch run_clm_slimpajama.py [--config FILE.yaml]... [--flag value]...",
+        f"usage: {usage}",
         "",
-        "Pre-train a GPT-2-style model on SlimPajama, one document per step. Defaults < config files in order < flags.",
+        f"{what} Defaults < config files in order < flags.",
         "",
         "  --config FILE.yaml           flags written down; may be given several times (see configs/)",
         "  --help                       this page",
@@ -221,8 +217,8 @@ def help_text() -> str:
     lines += [
         f"  the others: {TRAINING_ARGUMENTS_PAGE}",
         "",
-        "Old flags still understood: --steps (--max_steps), --checkpoint-interval (--save_steps), and any flag written",
-        "with hyphens. Other commands (report, inspect, compare, verify, plan, ...): python -m slimpajama_hf --help",
+        "Flags may be written with hyphens. Those of train_slimpajama.py: docs/migrating.md",
+        "Other commands (report, inspect, compare, verify, plan, ...): python -m slimpajama_hf --help",
     ]
     return "\n".join(lines)
 

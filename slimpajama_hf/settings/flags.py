@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 
 from slimpajama_hf import ROOT, devices, precision, screen
 from slimpajama_hf.errors import UsageError
-from slimpajama_hf.settings.arguments import OLD_FLAGS, OURS, REFUSED_FLAGS
+from slimpajama_hf.settings import old_program
+from slimpajama_hf.settings.arguments import OURS
 from slimpajama_hf.settings.settings import Settings
 from slimpajama_hf.settings.yaml_file import read_config
 
@@ -52,8 +53,9 @@ def split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return configs, rest
 
 
-def rename(argv: Sequence[str]) -> list[str]:
-    """Flags in today's names: underscores, old flags renamed. Raises UsageError for those that are gone."""
+def rename(argv: Sequence[str], file: str = "") -> list[str]:
+    """Flags in today's names: underscores, old flags renamed. Raises UsageError for those that are gone, with the name
+    of the configuration `file` that has them."""
     renamed = []
     for token in argv:
         # `-5` is a value; `--flag` and `--flag=value` are flags.
@@ -62,9 +64,9 @@ def rename(argv: Sequence[str]) -> list[str]:
             continue
         name, equals, value = token[2:].partition("=")
         name = name.replace("-", "_")
-        if name in REFUSED_FLAGS:
-            raise UsageError(REFUSED_FLAGS[name])
-        renamed.append(f"--{OLD_FLAGS.get(name, name)}{equals}{value}")
+        if name in old_program.GONE:
+            raise UsageError((f"{file}: " if file else "") + old_program.refusal(name))
+        renamed.append(f"--{old_program.RENAMED.get(name, name)}{equals}{value}")
     return renamed
 
 
@@ -106,7 +108,7 @@ def all_tokens(argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, str
     origin: dict[str, str] = {}
     from_files: list[str] = []
     for path in configs:
-        tokens = rename(config_to_argv(read_config(path), path))
+        tokens = rename(config_to_argv(read_config(path), path), path)
         origin |= dict.fromkeys(_typed_names(tokens), path)
         from_files += tokens
     return flags, from_files, origin
