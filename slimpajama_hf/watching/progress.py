@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from slimpajama_hf import screen
-from slimpajama_hf.screen import TrainingBar
+from slimpajama_hf.bars import TrainingBar
 
 
 class ShowProgress(TrainerCallback):
