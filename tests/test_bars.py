@@ -29,6 +29,7 @@ for step in range(3):
     with screen.Waiting("waiting for " + "something with a long name " * 9):
         time.sleep(0.25)
     with bars.Counting("Scoring held-out documents", 200) as counting:
+        time.sleep(0.25)
         counting(57)
 bar.close()
 """
