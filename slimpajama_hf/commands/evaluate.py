@@ -86,7 +86,7 @@ def of_checkpoint(
         if dataset is not None:
             corpus = opening.open_corpus(dataset, text_column=text_column, split=split, waiting=waiting)
         elif record is not None:
-            corpus = validation_of(unchanged.recorded(record["corpus"]))
+            corpus = validation_of(unchanged.recorded(record["corpus"]), "--dataset")
         else:
             raise UserError(f"{place}: not in a run folder, so its corpus is not known; name documents with --dataset")
         waiting("loading the model")

@@ -10,6 +10,7 @@ from slimpajama_hf.model import memory
 from slimpajama_hf.model.presets import vocabulary
 from slimpajama_hf.record import checkpoints, noise, teaching
 from slimpajama_hf.record.columns import mean_of_last, read_columns
+from slimpajama_hf.training import schedule
 
 if TYPE_CHECKING:
     from slimpajama_hf.record.run_folder import RunFolder
@@ -53,6 +54,7 @@ def show(
         "backward": f"autograd's ({why})" if why else "written out for GPT-2",
         **({"saves": _MODEL_ALONE} if training.save_only_model else {}),
         "folder": str(folder.path),
+        "look at": f"{folder.report} and {folder.latest_chart}{_when_drawn(settings)}",
     }
     for name, value in rows.items():
         screen.say(f"{name:>10}  {value}")
@@ -62,6 +64,8 @@ def show(
         screen.say(f"{'begun':>10}  elsewhere, or before runs were marked; taken: {', '.join(settings.stranger.taken)}")
         if left:
             screen.say(f"{'not taken':>10}  {', '.join(left)}; type those that you want")
+    if (slow := _long_warm_up(settings)) is not None:
+        screen.say(f"{'warning':>10}  {slow}")
     warning = memory.warning(model, trainer.args.device, need, settings, memory.processes_here())
     if warning is not None:
         screen.say(f"{'warning':>10}  {warning}")
@@ -82,6 +86,27 @@ def _needs(settings: Settings, trainer: SlimPajamaTrainer, precision: str) -> me
         device=args.device.type,
         processes=args.world_size,
         sharded=sharded,
+    )
+
+
+def _when_drawn(settings: Settings) -> str:
+    """When there is something to look at."""
+    interval = settings.run.viz_interval
+    if "viz_interval" not in settings.typed:
+        return ", from the first step on"
+    return f", every {interval:,} steps" if interval <= settings.training.max_steps else ", at the end"
+
+
+def _long_warm_up(settings: Settings) -> str | None:
+    """A warning where the rate rises for more than half of the run; None where it does not."""
+    training = settings.training
+    steps, warmup = training.max_steps, training.get_warmup_steps(training.max_steps)
+    if settings.run.lr_find or warmup <= steps / 2:
+        return None
+    highest = schedule.get_learning_rate(steps - 1, training.learning_rate, warmup)
+    return (
+        f"the warm-up of {warmup:,} steps is longer than half of the run ({steps:,} steps), which ends at a rate "
+        f"of {highest:.2g}; it learns more with --warmup_steps {max(steps // 5, 1)}"
     )
 
 

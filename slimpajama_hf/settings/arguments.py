@@ -132,7 +132,9 @@ class RunArguments:
     lr_find: bool = _knob(
         False, "instead of training: 400 steps at rates that rise from 1e-6 to 0.3, in a folder beside; suggests a rate"
     )
-    test: bool = _knob(False, "100 steps on the embedded corpus, charts every 25, samples every 10 (configs/test.yaml)")
+    test: bool = _knob(
+        False, "100 steps on the embedded corpus into runs/test-run, warm-up over 20 (configs/test.yaml)"
+    )
 
     def __post_init__(self) -> None:
         for name in ("viz_interval", "display_samples"):

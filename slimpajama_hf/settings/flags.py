@@ -17,6 +17,7 @@ from slimpajama_hf.settings.settings import Settings
 from slimpajama_hf.settings.yaml_file import read_config
 
 TEST_CONFIG = ROOT / "configs" / "test.yaml"
+TEST_FOLDER = str(Path("runs") / "test-run")
 
 
 def config_to_argv(values: dict[str, Any], path: str) -> list[str]:
@@ -178,7 +179,9 @@ def complete(settings: Settings) -> Settings:
             )
         completed["adam_beta2"] = beta2
     if training.output_dir is None:
-        completed["output_dir"] = _folder_named_after(settings.data.dataset, settings.model.model)
+        # A test has a folder of its own: what is begun after it under a default name finds no run there.
+        named = _folder_named_after(settings.data.dataset, settings.model.model)
+        completed["output_dir"] = TEST_FOLDER if settings.run.test else named
     chosen = precision.asked(settings.model.precision, flags)
     settings = settings.changed(model={"precision": chosen}, training=completed)
     if settings.run.lr_find:

@@ -41,11 +41,13 @@ class Watchers:
     ) -> None:
         run, typed = settings.run, settings.typed
         self.progress = ShowProgress()
-        self.samples = GenerateSamples(trainer, folder, encoder, run.display_samples, "display_samples" in typed)
+        self.samples = GenerateSamples(
+            trainer, folder, encoder, run.display_samples, "display_samples" in typed, lambda: self.seconds
+        )
         self.passports = SamplePassports(trainer, folder, encoder)
         self.prompts = FixedPrompts(trainer, folder, encoder)
         self.views = ViewProcess(folder, *views.caption_of(record), max_steps=settings.training.max_steps)
-        self.drawing = DrawViews(trainer, self.views, run.viz_interval, "viz_interval" in typed)
+        self.drawing = DrawViews(trainer, self.views, run.viz_interval, "viz_interval" in typed, lambda: self.seconds)
         names, first = training_arguments.asked(settings.training.report_to), record["sessions"][-1]["step"]
         self.trackers = Trackers(names, folder, record["run_id"], first, trainer.recorder.flush)
 

@@ -61,3 +61,30 @@ def test_a_run_that_goes_on_has_the_time_that_is_left():
         clock=SimpleNamespace(training_seconds=1.0),
     )
     assert budget.session_seconds(trainer) == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize(("steps", "early"), [(1_500, 1), (3_000, 0), (10_000, 3), (100_000, 8)])
+def test_early_charts_leave_the_whole_within_its_limit(steps, early):
+    """Charts at 10, 30, 100, ... where samples, passports, prompts and measurements take all that they may: 1 minute,
+    2 minutes, 7 minutes, an hour."""
+    cost, spent, acted = 0.6, 1.3, []  # the first chart has to import matplotlib
+    others = budget.SAMPLES + budget.PASSPORTS + budget.PROMPTS + budget.MEASUREMENTS
+    for step in range(1, steps):
+        if not budget.is_half_decade(step):
+            continue
+        trainer: Any = SimpleNamespace(
+            steps_of_session=step,
+            state=SimpleNamespace(global_step=step, max_steps=steps),
+            clock=SimpleNamespace(training_seconds=step * STEP_SECONDS),
+        )
+        taken = others * step * STEP_SECONDS
+        if budget.is_left(trainer, spent + taken, cost, reserved=cost + budget.END_SECONDS):
+            acted.append(step)
+            spent += cost
+    assert acted == [10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000][: len(acted)] and len(acted) == early
+    whole = steps * STEP_SECONDS
+    assert spent + others * whole + cost + budget.END_SECONDS <= max(budget.ALL * whole, budget.LEAST_SECONDS)
+
+
+def test_half_decades():
+    assert [step for step in range(2_000) if budget.is_half_decade(step)] == [0, 10, 30, 100, 300, 1_000]
