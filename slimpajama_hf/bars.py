@@ -165,12 +165,13 @@ class Counting:
     def __init__(self, label: str, total: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._label, self._total, self._clock = label, total, clock
         self._terminal = screen.is_terminal()
-        self._start = clock()
-        self._next = self._start + (0.0 if self._terminal else SECONDS_TO_FIRST_LINE)
+        self._start = self._next = 0.0
         self._shown = False
         self._last: tuple[int, float | None] = (0, None)
 
     def __enter__(self) -> Counting:
+        self._start = self._clock()
+        self._next = self._start + (0.0 if self._terminal else SECONDS_TO_FIRST_LINE)
         self(0)
         return self
 

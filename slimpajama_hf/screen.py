@@ -39,6 +39,8 @@ class _Screen:
     """Nothing is shown: of several processes one speaks."""
     bar: Any = None
     """The tqdm bar that stands in the last line, if one does."""
+    in_place = False
+    """Whether the last line of the terminal is one that is written over and over."""
 
     def write(self, text: str) -> int:
         text = harmless(redacted(text))
@@ -178,6 +180,8 @@ def say(line: str) -> None:
     """Write one line to stderr; where there is a progress bar, above it."""
     # A line is one: what would go back to its beginning hides what stands there.
     line = line.replace("\r", "␍")
+    if SCREEN.in_place:
+        clear_line()
     if SCREEN.bar is not None:
         SCREEN.bar.write(line, file=SCREEN)
     else:
@@ -207,11 +211,13 @@ def show_in_place(words: str, end: str = "") -> None:
     if len(words) + len(end) > room:
         words = words[: max(room - len(end) - 1, 0)] + "…"
     SCREEN.write("\r" + (words + end)[:room].ljust(room))
+    SCREEN.in_place = True
 
 
 def clear_line() -> None:
     """Empty the last line of a terminal; a progress bar that stood there is drawn again."""
     SCREEN.write("\r" + " " * (columns() - 1) + "\r")
+    SCREEN.in_place = False
     if SCREEN.bar is not None:
         SCREEN.bar.refresh()
 

@@ -130,7 +130,8 @@ class RunArguments:
     hub_license: str | None = _knob(None, "licence on the card of a pushed run, as apache-2.0; default: none is stated")
     hub_patience: float = _knob(30.0, "seconds that the end of a run waits for a Hub which fails")
     lr_find: bool = _knob(
-        False, "instead of training: 400 steps at rates that rise from 1e-6 to 0.3, in a folder beside; suggests a rate"
+        False,
+        "instead of training: 400 steps while the rate rises from 1e-6 to 0.3, in a folder beside; suggests a rate",
     )
     test: bool = _knob(
         False, "100 steps on the embedded corpus into runs/test-run, warm-up over 20 (configs/test.yaml)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import itertools
 import json
@@ -204,11 +205,15 @@ def _range_test(settings: Settings) -> Settings:
     training: Any = settings.training
     if training.resume_from_checkpoint or training.push_to_hub:
         raise UsageError("--lr_find: a test of its own; leave --resume_from_checkpoint and --push_to_hub out")
+    # As if they had been typed: such intervals are obeyed.
+    settings = dataclasses.replace(settings, typed=settings.typed | {"viz_interval", "display_samples"})
     return settings.changed(
         training={
             "output_dir": f"{training.output_dir}-lr_find",
             "max_steps": arguments.STEPS,
             "save_strategy": type(training.save_strategy)("no"),
+            "eval_steps": None,
+            "eval_strategy": type(training.eval_strategy)("no"),
         },
         run={
             "no_checkpoint": True, "overwrite_output_dir": True, "viz_interval": 10**9, "display_samples": 10**9,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from slimpajama_hf.session import range_test_result
 from slimpajama_hf.settings import arguments
 from slimpajama_hf.training import range_test
 from tests.conftest import NANO, read_ledger, run_script
@@ -56,8 +57,8 @@ def test_the_real_thing(shards, tmp_path):
     assert not (tmp_path / "run").exists() and not list(folder.glob("checkpoint-*"))
     assert [row["learning_rate"] for row in (rows[0], rows[-1])] == pytest.approx([1e-6, 0.3])
     assert len(rows) == arguments.STEPS
-    with Image.open(folder / range_test.CHART) as picture:
-        assert picture.size == (1200, 720)
+    with Image.open(folder / range_test_result.CHART) as picture:
+        assert picture.size == (1200, 675)
 
 
 def test_what_does_not_go_with_it_is_one_sentence(shards, tmp_path):
