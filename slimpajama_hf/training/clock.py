@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 
@@ -27,7 +26,7 @@ class TrainingClock:
         """Training time since the start of this session."""
         self.paused_seconds = 0.0
         """Time spent otherwise."""
-        self.seconds_of = Counter[str]()
+        self.seconds_of: dict[str, float] = {}
         """Of that, what has a name: `scoring` held-out documents, `saving` checkpoints."""
 
     def start(self) -> None:
@@ -45,7 +44,7 @@ class TrainingClock:
             pause.seconds = self._now() - start
             self._paused_in_lap += pause.seconds
             if what:
-                self.seconds_of[what] += pause.seconds
+                self.seconds_of[what] = self.seconds_of.get(what, 0.0) + pause.seconds
 
     def lap(self) -> float:
         """Training seconds since the last lap."""
