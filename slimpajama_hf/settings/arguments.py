@@ -121,8 +121,10 @@ class ModelArguments:
 class RunArguments:
     """What is shown and kept"""
 
-    viz_interval: int = _knob(50, "steps between charts (thinned to stay under 5 % of the run unless typed)")
-    display_samples: int = _knob(5, "steps between generated samples (thinned likewise unless typed)")
+    viz_interval: int = _knob(
+        50, "steps between charts; unless typed, the first at once, and as many as 5 % of the run allow"
+    )
+    display_samples: int = _knob(5, "steps between generated samples; unless typed, as many as the 5 % allow")
     no_checkpoint: bool = _knob(False, "save nothing but metrics")
     overwrite_output_dir: bool = _knob(False, "start anew in a folder that holds a run, deleting that run")
     allow_changes: str | None = _knob(None, "what a resume may change, by name, as learning_rate,seed")

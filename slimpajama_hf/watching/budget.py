@@ -21,6 +21,10 @@ MEASUREMENTS = 0.017
 #: Share of all of it, and what any run may take, however short, seconds: the two are equal at 2 minutes.
 ALL, LEAST_SECONDS = 0.05, 6.0
 
+#: What everything but the charts takes of the time to come: the measurements all of theirs, as their steps are fixed;
+#: the others, which have their moments early or yield (samples), half of it.
+TO_COME = MEASUREMENTS + (SAMPLES + PASSPORTS + PROMPTS) / 2
+
 #: What the end takes beside its chart, seconds of a core: the report, and the search index.
 END_SECONDS = 0.6
 
@@ -60,7 +64,7 @@ def affordable(
 
 def is_left(trainer: SlimPajamaTrainer, spent: float, next_cost: float, reserved: float) -> bool:
     """Whether `next_cost` seconds are left of what all watchers together may take, when they have taken `spent`, the
-    end takes `reserved`, and everything but the charts takes its whole share of the time that is left."""
+    end takes `reserved`, and everything but the charts takes `TO_COME` of the time that is left."""
     expected = session_seconds(trainer)
-    to_come = max(expected - trainer.clock.training_seconds, 0.0) * (SAMPLES + PASSPORTS + PROMPTS + MEASUREMENTS)
+    to_come = max(expected - trainer.clock.training_seconds, 0.0) * TO_COME
     return spent + next_cost + reserved + to_come <= max(ALL * expected, LEAST_SECONDS)

@@ -67,11 +67,14 @@ class GenerateSamples(TrainerCallback):
         if self._obeyed:
             return in_turn
         cost = self.seconds / self.taken if self.taken else 0.0
-        if budget.is_half_decade(step):
-            return budget.is_left(self._trainer, self._seeing_seconds(), cost, reserved=budget.END_SECONDS)
-        return in_turn and budget.affordable(
-            self._trainer, budget.SAMPLES, self.seconds, cost, advance=SAMPLES_AHEAD_SECONDS
-        )
+        early = budget.is_half_decade(step)
+        if not early and not (
+            in_turn
+            and budget.affordable(self._trainer, budget.SAMPLES, self.seconds, cost, advance=SAMPLES_AHEAD_SECONDS)
+        ):
+            return False
+        # What the early charts took is not there for samples.
+        return budget.is_left(self._trainer, self._seeing_seconds(), cost, reserved=budget.END_SECONDS)
 
     def _sample(self, trainer: SlimPajamaTrainer, step: int) -> dict[str, Any]:
         """What the model writes after the opening of the step's document, with the accuracy of the step itself."""
