@@ -104,7 +104,7 @@ def of_checkpoint(
         metric = next_token_accuracy()
         waiting("reading the documents")
         start = time.perf_counter()
-        samples = list(itertools.islice(SampleStream(corpus, encoder, "truncate", length), documents))
+        samples = list(itertools.islice(SampleStream(corpus, encoder, "truncate", length, read_ahead=0), documents))
     vocabulary, averaged = size_of_vocabulary(encoder.tokenizer), None
     with bars.Counting("Scoring", len(samples) * (1 + has_average)) as counting:
         scores = score(model, samples, vocabulary, counting)
