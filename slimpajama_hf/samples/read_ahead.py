@@ -34,7 +34,7 @@ class _Shelf(Generic[Item]):
         self.change = threading.Condition()
         self.thread: threading.Thread | None = None
         self.clock: int | None = None
-        """Of the thread's processor time; asked for in the thread itself, as one that is gone must not be asked about."""
+        """Of the thread's processor time. The thread asks for it itself: one that is gone must not be asked about."""
 
     def close(self) -> None:
         with self.change:
@@ -99,8 +99,11 @@ def _wait(shelf: _Shelf, patience: Patience, stop: Callable[[], bool], what: str
 
 def _cpu_seconds(shelf: _Shelf[Item]) -> float:
     """Processor time that the thread of `shelf` has had; NaN where the system does not say (it is Unix that does)."""
+    if shelf.clock is None:
+        # It has hardly begun.
+        return 0.0 if hasattr(time, "pthread_getcpuclockid") else math.nan
     try:
-        return math.nan if shelf.clock is None else time.clock_gettime(shelf.clock)
+        return time.clock_gettime(shelf.clock)
     except OSError:
         # The thread is gone.
         return math.nan
