@@ -54,9 +54,9 @@ def show(drawn: Console, comparison: Comparison) -> None:
             table.add_row(Text(title, "dim"), *shown)
         drawn.print(table)
         first = last
-    best = "bold: the best" if comparison.are_as_long else "bold: the best, only where runs are as long as each other"
+    bold = "bold: the best" if comparison.are_as_long else "bold: the best, only where runs are as long as each other"
     drawn.print(
-        Text(f"losses and accuracy: mean of the last {WINDOW} steps, or of all where there are fewer; {best}", "dim")
+        Text(f"losses and accuracy: mean of the last {WINDOW} steps, or of all where there are fewer; {bold}", "dim")
     )
     for parting in comparison.partings:
         drawn.print(Text(terminal.visible(parting.words(), line_ends=False)))

@@ -156,7 +156,7 @@ class HeldOutScores:
         label = f"Scoring held-out documents @ {trainer.state.global_step}"
         with trainer.seeing() as model, bars.Counting(label, len(self.samples) * (1 + both)) as counting:
             table = self._table(model, counting)
-            if both:
+            if average is not None and both:
                 with average.applied():
                     averaged = self._table(model, lambda done: counting(len(self.samples) + done))
         if trainer.is_world_process_zero():
