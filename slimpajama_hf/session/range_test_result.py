@@ -26,11 +26,12 @@ LABELS = 0.16  # part of the plot's height, at its bottom, that is kept for the 
 
 def draw(found: range_test.Found, losses: np.ndarray) -> Figure:
     """The curve: loss over rate, what was found marked. `losses`: of each step, nats per token, (steps,)."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
     from slimpajama_hf import palette
     from slimpajama_hf.agg import Figure, FigureCanvasAgg, matplotlib
     from slimpajama_hf.views import drawing
+
+    # isort: split
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     with matplotlib.rc_context(drawing.STYLE):
         figure = Figure(figsize=SIZE, dpi=drawing.DPI)
