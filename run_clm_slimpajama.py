@@ -31,8 +31,9 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
         from slimpajama_hf.session import held_out_documents, resume, run_record, session
         from slimpajama_hf.training import processes
 
+        screen.quiet_libraries()
+
     training, data, model = settings.for_trainer(), settings.data, settings.model
-    screen.quiet_libraries()
     devices.use_one_gpu(training, settings.run.gpu)
     team = processes.join(training)
     destination = team.first_keeps(lambda: account.destination(settings))
