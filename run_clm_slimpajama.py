@@ -21,16 +21,19 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
 
     # Heavy imports come after the flags are known to be right; the heaviest, the Trainer, after the corpus has opened.
     from slimpajama_hf import precision, screen
-    from slimpajama_hf.hub import account, background
-    from slimpajama_hf.model import presets
-    from slimpajama_hf.record import run_folder
-    from slimpajama_hf.samples.encoder import Encoder
-    from slimpajama_hf.samples.tokenizer import load_tokenizer, tokenizer_for
-    from slimpajama_hf.session import held_out_documents, resume, run_record, session
-    from slimpajama_hf.training import processes
+
+    with screen.Waiting("loading transformers' Trainer and this program's parts"):
+        from slimpajama_hf.hub import account, background
+        from slimpajama_hf.model import presets
+        from slimpajama_hf.record import run_folder
+        from slimpajama_hf.samples.encoder import Encoder
+        from slimpajama_hf.samples.tokenizer import load_tokenizer, tokenizer_for
+        from slimpajama_hf.session import held_out_documents, resume, run_record, session
+        from slimpajama_hf.training import processes
+
+        screen.quiet_libraries()
 
     training, data, model = settings.for_trainer(), settings.data, settings.model
-    screen.quiet_libraries()
     devices.use_one_gpu(training, settings.run.gpu)
     team = processes.join(training)
     destination = team.first_keeps(lambda: account.destination(settings))

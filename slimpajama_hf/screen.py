@@ -1,4 +1,4 @@
-"""What a person sees while it runs: lines, a sign of life while waiting, the progress bar. All of it goes to stderr."""
+"""What a person sees while it runs: lines, and a sign of life while waiting. All of it goes to stderr."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, TextIO
-
-#: Seconds between two lines of progress where there is no terminal.
-SECONDS_BETWEEN_LINES = 10.0
 
 
 def format_time(seconds: float) -> str:
@@ -42,6 +39,8 @@ class _Screen:
     """Nothing is shown: of several processes one speaks."""
     bar: Any = None
     """The tqdm bar that stands in the last line, if one does."""
+    in_place = False
+    """Whether the last line of the terminal is one that is written over and over."""
 
     def write(self, text: str) -> int:
         text = harmless(redacted(text))
@@ -181,6 +180,8 @@ def say(line: str) -> None:
     """Write one line to stderr; where there is a progress bar, above it."""
     # A line is one: what would go back to its beginning hides what stands there.
     line = line.replace("\r", "␍")
+    if SCREEN.in_place:
+        clear_line()
     if SCREEN.bar is not None:
         SCREEN.bar.write(line, file=SCREEN)
     else:
@@ -192,6 +193,33 @@ def is_terminal() -> bool:
         return sys.stderr.isatty()
     except (OSError, ValueError, AttributeError):
         return False
+
+
+def columns() -> int:
+    """Columns of the terminal; 80 where it does not say (a `script` pty has 0)."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found = os.get_terminal_size(sys.stderr.fileno()).columns
+        if found > 0:
+            return found
+    return 80
+
+
+def show_in_place(words: str, end: str = "") -> None:
+    """Write over the last line of a terminal: `words`, shortened where they are too long, then `end` in full."""
+    # The last column stays free: some terminals go on to the next line there.
+    room = columns() - 1
+    if len(words) + len(end) > room:
+        words = words[: max(room - len(end) - 1, 0)] + "…"
+    SCREEN.write("\r" + (words + end)[:room].ljust(room))
+    SCREEN.in_place = True
+
+
+def clear_line() -> None:
+    """Empty the last line of a terminal; a progress bar that stood there is drawn again."""
+    SCREEN.write("\r" + " " * (columns() - 1) + "\r")
+    SCREEN.in_place = False
+    if SCREEN.bar is not None:
+        SCREEN.bar.refresh()
 
 
 class Waiting:
@@ -206,7 +234,7 @@ class Waiting:
         self._start = time.monotonic()
         self._thread = threading.Thread(target=self._beat, name="waiting", daemon=True)
         self._terminal = is_terminal()
-        self._width = 0
+        self._shown = False
 
     def __enter__(self) -> Waiting:
         self._thread.start()
@@ -221,9 +249,8 @@ class Waiting:
             elapsed = time.monotonic() - self._start
             if self._terminal:
                 frame = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"[int(elapsed * 5) % 10]
-                line = f"{frame} {self.what} ({format_time(elapsed)})"
-                SCREEN.write("\r" + line.ljust(self._width))
-                self._width = len(line)
+                show_in_place(f"{frame} {self.what}", f" ({format_time(elapsed)})")
+                self._shown = True
             else:
                 say(f"… {self.what} ({format_time(elapsed)})")
 
@@ -232,94 +259,8 @@ class Waiting:
     ) -> None:
         self._done.set()
         self._thread.join()
-        if self._terminal and self._width:
-            SCREEN.write("\r" + " " * self._width + "\r")
-
-
-def bar_numbers(
-    loss: float, accuracy: float, tokens_per_second: float, learning_rate: float, eta_seconds: float
-) -> str:
-    """The numbers behind the bar: `loss=2.3456, acc=28.3%, tps=34.2, lr=1.00e-03, eta=37.8m`."""
-    return (
-        f"loss={loss:.4f}, acc={accuracy:.1%}, tps={tokens_per_second:.1f}, lr={learning_rate:.2e}, "
-        f"eta={format_time(eta_seconds)}"
-    )
-
-
-class TrainingBar:
-    """`Training:  24%|███ | 2400/10000 [12:30<37:45, loss=..., acc=..., tps=..., lr=..., eta=...]`.
-
-    In a terminal a tqdm bar; in a pipe or a log file one such line every 10 seconds. Throughput and time left count
-    the training steps of this session alone, so they are right at once after a resume.
-    """
-
-    def __init__(self, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
-        self.total, self.first, self.done = total, done, done
-        self._clock = clock
-        self._start = clock()
-        self._next_line = 0.0
-        self._tokens, self._seconds = 0, 0.0
-        self._numbers = (float("nan"), 0.0, 0.0)
-        self._shown = done
-        self._bar = None
-        if is_terminal():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                file=SCREEN,
-                total=total,
-                initial=done,
-                desc="Training",
-                dynamic_ncols=True,
-                mininterval=0.2,
-                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-                # Time left by the mean rate of this session, as in the lines below.
-                smoothing=0,
-            )
-            SCREEN.bar = self._bar
-
-    def update(self, loss: float, accuracy: float, learning_rate: float, tokens: int, seconds: float) -> None:
-        """One more step: its numbers, its tokens and the training seconds that it took."""
-        self.done += 1
-        self._tokens += tokens
-        self._seconds += seconds
-        self._numbers = (loss, accuracy, learning_rate)
-        if self._bar is not None:
-            # tqdm redraws at most every `mininterval` seconds; the words are only made when it will.
-            if self._clock() >= self._next_line:
-                self._next_line = self._clock() + 0.2
-                self._bar.set_postfix_str(self._words(loss, accuracy, learning_rate), refresh=False)
-            self._bar.update(1)
-        elif self._clock() >= self._next_line or self.done == self.total:
-            self._next_line = self._clock() + SECONDS_BETWEEN_LINES
-            self._show_line()
-
-    def _show_line(self) -> None:
-        self._shown = self.done
-        percent = 100 * self.done // max(self.total, 1)
-        filled = "█" * (percent // 10)
-        times = f"{format_clock(self._clock() - self._start)}<{format_clock(self._eta())}"
-        words = self._words(*self._numbers)
-        say(f"Training: {percent:3d}%|{filled:<10}| {self.done}/{self.total} [{times}, {words}]")
-
-    def _words(self, loss: float, accuracy: float, learning_rate: float) -> str:
-        rate = self._tokens / self._seconds if self._seconds else 0.0
-        return bar_numbers(loss, accuracy, rate, learning_rate, self._eta())
-
-    def _eta(self) -> float:
-        """Seconds left at the mean step time of this session."""
-        return self._seconds / max(self.done - self.first, 1) * (self.total - self.done)
-
-    def close(self) -> None:
-        """Leave the last step's numbers on the screen."""
-        if self._bar is not None:
-            if self.done > self.first:
-                self._bar.set_postfix_str(self._words(*self._numbers), refresh=True)
-            SCREEN.bar = None
-            self._bar.close()
-            self._bar = None
-        elif self.done > self._shown:
-            self._show_line()
+        if self._shown:
+            clear_line()
 
 
 def format_bytes(size: int) -> str:

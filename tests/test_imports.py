@@ -37,7 +37,7 @@ WITHOUT_THE_TRAINER = ("settings", "corpus", "record", "samples", "model", "view
 
 #: Text and numbers know nothing of the model that they came from.
 WITHOUT_TORCH = (
-    "errors", "files", "palette", "screen", "terminal", "program",
+    "bars", "errors", "files", "palette", "screen", "terminal", "program",
     "settings.arguments", "settings.flags", "settings.settings", "settings.yaml_file",
     "corpus.corpus", "corpus.documents", "corpus.embedded", "corpus.hub_files", "corpus.opening", "corpus.patience",
     "corpus.shards", "corpus.unchanged",

@@ -31,6 +31,19 @@ def test_training_commands_parse(line):
     assert flags.read_flags(words[words.index("run_clm_slimpajama.py") + 1 :])
 
 
+def test_no_training_command_fails_because_of_one_before_it():
+    """Each that begins a run does so in a folder of its own, and so does what --test and the configurations begin."""
+    folders: dict[str, str] = {}
+    for line in [*LINES, "run_clm_slimpajama.py --test"]:
+        words = shlex.split(line)
+        if "run_clm_slimpajama.py" not in words or "--resume_from_checkpoint" in words:
+            continue
+        folder = flags.read_flags(words[words.index("run_clm_slimpajama.py") + 1 :]).output_dir
+        assert folder not in folders, (line, folders[folder])
+        folders[folder] = line
+    assert len(folders) > 5
+
+
 @pytest.mark.parametrize("line", [line for line in LINES if "-m slimpajama_hf" in line])
 def test_other_commands_parse(line):
     words = shlex.split(line)[3:]

@@ -18,17 +18,14 @@ if TYPE_CHECKING:
     from slimpajama_hf.lookback.comparison import Comparison
 
 
-HELP = "runs side by side: a chart and a table by step, tokens and time"
+HELP = "runs side by side: a table by step, tokens and time, and a chart with --output FILE.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `compare`."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="two or more run folders")
-    parser.add_argument("--output", metavar="FILE.png", help="the chart [comparison.png]")
-    parser.add_argument("--json", action="store_true", help="print JSON; draws no chart unless --output is given")
-
-
-DEFAULT_OUTPUT = "comparison.png"
+    parser.add_argument("--output", metavar="FILE.png", help="draw a chart too, into this file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def show(drawn: Console, comparison: Comparison) -> None:
@@ -57,7 +54,10 @@ def show(drawn: Console, comparison: Comparison) -> None:
             table.add_row(Text(title, "dim"), *shown)
         drawn.print(table)
         first = last
-    drawn.print(Text(f"losses and accuracy: mean of {WINDOW} steps; bold: the best", "dim"))
+    bold = "bold: the best" if comparison.are_as_long else "bold: the best, only where runs are as long as each other"
+    drawn.print(
+        Text(f"losses and accuracy: mean of the last {WINDOW} steps, or of all where there are fewer; {bold}", "dim")
+    )
     for parting in comparison.partings:
         drawn.print(Text(terminal.visible(parting.words(), line_ends=False)))
 
@@ -67,7 +67,7 @@ def main(options: argparse.Namespace) -> int:
     from slimpajama_hf.lookback.comparison import compare
     from slimpajama_hf.lookback.comparison_chart import render
 
-    output = options.output or (None if options.json else DEFAULT_OUTPUT)
+    output = options.output
     if output is not None and not output.endswith(".png"):
         raise UsageError(f"--output {output}: expected a name that ends with .png")
     with Waiting("reading the ledgers") as waiting:
@@ -82,5 +82,5 @@ def main(options: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(comparison.to_dict(), indent=1) + "\n")
         return 0
     show(terminal.console(), comparison)
-    sys.stderr.write(f"{output}\n")
+    sys.stderr.write(f"{output}\n" if output is not None else "add --output FILE.png to draw it as a chart too\n")
     return 0

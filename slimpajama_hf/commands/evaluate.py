@@ -9,6 +9,7 @@ import sys
 import time
 from typing import Any
 
+from slimpajama_hf import bars
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.settings.arguments import positive
 
@@ -86,7 +87,7 @@ def of_checkpoint(
         if dataset is not None:
             corpus = opening.open_corpus(dataset, text_column=text_column, split=split, waiting=waiting)
         elif record is not None:
-            corpus = validation_of(unchanged.recorded(record["corpus"]))
+            corpus = validation_of(unchanged.recorded(record["corpus"]), "--dataset")
         else:
             raise UserError(f"{place}: not in a run folder, so its corpus is not known; name documents with --dataset")
         waiting("loading the model")
@@ -94,23 +95,21 @@ def of_checkpoint(
         model: Any = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=False)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         encoder = Encoder(load_tokenizer(str(folder)))
+        has_average = (folder / averaging.FOLDER / "config.json").is_file()
+        average: Any = None
+        if has_average:
+            average = AutoModelForCausalLM.from_pretrained(str(folder / averaging.FOLDER), trust_remote_code=False)
+            average.to(model.device)
         waiting("loading `evaluate`")
         metric = next_token_accuracy()
+        waiting("reading the documents")
         start = time.perf_counter()
-        stream = SampleStream(corpus, encoder, "truncate", length)
-
-        def on_sample(done: int) -> None:
-            waiting(f"scoring: {done} of {documents} documents")
-
-        samples = list(itertools.islice(stream, documents))
-        scores = score(model, samples, size_of_vocabulary(encoder.tokenizer), on_sample)
-        averaged = None
-        if (folder / averaging.FOLDER / "config.json").is_file():
-            waiting("scoring the averaged weights")
-            model = AutoModelForCausalLM.from_pretrained(str(folder / averaging.FOLDER), trust_remote_code=False).to(
-                model.device
-            )
-            averaged = score(model, samples, size_of_vocabulary(encoder.tokenizer), on_sample)
+        samples = list(itertools.islice(SampleStream(corpus, encoder, "truncate", length, read_ahead=0), documents))
+    vocabulary, averaged = size_of_vocabulary(encoder.tokenizer), None
+    with bars.Counting("Scoring", len(samples) * (1 + has_average)) as counting:
+        scores = score(model, samples, vocabulary, counting)
+        if has_average:
+            averaged = score(average, samples, vocabulary, lambda done: counting(len(samples) + done))
     if not scores["all"].samples:
         raise UserError(f"{corpus.name}: no document in it that can be scored")
     return {

@@ -7,6 +7,7 @@ its own, watched for some steps and stopped.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import signal
@@ -18,8 +19,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slimpajama_hf import screen
+from slimpajama_hf import bars, screen
 from slimpajama_hf.errors import UserError
+from slimpajama_hf.settings.arguments import help_text
 
 if TYPE_CHECKING:
     from slimpajama_hf.record.run_folder import RunFolder
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 
 HELP = "memory, time and disk of a run, found by making its first steps"
+USAGE = "python -m slimpajama_hf plan [--config FILE.yaml]... [--flag value]..."
+DESCRIPTION = "Make the first steps of the run that these flags would start, in a folder that is then deleted."
 
 
 #: Steps that warm caches up, the optimizer's state and a GPU's graph among them; not counted.
@@ -109,14 +113,21 @@ def _watch(process: subprocess.Popen, folder: RunFolder) -> float:
     """Wait until enough steps are made, or the process ends; returns when the first one was."""
     first_step = math.nan
     rows = 0
-    with screen.Waiting("making the first steps for real, to throw them away") as waiting:
+    with contextlib.ExitStack() as shown:
+        shown.enter_context(screen.Waiting("starting the run, to make its first steps for real and throw them away"))
+        counting = bars.Counting("Trial", MOST_STEPS)
         while process.poll() is None:
             time.sleep(0.05)
             now = time.monotonic()
             rows = folder.ledger.read_bytes().count(b"\n") if folder.ledger.exists() else 0
-            if rows and math.isnan(first_step):
+            if not rows:
+                continue
+            if math.isnan(first_step):
                 first_step = now
-            waiting(f"making the first steps for real, to throw them away: {rows}")
+                shown.close()
+                shown.enter_context(counting)
+            by_time = min(rows / FEWEST_STEPS, (now - first_step) / MOST_SECONDS)
+            counting(rows, share=max(rows / MOST_STEPS, min(by_time, 1.0)))
             if rows >= MOST_STEPS or (rows >= FEWEST_STEPS and now - first_step > MOST_SECONDS):
                 break
     return first_step if rows else time.monotonic()
@@ -162,6 +173,5 @@ def main(argv: list[str]) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `plan`."""
-    parser.usage = "python -m slimpajama_hf plan [flags of run_clm_slimpajama.py]"
-    parser.description = "Makes the first steps of the run that the same flags would start, in a folder thrown away."
+    """The flags of `plan` are those of training; their parser is another (`settings/flags.py`)."""
+    parser.format_help = lambda: help_text(USAGE, DESCRIPTION) + "\n"  # type: ignore[method-assign]

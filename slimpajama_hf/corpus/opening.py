@@ -263,8 +263,9 @@ def _open_hub(
         ) from None
 
 
-def validation_of(corpus: Corpus) -> Corpus:
-    """The validation part of a corpus. Raises UserError for one that has none of its own."""
+def validation_of(corpus: Corpus, flag: str = "--eval_dataset") -> Corpus:
+    """The validation part of a corpus. Raises UserError for one that has none of its own; `flag` names held-out
+    documents instead."""
     if corpus.mirror == "embedded":
         return open_corpus("embedded", split="validation")
     for mirrors in CORPORA.values():
@@ -272,5 +273,5 @@ def validation_of(corpus: Corpus) -> Corpus:
             if corpus.mirror == mirror.name:
                 return dataclasses.replace(corpus, prefixes=mirror.validation)
     raise UserError(
-        f"{corpus.name} has no validation part of its own; name held-out documents with --eval_dataset, as another file"
+        f"{corpus.name} has no validation part of its own; name held-out documents with {flag}, as another file"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
+import io
 import json
 import os
 import zlib
@@ -145,7 +146,10 @@ def read_parquet(file: IO[bytes], start: int, text_column: str) -> Iterator[tupl
     """A parquet file, row group by row group: those before `start` are not read."""
     from pyarrow import parquet
 
-    reader = parquet.ParquetFile(file)
+    # Buffered ahead, the first row of a local file would wait until its whole row group has been read, which may be all
+    # of the file. What comes over the network comes in few large requests.
+    local = isinstance(file, io.BufferedReader)
+    reader = parquet.ParquetFile(file, pre_buffer=not local, buffer_size=2**20 if local else 0)
     names = reader.schema_arrow.names
     if text_column not in names:
         raise UserError(

@@ -11,12 +11,9 @@ import math
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
 
 from slimpajama_hf.errors import UsageError, UserError
 from slimpajama_hf.lookback import side_by_side
@@ -120,6 +117,11 @@ class Comparison:
         """The point of an axis (`steps`, `tokens`, `seconds`) that every run has reached."""
         return float(min(course.axis(axis)[-1] for course in self.courses))
 
+    @property
+    def are_as_long(self) -> bool:
+        """Whether all runs have the same number of steps."""
+        return len({len(course) for course in self.courses}) == 1
+
     def table(self) -> list[dict[str, Any]]:
         """The numbers of each run; None for what is no number."""
         reached = {axis: self.reached(axis) for axis in ("steps", "tokens", "seconds")}
@@ -207,6 +209,9 @@ _LINES: tuple[tuple[str, str, str], ...] = (
 _BEST = {"throughput": 1, "final_loss": -1, "final_accuracy": 1, "bits_per_byte": -1, "loss_at_equal_steps": -1,
          "loss_at_equal_tokens": -1, "loss_at_equal_seconds": -1}  # fmt: skip
 
+#: Lines of the end of each run, which say nothing about which is better where one has gone further.
+_OF_THE_END = ("final_loss", "final_accuracy", "bits_per_byte")
+
 
 def lines_of(comparison: Comparison) -> list[tuple[str, list[str], int | None]]:
     """The table: what a line is, its text for each run, and which run is the best in it, if one alone is."""
@@ -221,7 +226,8 @@ def lines_of(comparison: Comparison) -> list[tuple[str, list[str], int | None]]:
         ]
         best = None
         known = [value for value in values if value is not None]
-        if key in _BEST and len(known) > 1:
+        comparable = comparison.are_as_long or key not in _OF_THE_END
+        if key in _BEST and comparable and len(known) > 1:
             top = max(known) if _BEST[key] > 0 else min(known)
             best = values.index(top) if values.count(top) == 1 else None
         lines.append((title.format(**reached, time=clock), texts, best))

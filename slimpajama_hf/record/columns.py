@@ -174,7 +174,11 @@ def read_columns(path: Path) -> Columns:
     return Reader(path).update()
 
 
-def mean_of_last(values: Any, window: int = 50) -> float:
+#: Steps of the mean that stands for the end of a run.
+LAST_STEPS = 50
+
+
+def mean_of_last(values: Any, window: int = LAST_STEPS) -> float:
     """Mean of the last `window` finite values, NaN without any."""
     finite = values[np.isfinite(values)][-window:]
     return float(finite.mean()) if len(finite) else math.nan

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import math
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,6 +19,9 @@ Item = TypeVar("Item")
 #: Seconds of waiting for the next item after which the screen shows it, and between two looks at `stop`.
 _LOOK_SECONDS = 0.05
 
+#: Seconds of waiting after which the screen says what the thread that reads had of a processor.
+LONG_WAIT_SECONDS = 2.0
+
 
 class _Shelf(Generic[Item]):
     """What stands between the thread that makes items and the one that takes them."""
@@ -28,6 +33,8 @@ class _Shelf(Generic[Item]):
         self.ended = self.closed = False
         self.change = threading.Condition()
         self.thread: threading.Thread | None = None
+        self.clock: int | None = None
+        """Of the thread's processor time. The thread asks for it itself: one that is gone must not be asked about."""
 
     def close(self) -> None:
         with self.change:
@@ -78,20 +85,44 @@ def read_ahead(
 
 
 def _wait(shelf: _Shelf, patience: Patience, stop: Callable[[], bool], what: str) -> None:
+    began, cpu = time.monotonic(), _cpu_seconds(shelf)
     with Waiting(what) as waiting:
         while True:
             if stop():
                 raise StopRequested
-            waiting(patience.what or what)
+            waiting(patience.what or what + _why(time.monotonic() - began, _cpu_seconds(shelf) - cpu))
             with shelf.change:
                 if shelf.items or shelf.ended:
                     return
                 shelf.change.wait(_LOOK_SECONDS)
 
 
+def _cpu_seconds(shelf: _Shelf[Item]) -> float:
+    """Processor time that the thread of `shelf` has had; NaN where the system does not say (it is Unix that does)."""
+    if shelf.clock is None:
+        # It has hardly begun.
+        return 0.0 if hasattr(time, "pthread_getcpuclockid") else math.nan
+    try:
+        return time.clock_gettime(shelf.clock)
+    except OSError:
+        # The thread is gone.
+        return math.nan
+
+
+def _why(waited: float, cpu: float) -> str:
+    """Of a long wait, what the thread that reads did meanwhile, as far as its processor time tells."""
+    if waited < LONG_WAIT_SECONDS or math.isnan(cpu):
+        return ""
+    if cpu > waited / 2:
+        return "; it is being read and cut"
+    return f"; reading it has had {cpu:.1f}s of a processor: the disk is slow, or the machine is busy"
+
+
 def _fill(shelf: _Shelf[Item], make: Callable[[Patience], Iterator[Item]], patience: Patience) -> None:
     """The thread: make items until there are no more, there is an error, or nobody wants them."""
     try:
+        if hasattr(time, "pthread_getcpuclockid"):
+            shelf.clock = time.pthread_getcpuclockid(threading.get_ident())
         for item in make(patience):
             with shelf.change:
                 while len(shelf.items) >= shelf.depth and not shelf.closed:

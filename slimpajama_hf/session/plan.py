@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from slimpajama_hf import devices, screen
+import numpy as np
+
+from slimpajama_hf import devices, files, screen
 from slimpajama_hf import precision as precisions
 from slimpajama_hf.model import memory
 from slimpajama_hf.model.presets import vocabulary
 from slimpajama_hf.record import checkpoints, noise, teaching
-from slimpajama_hf.record.columns import mean_of_last, read_columns
+from slimpajama_hf.record.columns import LAST_STEPS, mean_of_last, read_columns
+from slimpajama_hf.session import range_test_result
+from slimpajama_hf.training import range_test, schedule
 
 if TYPE_CHECKING:
     from slimpajama_hf.record.run_folder import RunFolder
@@ -47,12 +51,12 @@ def show(
         + (f", its vocabulary padded to {rows_of_model:,}" if rows_of_model != tokens else ""),
         "device": f"{trainer.args.device}, {precision}{_emulated(precision, trainer.args.device)}, about "
         f"{screen.format_bytes(need.total_bytes)} of memory",
-        "steps": f"{training.max_steps:,}, {_documents(trainer)}; learning rate {training.learning_rate:g} after "
-        f"{training.get_warmup_steps(training.max_steps):,} steps of warm-up" + _matrices(trainer),
+        "steps": f"{training.max_steps:,}, {_documents(trainer)}; learning rate {_rate(settings)}{_matrices(trainer)}",
         **({"shards": _SHARDED} if devices.is_sharded() else {}),
         "backward": f"autograd's ({why})" if why else "written out for GPT-2",
         **({"saves": _MODEL_ALONE} if training.save_only_model else {}),
         "folder": str(folder.path),
+        "look at": _what_to_look_at(settings, folder),
     }
     for name, value in rows.items():
         screen.say(f"{name:>10}  {value}")
@@ -62,6 +66,8 @@ def show(
         screen.say(f"{'begun':>10}  elsewhere, or before runs were marked; taken: {', '.join(settings.stranger.taken)}")
         if left:
             screen.say(f"{'not taken':>10}  {', '.join(left)}; type those that you want")
+    if (slow := _long_warm_up(settings)) is not None:
+        screen.say(f"{'warning':>10}  {slow}")
     warning = memory.warning(model, trainer.args.device, need, settings, memory.processes_here())
     if warning is not None:
         screen.say(f"{'warning':>10}  {warning}")
@@ -82,6 +88,44 @@ def _needs(settings: Settings, trainer: SlimPajamaTrainer, precision: str) -> me
         device=args.device.type,
         processes=args.world_size,
         sharded=sharded,
+    )
+
+
+def _rate(settings: Settings) -> str:
+    """The schedule in words."""
+    training = settings.training
+    if settings.run.lr_find:
+        return (
+            f"rises from {range_test.LOWEST:g} to {range_test.HIGHEST:g}, the same number of steps in every decade "
+            "(--learning_rate and --warmup_steps do not count)"
+        )
+    return f"{training.learning_rate:g} after {training.get_warmup_steps(training.max_steps):,} steps of warm-up"
+
+
+def _what_to_look_at(settings: Settings, folder: RunFolder) -> str:
+    """Where there is something to look at, and when."""
+    if settings.run.lr_find:
+        return f"{folder.path / range_test_result.CHART}, at the end; no samples, checkpoints and held-out scores"
+    return f"{folder.report} and {folder.latest_chart}{_when_drawn(settings)}"
+
+
+def _when_drawn(settings: Settings) -> str:
+    interval = settings.run.viz_interval
+    if "viz_interval" not in settings.typed:
+        return ", from the first step on"
+    return f", every {interval:,} steps" if interval <= settings.training.max_steps else ", at the end"
+
+
+def _long_warm_up(settings: Settings) -> str | None:
+    """A warning where the rate rises for more than half of the run; None where it does not."""
+    training = settings.training
+    steps, warmup = training.max_steps, training.get_warmup_steps(training.max_steps)
+    if settings.run.lr_find or warmup <= steps / 2:
+        return None
+    highest = schedule.get_learning_rate(steps - 1, training.learning_rate, warmup)
+    return (
+        f"the warm-up of {warmup:,} steps is longer than half of the run ({steps:,} steps), which ends at a rate "
+        f"of {highest:.2g}; it learns more with --warmup_steps {max(steps // 5, 1)}"
     )
 
 
@@ -109,19 +153,50 @@ def _documents(trainer: SlimPajamaTrainer) -> str:
     return words
 
 
-def summary(folder: RunFolder, trainer: SlimPajamaTrainer, outcome: str, seeing_seconds: float) -> list[str]:
-    """The lines at the end of a run: steps, time, throughput, loss, accuracy, where everything is."""
+def _held_out(folder: RunFolder, steps: int) -> list[str]:
+    """The last held-out scores of a run, of its weights and of their average; nothing where there are none."""
+    entries = [entry for _, entry in files.json_lines(folder.evaluations) if entry["step"] <= steps]
+    if not entries:
+        return []
+    entry = entries[-1]
+    raw, averaged = entry["scores"]["all"], (entry.get("averaged") or {}).get("all")
+    when = "" if entry["step"] == steps else f" at step {entry['step']:,}"
+    words = f"{raw['loss']:.4f} nats per token, {raw['bits_per_byte']:.4f} bits per byte, {raw['accuracy']:.1%} right"
+    lines = [f"       held out  {words} ({raw['samples']:,} documents{when})"]
+    if averaged is not None:
+        words = f"{averaged['loss']:.4f} nats per token, {averaged['bits_per_byte']:.4f} bits per byte"
+        lines.append(f"       averaged  {words}, {averaged['accuracy']:.1%} right (the average of the weights)")
+    return lines
+
+
+def _last_steps(values: Any) -> str:
+    """Of how many steps a `mean_of_last` is."""
+    count = min(int(np.isfinite(values).sum()), LAST_STEPS)
+    return f"mean of the last {count} steps" if count != 1 else "of a single step"
+
+
+def summary(
+    folder: RunFolder, trainer: SlimPajamaTrainer, outcome: str, seeing_seconds: float, is_range_test: bool
+) -> list[str]:
+    """The lines at the end of a run: steps, time, throughput, held-out scores, loss, accuracy, where everything is."""
     columns = read_columns(folder.ledger)
     clock = trainer.clock
     tokens = int(columns.tokens[-trainer.steps_of_session :].sum()) if trainer.steps_of_session else 0
     rate = tokens / clock.training_seconds if clock.training_seconds else 0.0
     seeing = seeing_seconds / max(clock.training_seconds + seeing_seconds, 1e-9)
+    beside = "".join(f", {screen.format_time(seconds)} of {what}" for what, seconds in sorted(clock.seconds_of.items()))
     saved = [checkpoints.path_of(folder.path, step) for step in checkpoints.steps(folder.path)]
     lines = [
         f"{outcome}: {len(columns):,} steps, {trainer.steps_of_session:,} of them now, in "
         f"{screen.format_time(clock.training_seconds)} of training ({rate:,.1f} tokens/s)"
-        f" and {screen.format_time(seeing_seconds)} of seeing ({seeing:.1%} of the run)",
-        f"     final loss  {mean_of_last(columns.loss):.4f} nats per token (mean of the last 50 steps)",
+        f" and {screen.format_time(seeing_seconds)} of seeing ({seeing:.1%} of the run){beside}",
+    ]
+    if is_range_test:
+        # At rates that are far too much no loss and no score says anything.
+        return [*lines, f"{'ledger':>15}  {folder.ledger}"]
+    lines += [
+        *_held_out(folder, len(columns)),
+        f"     final loss  {mean_of_last(columns.loss):.4f} nats per token ({_last_steps(columns.loss)})",
         f" final accuracy  {mean_of_last(columns.accuracy):.1%} of next tokens",
         f"    prequential  {columns.prequential_bits_per_byte():.4f} bits per byte (documents scored before learned)",
     ]

@@ -147,20 +147,25 @@ class Session:
             )
         steps = trainer.state.global_step
         self._note_in_record()
-        if not views.finish(steps):
-            screen.say(f"the final chart was not drawn: {views.errors[-1]}")
+        if not self.settings.run.lr_find:
+            with screen.Waiting("drawing the last chart and the report"):
+                drawn = views.finish(steps)
+            if not drawn:
+                screen.say(f"the final chart was not drawn: {views.errors[-1]}")
         for what, errors in (("chart", views.errors[:-1]), ("sample", watchers.samples.failures)):
             if errors:
                 screen.say(f"{len(errors)} {what}s failed, the first at {errors[0]}")
         outcome = self._outcome(failure)
         # Taken now: Ctrl-C while the last push is waited for is no Ctrl-C of the run.
         code = self.signals.exit_code
-        for line in plan.summary(self.folder, trainer, outcome, watchers.seconds + trainer.measuring.seconds):
+        for line in plan.summary(
+            self.folder, trainer, outcome, watchers.seconds + trainer.measuring.seconds, self.settings.run.lr_find
+        ):
             screen.say(line)
         if self.settings.run.lr_find:
-            from slimpajama_hf.training import range_test
+            from slimpajama_hf.session import range_test_result
 
-            for line in range_test.conclude(self.folder, self.settings.training.max_steps):
+            for line in range_test_result.conclude(self.folder, self.settings.training.max_steps):
                 screen.say(line)
             # Rates that are far too much end in no number at all: that is what the test is for.
             return code

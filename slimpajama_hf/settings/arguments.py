@@ -121,8 +121,10 @@ class ModelArguments:
 class RunArguments:
     """What is shown and kept"""
 
-    viz_interval: int = _knob(50, "steps between charts (thinned to stay under 5 % of the run unless typed)")
-    display_samples: int = _knob(5, "steps between generated samples (thinned likewise unless typed)")
+    viz_interval: int = _knob(
+        50, "steps between charts; unless typed, the first at once, and as many as 5 % of the run allow"
+    )
+    display_samples: int = _knob(5, "steps between generated samples; unless typed, as many as the 5 % allow")
     no_checkpoint: bool = _knob(False, "save nothing but metrics")
     overwrite_output_dir: bool = _knob(False, "start anew in a folder that holds a run, deleting that run")
     allow_changes: str | None = _knob(None, "what a resume may change, by name, as learning_rate,seed")
@@ -130,9 +132,12 @@ class RunArguments:
     hub_license: str | None = _knob(None, "licence on the card of a pushed run, as apache-2.0; default: none is stated")
     hub_patience: float = _knob(30.0, "seconds that the end of a run waits for a Hub which fails")
     lr_find: bool = _knob(
-        False, "instead of training: 400 steps at rates that rise from 1e-6 to 0.3, in a folder beside; suggests a rate"
+        False,
+        "instead of training: 400 steps while the rate rises from 1e-6 to 0.3, in a folder beside; suggests a rate",
     )
-    test: bool = _knob(False, "100 steps on the embedded corpus, charts every 25, samples every 10 (configs/test.yaml)")
+    test: bool = _knob(
+        False, "100 steps on the embedded corpus into runs/test-run, warm-up over 20 (configs/test.yaml)"
+    )
 
     def __post_init__(self) -> None:
         for name in ("viz_interval", "display_samples"):
@@ -180,25 +185,21 @@ TRAINING_DEFAULTS: dict[str, tuple[Any, str | None]] = {
 
 TRAINING_ARGUMENTS_PAGE = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 
-#: Flags of the program that this one replaces, and what they are called now.
-OLD_FLAGS = {"steps": "max_steps", "checkpoint_interval": "save_steps"}
+#: Flags that only commands write.
+NOT_IN_HELP = {"leave_out"}
 
-#: Flags that commands write or few people type (README.md has those); help is short.
-NOT_IN_HELP = {"leave_out", "beta2_half_life_tokens", "hidden_optim", "hidden_rate"}
-
-#: Old flags that mean nothing any more, with the line that says what to type.
-REFUSED_FLAGS = {
-    "max_chunks": "--max-chunks is gone: a step is one document now; use --steps N",
-    "tokens_per_chunk": "--tokens-per-chunk is gone: a step is a document's first tokens; use --steps N",
-}
+TRAINING_USAGE = "accelerate launch run_clm_slimpajama.py [--config FILE.yaml]... [--flag value]..."
 
 
-def help_text() -> str:
-    """The short, grouped `--help`."""
+def help_text(
+    usage: str = TRAINING_USAGE,
+    what: str = "Pre-train a GPT-2-style model on SlimPajama, one document per step.",
+) -> str:
+    """The short, grouped `--help` of a program that takes the flags of training."""
     lines = [
-        "usage: accelerate launch run_clm_slimpajama.py [--config FILE.yaml]... [--flag value]...",
+        f"usage: {usage}",
         "",
-        "Pre-train a GPT-2-style model on SlimPajama, one document per step. Defaults < config files in order < flags.",
+        f"{what} Defaults < config files in order < flags.",
         "",
         "  --config FILE.yaml           flags written down; may be given several times (see configs/)",
         "  --help                       this page",
@@ -221,8 +222,8 @@ def help_text() -> str:
     lines += [
         f"  the others: {TRAINING_ARGUMENTS_PAGE}",
         "",
-        "Old flags still understood: --steps (--max_steps), --checkpoint-interval (--save_steps), and any flag written",
-        "with hyphens. Other commands (report, inspect, compare, verify, plan, ...): python -m slimpajama_hf --help",
+        "Flags may be written with hyphens. Those of train_slimpajama.py: docs/migrating.md",
+        "Other commands (report, inspect, compare, verify, plan, ...): python -m slimpajama_hf --help",
     ]
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import itertools
 import json
@@ -11,11 +12,13 @@ from typing import Any, NoReturn
 
 from slimpajama_hf import ROOT, devices, precision, screen
 from slimpajama_hf.errors import UsageError
-from slimpajama_hf.settings.arguments import OLD_FLAGS, OURS, REFUSED_FLAGS
+from slimpajama_hf.settings import old_program
+from slimpajama_hf.settings.arguments import OURS
 from slimpajama_hf.settings.settings import Settings
 from slimpajama_hf.settings.yaml_file import read_config
 
 TEST_CONFIG = ROOT / "configs" / "test.yaml"
+TEST_FOLDER = str(Path("runs") / "test-run")
 
 
 def config_to_argv(values: dict[str, Any], path: str) -> list[str]:
@@ -52,8 +55,9 @@ def split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return configs, rest
 
 
-def rename(argv: Sequence[str]) -> list[str]:
-    """Flags in today's names: underscores, old flags renamed. Raises UsageError for those that are gone."""
+def rename(argv: Sequence[str], file: str = "") -> list[str]:
+    """Flags in today's names: underscores, old flags renamed. Raises UsageError for those that are gone, with the name
+    of the configuration `file` that has them."""
     renamed = []
     for token in argv:
         # `-5` is a value; `--flag` and `--flag=value` are flags.
@@ -62,9 +66,9 @@ def rename(argv: Sequence[str]) -> list[str]:
             continue
         name, equals, value = token[2:].partition("=")
         name = name.replace("-", "_")
-        if name in REFUSED_FLAGS:
-            raise UsageError(REFUSED_FLAGS[name])
-        renamed.append(f"--{OLD_FLAGS.get(name, name)}{equals}{value}")
+        if name in old_program.GONE:
+            raise UsageError((f"{file}: " if file else "") + old_program.refusal(name))
+        renamed.append(f"--{old_program.RENAMED.get(name, name)}{equals}{value}")
     return renamed
 
 
@@ -106,7 +110,7 @@ def all_tokens(argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, str
     origin: dict[str, str] = {}
     from_files: list[str] = []
     for path in configs:
-        tokens = rename(config_to_argv(read_config(path), path))
+        tokens = rename(config_to_argv(read_config(path), path), path)
         origin |= dict.fromkeys(_typed_names(tokens), path)
         from_files += tokens
     return flags, from_files, origin
@@ -176,7 +180,9 @@ def complete(settings: Settings) -> Settings:
             )
         completed["adam_beta2"] = beta2
     if training.output_dir is None:
-        completed["output_dir"] = _folder_named_after(settings.data.dataset, settings.model.model)
+        # A test has a folder of its own: what is begun after it under a default name finds no run there.
+        named = _folder_named_after(settings.data.dataset, settings.model.model)
+        completed["output_dir"] = TEST_FOLDER if settings.run.test else named
     chosen = precision.asked(settings.model.precision, flags)
     settings = settings.changed(model={"precision": chosen}, training=completed)
     if settings.run.lr_find:
@@ -199,11 +205,15 @@ def _range_test(settings: Settings) -> Settings:
     training: Any = settings.training
     if training.resume_from_checkpoint or training.push_to_hub:
         raise UsageError("--lr_find: a test of its own; leave --resume_from_checkpoint and --push_to_hub out")
+    # As if they had been typed: such intervals are obeyed.
+    settings = dataclasses.replace(settings, typed=settings.typed | {"viz_interval", "display_samples"})
     return settings.changed(
         training={
             "output_dir": f"{training.output_dir}-lr_find",
             "max_steps": arguments.STEPS,
             "save_strategy": type(training.save_strategy)("no"),
+            "eval_steps": None,
+            "eval_strategy": type(training.eval_strategy)("no"),
         },
         run={
             "no_checkpoint": True, "overwrite_output_dir": True, "viz_interval": 10**9, "display_samples": 10**9,

@@ -26,20 +26,25 @@ class TrainingClock:
         """Training time since the start of this session."""
         self.paused_seconds = 0.0
         """Time spent otherwise."""
+        self.seconds_of: dict[str, float] = {}
+        """Of that, what has a name: `scoring` held-out documents, `saving` checkpoints."""
 
     def start(self) -> None:
         """Training begins now: what came before does not count."""
         self._lap_start, self._paused_in_lap = self._now(), 0.0
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[Pause]:
-        """What is done meanwhile does not count; how long it took stands in what this gives."""
+    def paused(self, what: str = "") -> Iterator[Pause]:
+        """What is done meanwhile does not count; how long it took stands in what this gives, and under the name `what`
+        in `seconds_of`."""
         start, pause = self._now(), Pause()
         try:
             yield pause
         finally:
             pause.seconds = self._now() - start
             self._paused_in_lap += pause.seconds
+            if what:
+                self.seconds_of[what] = self.seconds_of.get(what, 0.0) + pause.seconds
 
     def lap(self) -> float:
         """Training seconds since the last lap."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from slimpajama_hf import bars, screen
 from slimpajama_hf.files import GrowingFile
 
 if TYPE_CHECKING:
@@ -147,14 +148,17 @@ class HeldOutScores:
 
     def __call__(self, trainer: Any) -> dict[str, float]:
         if self._metric is None:
-            self._metric = next_token_accuracy()
+            with screen.Waiting("loading `evaluate`"):
+                self._metric = next_token_accuracy()
         averaged = None
         average = getattr(trainer, "average", None)
-        with trainer.seeing() as model:
-            table = self._table(model)
-            if average is not None and average.is_there:
+        both = average is not None and average.is_there
+        label = f"Scoring held-out documents @ {trainer.state.global_step}"
+        with trainer.seeing() as model, bars.Counting(label, len(self.samples) * (1 + both)) as counting:
+            table = self._table(model, counting)
+            if average is not None and both:
                 with average.applied():
-                    averaged = self._table(model)
+                    averaged = self._table(model, lambda done: counting(len(self.samples) + done))
         if trainer.is_world_process_zero():
             entry = {"step": trainer.state.global_step, "corpus": self._documents.mirror, "scores": table}
             self.file.append(entry | ({"averaged": averaged} if averaged is not None else {}))
@@ -163,7 +167,6 @@ class HeldOutScores:
             metrics |= {name.replace("eval_", "eval_averaged_"): value for name, value in metrics_of(averaged).items()}
         return metrics
 
-    def _table(self, model: Any) -> dict[str, dict[str, Any]]:
-        return {
-            domain: each.to_dict(self._metric) for domain, each in score(model, self.samples, self._vocabulary).items()
-        }
+    def _table(self, model: Any, on_sample: Callable[[int], None]) -> dict[str, dict[str, Any]]:
+        scores = score(model, self.samples, self._vocabulary, on_sample)
+        return {domain: each.to_dict(self._metric) for domain, each in scores.items()}

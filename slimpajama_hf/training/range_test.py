@@ -2,21 +2,17 @@
 
 The range test of Smith 2017 (arXiv 1506.01186, section 3.3), on the run's own stream: model, data, optimizer and
 clipping are those of the run that is asked about. At batch size 1 a document's loss says little, so losses are
-averaged over their neighbours before anything is read from them.
+averaged over their neighbours before anything is read from them. `session/range_test_result.py` says and draws what
+was found.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from slimpajama_hf.record.columns import read_columns
-
 LOWEST, HIGHEST = 1e-6, 0.3
-CHART = "lr_find.png"
 #: A run stays at its rate, so it has to be below the one where the falling ends. By how much, from one model: the 5.3M
 #: GPT-2 fell up to 5e-4 in a test, and learned most from 2,000 documents at 3e-4 (of 5e-5, 3e-4, 1e-3, 2.5e-3).
 SAFETY = 2.0
@@ -62,51 +58,6 @@ def read(rates: np.ndarray, losses: np.ndarray) -> Found:
     scatter = 1.4826 * float(np.nanmedian(apart)) / max(len(losses) / 20, 1.0) ** 0.5
     if begin - smoothed[place] < 4 * scatter:
         return Found(rates, smoothed, None, None)
-    lowest = float(rates[place])
-    return Found(rates, smoothed, lowest, float(f"{lowest / SAFETY:.1g}"))
-
-
-def draw(found: Found, losses: np.ndarray, path: Path) -> None:
-    """The curve: loss over rate, what was found marked."""
-    from slimpajama_hf import palette
-    from slimpajama_hf.agg import Figure, FigureCanvasAgg
-
-    figure = Figure(figsize=(10, 6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    ax = figure.add_subplot()
-    ax.plot(found.rates, losses, ".", color=palette.GRID, markersize=4, label="each document")
-    ax.plot(found.rates, found.smoothed, color=palette.ACCENT, linewidth=2.5, label="averaged over neighbours")
-    low, high = np.nanmin(found.smoothed), np.nanmax(found.smoothed[: len(losses) // 2])
-    ax.set_ylim(low - 0.35 * (high - low), high + 0.5 * (high - low))
-    for value, name in ((found.lowest, "the falling ends"), (found.suggested, "suggested")):
-        if value is not None:
-            ax.axvline(value, color=palette.MUTED, linewidth=1, linestyle=":")
-            ax.annotate(
-                f"{name}\n{value:.1g}", (value, 0.02), xycoords=("data", "axes fraction"), xytext=(6, 4),
-                textcoords="offset points", color=palette.MUTED,
-            )  # fmt: skip
-    ax.set_xscale("log")
-    ax.set_xlabel("learning rate")
-    ax.set_ylabel("loss, nats per token")
-    ax.set_title("Learning rate range test", loc="left", fontweight="bold")
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    ax.legend(frameon=False, loc="upper left")
-    figure.savefig(path)
-
-
-def conclude(folder: Any, steps: int) -> list[str]:
-    """Read the ledger of a test in its run folder, draw the curve; the lines that say what was found."""
-    columns = read_columns(folder.ledger)
-    rates = np.array([rate(step, steps) for step in range(len(columns))])
-    found = read(rates, columns.loss)
-    path = folder.path / CHART
-    draw(found, columns.loss, path)
-    if found.suggested is None or found.lowest is None:
-        more = f"the loss did not fall clearly in {len(columns):,} steps"
-        return [f"        lr_find  {more}", f"          curve  {path}"]
-    return [
-        f"        lr_find  the loss falls up to a rate of {found.lowest:.1g}; half of that is a rate to stay at: "
-        f"--learning_rate {found.suggested:g}",
-        f"          curve  {path}",
-    ]
+    # Two digits, as they are said: the half of what is said is what is suggested.
+    lowest = float(f"{rates[place]:.2g}")
+    return Found(rates, smoothed, lowest, float(f"{lowest / SAFETY:.2g}"))

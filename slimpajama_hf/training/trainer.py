@@ -399,7 +399,7 @@ class SlimPajamaTrainer(Trainer):
         def scores_if_they_fit() -> dict[str, float]:
             return self.measuring.unless_out_of_memory(self.state.global_step, "evaluation", scores) or {}
 
-        with self.clock.paused():
+        with self.clock.paused("scoring"):
             # A sharded model computes with all processes or not at all.
             metrics = scores() if self.is_fsdp_enabled else self.team.first_does(scores if must else scores_if_they_fit)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -425,7 +425,7 @@ class SlimPajamaTrainer(Trainer):
             if self.average is not None and self.average.is_there:
                 self.average.save(folder, self.processing_class)
 
-        with self.clock.paused():
+        with self.clock.paused("saving"), screen.Waiting(f"saving checkpoint-{self.state.global_step}"):
             self.saving.save(self.state.global_step, self.cursor, write)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -67,6 +67,8 @@ def write_text_samples(folder: RunFolder, samples: list[dict[str, Any]]) -> Path
 
 #: Up to so many steps the JSON files are written at every redraw.
 ALWAYS_WRITTEN_STEPS = 20_000
+#: The same where no chart is drawn beside them, which costs less than they do.
+ALWAYS_WRITTEN_ALONE_STEPS = 2_000
 #: Beyond, when the run has grown by this part since the last time, and at its end: a file that is written anew at every
 #: redraw would cost more with every step, this costs the same per step however long the run is.
 WRITTEN_AFTER_GROWTH = 0.05
@@ -80,25 +82,36 @@ class Views:
         self._reader = columns.Reader(folder.ledger)
         self._written_at = 0
 
-    def _due(self, steps: int) -> bool:
-        return steps <= ALWAYS_WRITTEN_STEPS or steps >= (1 + WRITTEN_AFTER_GROWTH) * self._written_at
+    def _due(self, steps: int, with_chart: bool) -> bool:
+        always = ALWAYS_WRITTEN_STEPS if with_chart else ALWAYS_WRITTEN_ALONE_STEPS
+        return steps <= always or steps >= (1 + WRITTEN_AFTER_GROWTH) * self._written_at
 
-    def redraw(self, steps: int | None, title: str, subtitle: str, max_steps: int, final: bool = True) -> Path:
-        """Write chart, metrics and samples as they are after `steps` steps (None: all); returns the chart's path.
+    def redraw(
+        self,
+        steps: int | None,
+        title: str,
+        subtitle: str,
+        max_steps: int,
+        final: bool = True,
+        with_chart: bool = True,
+    ) -> Path | None:
+        """Write metrics, samples and chart as they are after `steps` steps (None: all); returns the chart's path.
 
         Of a long run that is on (not `final`) the two JSON files are written after every 5 % of growth.
         """
-        from slimpajama_hf.views import charts
-
         columns = self._reader.update()
         if steps is not None:
             columns = columns.first(steps)
         samples = [sample for sample in read_samples(self.folder.samples) if sample["step"] < max(len(columns), 1)]
         self.folder.viz.mkdir(parents=True, exist_ok=True)
-        if final or self._due(len(columns)):
+        if final or self._due(len(columns), with_chart):
             write_metrics_history(self.folder, columns)
             write_text_samples(self.folder, samples)
             self._written_at = len(columns)
+        if not with_chart:
+            return None
+        from slimpajama_hf.views import charts
+
         return charts.write(self.folder.viz, columns, samples, charts.Caption(title, subtitle, max_steps))
 
 

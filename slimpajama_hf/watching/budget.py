@@ -1,5 +1,5 @@
-"""What seeing may take of a run: 5 %. The chart and the report at the end are always made, and there is
-always something in it, so that a run of less than a minute takes more.
+"""What seeing may take of a run: 5 %, or `LEAST_SECONDS`, so that a run of less than 2 minutes may take more. The first
+and the last chart and report are always made.
 
 Each watcher has a share. It gets its money in step with the run, so that the end is seen as often as the beginning,
 except for an advance with which it can show something early. Intervals that a user typed do not come here.
@@ -16,6 +16,23 @@ if TYPE_CHECKING:
 #: Shares of the training time of a session; 5 % in all with what `noise.py` (1.2 %) and `teaching.py` (0.5 %) take at
 #: their fixed steps.
 CHARTS, SAMPLES, PASSPORTS, PROMPTS = 0.0125, 0.01, 0.005, 0.005
+MEASUREMENTS = 0.017
+
+#: Share of all of it, and what any run may take, however short, seconds: the two are equal at 2 minutes.
+ALL, LEAST_SECONDS = 0.05, 6.0
+
+#: What everything but the charts takes of the time to come: the measurements all of theirs, as their steps are fixed;
+#: the others, which have their moments early or yield (samples), half of it.
+TO_COME = MEASUREMENTS + (SAMPLES + PASSPORTS + PROMPTS) / 2
+
+#: What the end takes beside its chart, seconds of a core: the report, and the search index.
+END_SECONDS = 0.6
+
+
+def is_half_decade(step: int) -> bool:
+    """Whether `step` is one of 0, 10, 30, 100, 300, 1,000, ...: when something is new at every age of a run."""
+    digits = str(step)
+    return step == 0 or (step >= 10 and digits[0] in "13" and not digits[1:].strip("0"))
 
 
 def session_seconds(trainer: SlimPajamaTrainer) -> float:
@@ -43,3 +60,11 @@ def affordable(
     whole = share * expected - reserved
     passed = trainer.clock.training_seconds / expected if expected else 0.0
     return spent + next_cost <= max(least, min(advance, whole), whole * passed)
+
+
+def is_left(trainer: SlimPajamaTrainer, spent: float, next_cost: float, reserved: float) -> bool:
+    """Whether `next_cost` seconds are left of what all watchers together may take, when they have taken `spent`, the
+    end takes `reserved`, and everything but the charts takes `TO_COME` of the time that is left."""
+    expected = session_seconds(trainer)
+    to_come = max(expected - trainer.clock.training_seconds, 0.0) * TO_COME
+    return spent + next_cost + reserved + to_come <= max(ALL * expected, LEAST_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -14,31 +15,56 @@ if TYPE_CHECKING:
     from slimpajama_hf.watching.view_process import ViewProcess
 
 
-#: What a chart takes when none has been drawn yet, seconds of a core: most of it is importing matplotlib.
-FIRST_CHART_SECONDS = 1.0
-
-
-#: What the end takes beside its chart, seconds of a core: the report, and the search index.
-END_SECONDS = 0.6
+#: What a chart takes, seconds of a core, as long as only the first has been drawn, for which matplotlib was imported.
+CHART_SECONDS = 0.6
 
 
 class DrawViews(TrainerCallback):
-    """Every so many steps: metrics JSON, samples JSON and the chart, drawn beside training from the ledger."""
+    """Metrics JSON, samples JSON, chart and report, drawn beside training from the ledger.
 
-    def __init__(self, trainer: SlimPajamaTrainer, views: ViewProcess, interval: int, obeyed: bool) -> None:
+    An interval that was typed is obeyed. Else: the first chart and report after the first step, then at steps 10, 30,
+    100, 300, ... while there is time for it, and every `interval` steps as often as the budget allows; the JSON files
+    every `interval` steps. `seeing_seconds`: what all watchers have taken so far.
+    """
+
+    def __init__(
+        self,
+        trainer: SlimPajamaTrainer,
+        views: ViewProcess,
+        interval: int,
+        obeyed: bool,
+        seeing_seconds: Callable[[], float],
+    ) -> None:
         self._trainer, self.views = trainer, views
         self._interval, self._obeyed = interval, obeyed
+        self._seeing_seconds = seeing_seconds
+        self._early: int | None = None
+        """The last step of 10, 30, 100, ... whose chart is not asked for yet: one that is being drawn comes first."""
         self._said = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self._trainer
-        if state.global_step % self._interval or not state.is_world_process_zero:
+        step = state.global_step
+        if not state.is_world_process_zero:
             return
-        if not self._obeyed and not self._affordable(trainer):
+        in_turn = step % self._interval == 0
+        if self._obeyed:
+            if in_turn:
+                self._request(step)
             return
-        with trainer.clock.paused():
-            trainer.recorder.flush()
-            self.views.request(state.global_step)
+        if budget.is_half_decade(step):
+            self._early = step
+        if step == 1:
+            self._request(step, with_report=True)
+        elif self._early is not None and self._is_left():
+            self._request(self._early, with_report=True)
+            self._early = None
+        elif in_turn:
+            self._request(step, with_chart=self._affordable())
+
+    def _request(self, step: int, with_chart: bool = True, with_report: bool = False) -> None:
+        with self._trainer.clock.paused():
+            self._trainer.recorder.flush()
+            self.views.request(step, with_chart=with_chart, with_report=with_report)
             self._say_errors()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -51,11 +77,24 @@ class DrawViews(TrainerCallback):
             self._said = True
             screen.say(f"charts are not being drawn ({self.views.errors[-1]}); training goes on")
 
-    def _affordable(self, trainer: SlimPajamaTrainer) -> bool:
-        views = self.views
-        views.collect()
-        # Once the process is there a chart costs what the last one did; so will the one at the end.
-        cost = views.last_cpu_seconds or FIRST_CHART_SECONDS
-        return views.waiting == 0 and budget.affordable(
-            trainer, budget.CHARTS, views.cpu_seconds, cost, advance=FIRST_CHART_SECONDS, reserved=cost + END_SECONDS
+    @property
+    def _cost(self) -> float:
+        """Of the next chart, and of the one at the end: once the process is there, what the last one took."""
+        return self.views.last_chart_seconds or CHART_SECONDS
+
+    def _is_left(self) -> bool:
+        """Whether there is time for a chart at 10, 30, 100, ..."""
+        self.views.collect()
+        return self.views.waiting == 0 and budget.is_left(
+            self._trainer, self._seeing_seconds(), self._cost, reserved=self._cost + budget.END_SECONDS
+        )
+
+    def _affordable(self) -> bool:
+        self.views.collect()
+        return self.views.waiting == 0 and budget.affordable(
+            self._trainer,
+            budget.CHARTS,
+            self.views.cpu_seconds,
+            self._cost,
+            reserved=self._cost + budget.END_SECONDS,
         )

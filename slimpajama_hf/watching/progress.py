@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from slimpajama_hf import screen
-from slimpajama_hf.screen import TrainingBar
+from slimpajama_hf.bars import TrainingBar
 
 
 class ShowProgress(TrainerCallback):
@@ -29,7 +29,7 @@ class ShowProgress(TrainerCallback):
         if metrics:
             line = (
                 f"held out @ {state.global_step}: loss {metrics['eval_loss']:.4f}, perplexity "
-                f"{metrics['eval_perplexity']:.1f}, accuracy {metrics['eval_accuracy']:.1%}, "
+                f"{_perplexity(metrics['eval_perplexity'])}, accuracy {metrics['eval_accuracy']:.1%}, "
                 f"{metrics['eval_bits_per_byte']:.4f} bits per byte"
             )
             if "eval_averaged_loss" in metrics:
@@ -40,3 +40,8 @@ class ShowProgress(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def _perplexity(value: float) -> str:
+    """`123.4`; from a million on as `1.6e+49`."""
+    return f"{value:.1f}" if value < 1e6 else f"{value:.1e}"

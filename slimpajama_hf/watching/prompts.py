@@ -26,12 +26,6 @@ FIXED_PROMPTS = ("The most important thing about", "In the year 1815, the", "def
 PROMPT_TOKENS = 32
 
 
-def is_half_decade(step: int) -> bool:
-    """Whether `step` is one of 0, 10, 30, 100, 300, 1,000, ..."""
-    digits = str(step)
-    return step == 0 or (step >= 10 and digits[0] in "13" and not digits[1:].strip("0"))
-
-
 class FixedPrompts(Keeper):
     """What the model writes after the same prompts: at steps 0, 10, 30, 100, 300, ..., at checkpoints, at the end.
 
@@ -59,7 +53,7 @@ class FixedPrompts(Keeper):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write with the weights of the step."""
         step = state.global_step
-        regular = step % self._interval == 0 if self._interval else is_half_decade(step)
+        regular = step % self._interval == 0 if self._interval else budget.is_half_decade(step)
         if self._able() and (self._at_checkpoint or regular) and (self._interval is not None or self._affordable()):
             self._guarded(step, "fixed prompts", lambda: self._write(step))
         self._at_checkpoint = False

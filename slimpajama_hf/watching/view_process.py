@@ -1,9 +1,9 @@
 """The views are drawn in a process of their own, so that a step never waits for a chart.
 
-Run as `python -m slimpajama_hf.watching.view_process RUN [stand-back]`: a JSON object per line comes in,
-`{"steps": N, "title": ..., "subtitle": ..., "max_steps": ..., "final": ...}`, and one goes out when it is drawn,
-`{"steps": N, "cpu_seconds": s}` or
-`{"steps": N, "error": "..."}`. It ends when its input ends, so it never outlives its run.
+Run as `python -m slimpajama_hf.watching.view_process RUN [stand-back]`: a JSON object per line comes in, `{"steps": N,
+"title": ..., "subtitle": ..., "max_steps": ..., "final": ..., "with_chart": ..., "with_report": ...}`, and one goes out
+when it is drawn, `{"steps": N, "with_chart": ..., "cpu_seconds": s}`, with `"error": "..."` where it failed. It ends
+when its input ends, so it never outlives its run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from slimpajama_hf import child, priority
 from slimpajama_hf.child import Child
 from slimpajama_hf.record.run_folder import RunFolder
 
-#: The report is written at the end, and with every so many charts; then the search index goes on too.
+#: The report is written when it is asked for, at the end, and with every so many charts; then and at the end the search
+#: index goes on too.
 CHARTS_PER_REPORT = 10
 
 #: Beyond so many steps the index (as large as the text) is made when it is first asked for, by `inspect --find`.
@@ -44,12 +45,12 @@ class ViewProcess:
         """Requests that are not answered yet."""
         self.cpu_seconds = 0.0
         """Processor time that all views have taken so far."""
-        self.last_cpu_seconds = 0.0
-        """Processor time of the last views; 0 before the first."""
+        self.last_chart_seconds = 0.0
+        """Processor time of the last chart; 0 before the second, as the first has to start the process."""
         self.drawn = 0
         self.errors: list[str] = []
 
-    def request(self, steps: int, final: bool = False) -> None:
+    def request(self, steps: int, final: bool = False, with_chart: bool = True, with_report: bool = False) -> None:
         """Ask for the views as of `steps` steps. Waits only when `MOST_WAITING` requests are unanswered."""
         self.collect()
         while self.waiting >= MOST_WAITING and self._running():
@@ -58,7 +59,10 @@ class ViewProcess:
             if self._child is None or not self._child.is_alive:
                 words = [] if final else ["stand-back"]
                 self._child = Child("slimpajama_hf.watching.view_process", str(self.folder.path), *words)
-            self._child.send(self._request | {"steps": steps, "final": final})
+            self._child.send(
+                self._request
+                | {"steps": steps, "final": final, "with_chart": with_chart, "with_report": with_report or final}
+            )
             self.waiting += 1
         except OSError as error:
             self.errors.append(f"step {steps}: {error}")
@@ -102,7 +106,8 @@ class ViewProcess:
             return False
         self.waiting -= 1
         self.cpu_seconds += answer["cpu_seconds"]
-        self.last_cpu_seconds = answer["cpu_seconds"]
+        if answer["with_chart"] and self.drawn:
+            self.last_chart_seconds = answer["cpu_seconds"]
         if "error" in answer:
             self.errors.append(f"step {answer['steps']}: {answer['error']}")
         else:
@@ -136,25 +141,31 @@ class _SearchIndex:
 
 
 def serve(run: str, stand_back: bool) -> None:
-    """The drawing side: answer requests from stdin until it ends; `stand_back`: training is on."""
+    """The drawing side: answer requests from stdin until it ends; `stand_back`: training is on, and what is drawn after
+    the first picture leaves the processor to it."""
     child.begin()
-    if stand_back:
-        priority.stand_back()
     from slimpajama_hf import report
     from slimpajama_hf.views.views import Views
 
     views = Views(RunFolder(Path(run)))
     index = _SearchIndex(views.folder)
-    counted = 0.0
-    for drawn, line in enumerate(sys.stdin, 1):
+    counted, charts = 0.0, 0
+    for number, line in enumerate(sys.stdin):
+        if stand_back and number == 1:
+            # Not before the first picture, which a busy machine would keep waiting.
+            priority.stand_back()
         request = json.loads(line)
-        answer: dict[str, Any] = {"steps": request["steps"]}
+        final, with_report = request["final"], request.pop("with_report")
+        answer: dict[str, Any] = {"steps": request["steps"], "with_chart": request["with_chart"]}
+        charts += request["with_chart"]
+        in_turn = request["with_chart"] and charts % CHARTS_PER_REPORT == 0
         try:
             views.redraw(**request)
-            if request["final"] or drawn % CHARTS_PER_REPORT == 0:
+            if final or in_turn:
                 index.go_on(request["steps"])
+            if with_report or in_turn:
                 report.write(views.folder.path)
-            if request["final"]:
+            if final:
                 index.wait()
         except Exception as error:
             answer["error"] = f"{type(error).__name__}: {error}"

@@ -40,12 +40,16 @@ class Watchers:
         record: dict[str, Any],
     ) -> None:
         run, typed = settings.run, settings.typed
+        # Of a range test there is nothing to be seen but its curve.
+        self._asks = not devices.is_sharded() and not run.lr_find
         self.progress = ShowProgress()
-        self.samples = GenerateSamples(trainer, folder, encoder, run.display_samples, "display_samples" in typed)
+        self.samples = GenerateSamples(
+            trainer, folder, encoder, run.display_samples, "display_samples" in typed, lambda: self.seconds
+        )
         self.passports = SamplePassports(trainer, folder, encoder)
         self.prompts = FixedPrompts(trainer, folder, encoder)
         self.views = ViewProcess(folder, *views.caption_of(record), max_steps=settings.training.max_steps)
-        self.drawing = DrawViews(trainer, self.views, run.viz_interval, "viz_interval" in typed)
+        self.drawing = DrawViews(trainer, self.views, run.viz_interval, "viz_interval" in typed, lambda: self.seconds)
         names, first = training_arguments.asked(settings.training.report_to), record["sessions"][-1]["step"]
         self.trackers = Trackers(names, folder, record["run_id"], first, trainer.recorder.flush)
 
@@ -53,12 +57,12 @@ class Watchers:
     def callbacks(self) -> list[TrainerCallback]:
         """In the order in which they look at a step."""
         # A sharded model computes with all processes or not at all: the first alone cannot ask it.
-        asking = [] if devices.is_sharded() else [self.passports, self.prompts, self.samples]
+        asking = [self.passports, self.prompts, self.samples] if self._asks else []
         return [*asking, self.drawing, self.trackers, self.progress]
 
     def listen_to(self, recorder: StepRecorder) -> None:
         """Have the rows of the ledger from now on."""
-        passports = [] if devices.is_sharded() else [self.passports.on_row]
+        passports = [self.passports.on_row] if self._asks else []
         recorder.listeners += [self.progress.on_row, *passports, self.trackers.on_row]
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -22,18 +23,26 @@ SAMPLES_AHEAD_SECONDS = 0.25
 
 
 class GenerateSamples(TrainerCallback):
-    """Every so many steps the model continues the document of the step, with the weights that scored it.
+    """Every so many steps the model continues the document of the step, with the weights that scored it; where no
+    interval was typed, at steps 0, 10, 30, 100, 300, ... and as often as the budget allows.
 
     Samples are appended to `samples.jsonl`; a generation that fails is recorded as failed.
     """
 
     def __init__(
-        self, trainer: SlimPajamaTrainer, folder: RunFolder, encoder: Encoder, interval: int, obeyed: bool
+        self,
+        trainer: SlimPajamaTrainer,
+        folder: RunFolder,
+        encoder: Encoder,
+        interval: int,
+        obeyed: bool,
+        seeing_seconds: Callable[[], float],
     ) -> None:
         self._trainer = trainer
         self.file = GrowingFile(folder.samples)
         self._encoder = encoder
         self._interval, self._obeyed = interval, obeyed
+        self._seeing_seconds = seeing_seconds
         self.seconds = 0.0
         """Time that all samples have taken."""
         self.taken = 0
@@ -42,12 +51,7 @@ class GenerateSamples(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Before the update: the weights are those of checkpoint-<step>, and the document is not learned yet.
         trainer = self._trainer
-        if state.global_step % self._interval or not state.is_world_process_zero:
-            return
-        cost = self.seconds / self.taken if self.taken else 0.0
-        if not self._obeyed and not budget.affordable(
-            trainer, budget.SAMPLES, self.seconds, cost, advance=SAMPLES_AHEAD_SECONDS
-        ):
+        if not state.is_world_process_zero or not self._due(state.global_step):
             return
         with trainer.clock.paused() as pause:
             sample = self._sample(trainer, state.global_step)
@@ -56,6 +60,21 @@ class GenerateSamples(TrainerCallback):
                 screen.say(f"not saved: the sample of step {state.global_step} ({problem}); the next one tries again")
         self.seconds += pause.seconds
         self.taken += 1
+
+    def _due(self, step: int) -> bool:
+        """Whether a sample is written at this step. An interval that was typed is obeyed."""
+        in_turn = step % self._interval == 0
+        if self._obeyed:
+            return in_turn
+        cost = self.seconds / self.taken if self.taken else 0.0
+        early = budget.is_half_decade(step)
+        if not early and not (
+            in_turn
+            and budget.affordable(self._trainer, budget.SAMPLES, self.seconds, cost, advance=SAMPLES_AHEAD_SECONDS)
+        ):
+            return False
+        # What the early charts took is not there for samples.
+        return budget.is_left(self._trainer, self._seeing_seconds(), cost, reserved=budget.END_SECONDS)
 
     def _sample(self, trainer: SlimPajamaTrainer, step: int) -> dict[str, Any]:
         """What the model writes after the opening of the step's document, with the accuracy of the step itself."""

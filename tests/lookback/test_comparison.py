@@ -89,14 +89,25 @@ def test_a_run_that_is_the_beginning_of_another_does_not_part(finished, tmp_path
 def test_the_command_draws_a_chart_and_prints_the_table(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["compare", *map(str, runs)]
+    before = sorted(tmp_path.iterdir())
     assert __main__.main(words) == 0
     written = capsys.readouterr()
-    assert (tmp_path / "comparison.png").is_file() and written.err == "comparison.png\n"
+    assert sorted(tmp_path.iterdir()) == before and "add --output FILE.png" in written.err
     assert "prequential bits per byte" in written.out and "part at step 15" in written.out
     assert __main__.main([*words, "--output", "other.png", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["equal"]["steps"] == 25
     with Image.open(tmp_path / "other.png") as picture:
         assert picture.format == "PNG" and picture.width == 2000
+
+
+def test_the_end_of_a_longer_run_is_not_called_better(runs, finished, tmp_path):
+    best = {title: best for title, _, best in comparison.lines_of(comparison.compare([str(run) for run in runs]))}
+    assert [best[title] for title in best if title.startswith(("final", "prequential"))] == [None] * 3
+    # At equal steps they can be compared, and so can runs of one length.
+    assert best["loss at 25 steps"] == 1
+    other = altered(finished, tmp_path / "worse", from_step(0, loss=1.5))
+    best = {title: best for title, _, best in comparison.lines_of(comparison.compare([str(finished), str(other)]))}
+    assert best["final loss, nats per token"] == 0
 
 
 def test_the_chart_has_a_line_for_each_run_on_each_axis(runs):

@@ -185,3 +185,24 @@ def test_what_is_left_out_is_passed_over_and_counted(shards, encoder, mode):
     assert [sample.input_ids for sample in shorter] == [
         sample.input_ids for sample in made if names_of(sample)[0] != document
     ]
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_long_wait_says_whether_the_reader_works(capsys, busy):
+    """A thread that computes, and one that waits for a disk: 4 seconds each, one line every 2 seconds."""
+    import time
+
+    from slimpajama_hf.samples.read_ahead import read_ahead
+
+    def make(patience):
+        end = time.monotonic() + 4.2
+        while time.monotonic() < end:
+            if not busy:
+                time.sleep(0.05)
+        yield 1
+
+    assert list(read_ahead(make, 2, 1.0, lambda: False)) == [1]
+    said = "it is being read and cut" if busy else "of a processor: the disk is slow, or the machine is busy"
+    last = capsys.readouterr().err.splitlines()[-1]
+    # On a machine that is busy itself, one that computes has little of a processor too: that is what is said.
+    assert said in last or (busy and "the machine is busy" in last)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from slimpajama_hf import palette
+from slimpajama_hf.session import range_test_result
 from slimpajama_hf.settings import arguments
 from slimpajama_hf.training import range_test
 from tests.conftest import NANO, read_ledger, run_script
@@ -46,18 +49,46 @@ def test_the_real_thing(shards, tmp_path):
         "--output_dir",
         str(tmp_path / "run"),
         "--lr_find",
+        "--eval_steps",
+        "50",
     ]
     for _ in range(2):  # a second time in the same folder
         done = run_script(*flags)
         assert done.returncode == 0, done.stderr
         assert re.search(r"a rate to stay at: --learning_rate [0-9.e-]+", done.stderr), done.stderr
+    assert "learning rate rises from 1e-06 to 0.3" in done.stderr and "steps of warm-up" not in done.stderr
+    # Scores, samples and losses at rates that are far too much say nothing.
+    assert not re.search("held out|perplexity|sample @|final loss", done.stderr), done.stderr
     folder = tmp_path / "run-lr_find"
     rows = read_ledger(folder)
     assert not (tmp_path / "run").exists() and not list(folder.glob("checkpoint-*"))
     assert [row["learning_rate"] for row in (rows[0], rows[-1])] == pytest.approx([1e-6, 0.3])
     assert len(rows) == arguments.STEPS
-    with Image.open(folder / range_test.CHART) as picture:
-        assert picture.size == (1200, 720)
+    with Image.open(folder / range_test_result.CHART) as picture:
+        assert picture.size == (1200, 675)
+
+
+@pytest.mark.parametrize("best", [3e-5, 3e-3, 0.1])
+def test_the_names_in_its_picture_are_apart_and_inside(best):
+    """Of the two marked rates, which are close together, and of the ticks; the dots are of our colour, all in sight."""
+    rates, losses = curve(best, 1)
+    found = range_test.read(rates, losses)
+    figure = range_test_result.draw(found, losses)
+    figure.canvas.draw()
+    (ax,) = figure.axes
+    names = [text for text in ax.texts if text.get_gid() == "name"]
+    assert [text.get_text().split("\n")[1] for text in names] == [f"{found.suggested:.2g}", f"{found.lowest:.2g}"]
+    left, right = ax.get_xlim()
+    ticks = [label for label in ax.get_xticklabels() if left <= label.get_position()[0] <= right]
+    boxes = [text.get_window_extent() for text in [*names, *ticks]]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
+    assert all("$" not in label.get_text() for label in ticks)
+    dots = next(line for line in ax.lines if line.get_gid() == "steps")
+    assert dots.get_color() == palette.POINT and dots.get_markersize() >= 5
+    low, high = ax.get_ylim()
+    before = losses[rates < found.lowest]
+    assert ((low < before) & (before < high)).mean() > 0.95
 
 
 def test_what_does_not_go_with_it_is_one_sentence(shards, tmp_path):

@@ -8,12 +8,13 @@ import pytest
 import torch
 from transformers import Trainer
 
+from slimpajama_hf.bars import TrainingBar
 from slimpajama_hf.corpus.documents import Cursor, Document
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.model import presets as models
 from slimpajama_hf.record.ledger import Ledger, last_rows
 from slimpajama_hf.samples.sample import Sample
-from slimpajama_hf.screen import TrainingBar, Waiting, format_time
+from slimpajama_hf.screen import Waiting, format_time
 from slimpajama_hf.training import schedule
 from slimpajama_hf.training.batches import collate
 from slimpajama_hf.training.clock import TrainingClock

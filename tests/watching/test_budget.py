@@ -61,3 +61,32 @@ def test_a_run_that_goes_on_has_the_time_that_is_left():
         clock=SimpleNamespace(training_seconds=1.0),
     )
     assert budget.session_seconds(trainer) == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize(("steps", "early"), [(1_500, 3), (3_000, 0), (10_000, 6), (100_000, 8)])
+def test_early_charts_leave_the_whole_within_its_limit(steps, early):
+    """Charts at 10, 30, 100, ... of runs of 1 minute, 2 minutes, 7 minutes and an hour, where the other watchers take
+    what is expected of them."""
+    cost, spent, acted = 0.6, 1.3, []  # the first chart has to import matplotlib
+    others = budget.TO_COME
+    for step in range(1, steps):
+        if not budget.is_half_decade(step):
+            continue
+        trainer: Any = SimpleNamespace(
+            steps_of_session=step,
+            state=SimpleNamespace(global_step=step, max_steps=steps),
+            clock=SimpleNamespace(training_seconds=step * STEP_SECONDS),
+        )
+        taken = others * step * STEP_SECONDS
+        if budget.is_left(trainer, spent + taken, cost, reserved=cost + budget.END_SECONDS):
+            acted.append(step)
+            spent += cost
+    assert acted == [10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000][: len(acted)] and len(acted) == early
+    whole = steps * STEP_SECONDS
+    always = 1.3 + cost + budget.END_SECONDS + others * whole
+    together = spent + others * whole + cost + budget.END_SECONDS
+    assert together <= max(budget.ALL * whole, budget.LEAST_SECONDS, always)
+
+
+def test_half_decades():
+    assert [step for step in range(2_000) if budget.is_half_decade(step)] == [0, 10, 30, 100, 300, 1_000]

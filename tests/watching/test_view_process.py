@@ -33,6 +33,7 @@ def wait_for(what) -> None:
 
 def test_it_stands_back_while_training_is_on_and_comes_forward_at_the_end(finished):
     views = ViewProcess(RunFolder(finished), "a run", "", 40)
+    views.request(20, with_chart=False)
     views.request(20)
     wait_for(lambda: policy(views) == os.SCHED_IDLE)
     seen = set()
