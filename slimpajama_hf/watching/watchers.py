@@ -11,6 +11,7 @@ from slimpajama_hf import devices
 from slimpajama_hf.settings import training_arguments
 from slimpajama_hf.views import views
 from slimpajama_hf.watching.drawing import DrawViews
+from slimpajama_hf.watching.live_page import MeasureArithmetic
 from slimpajama_hf.watching.passports import SamplePassports
 from slimpajama_hf.watching.progress import ShowProgress
 from slimpajama_hf.watching.prompts import FixedPrompts
@@ -47,6 +48,7 @@ class Watchers:
         self.views = ViewProcess(folder, *views.caption_of(record), max_steps=settings.training.max_steps)
         self.drawing = DrawViews(trainer, self.views, run.viz_interval, "viz_interval" in typed)
         names, first = training_arguments.asked(settings.training.report_to), record["sessions"][-1]["step"]
+        self.arithmetic = [MeasureArithmetic(trainer, folder, record["model"]["precision"])] if run.watch else []
         self.trackers = Trackers(names, folder, record["run_id"], first, trainer.recorder.flush)
 
     @property
@@ -54,7 +56,7 @@ class Watchers:
         """In the order in which they look at a step."""
         # A sharded model computes with all processes or not at all: the first alone cannot ask it.
         asking = [] if devices.is_sharded() else [self.passports, self.prompts, self.samples]
-        return [*asking, self.drawing, self.trackers, self.progress]
+        return [*self.arithmetic, *asking, self.drawing, self.trackers, self.progress]
 
     def listen_to(self, recorder: StepRecorder) -> None:
         """Have the rows of the ledger from now on."""

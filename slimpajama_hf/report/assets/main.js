@@ -3,7 +3,7 @@
 let run = null;
 const cursor = { index: 0, hover: null };
 const page = document.documentElement;
-const watching = page.dataset.watch === "yes";
+const watching = page.dataset.watch !== "no";
 
 const PANELS = [
   { id: "loss", title: "Loss", unit: "nats per token", values: "loss", wide: true, domains: true, held_out: "loss", read: (v) => fixed(v, 4) },
@@ -217,8 +217,7 @@ function take(content, first) {
   cursor.hover = null;
   fillStrides();
   if (first) chooseWindow();
-  const figures = run.meta.headline;
-  if (!first) for (const [id, value] of [["steps", count(run.meta.steps)], ["loss", fixed(figures.loss, 3)], ["accuracy", percent(figures.accuracy ?? NaN)], ["bits-per-byte", fixed(figures.bits_per_byte, 3)], ["training-time", seconds(figures.seconds)]]) $(`figure-${id}`).textContent = value;
+  if (!first) showFigures();
   for (const old of document.querySelectorAll(".top > .note.told")) old.remove();
   for (const text of run.meta.notes) $("failure").before(element("p.note.told", {}, signs(text)));
   showRecord();
@@ -243,6 +242,11 @@ function take(content, first) {
   drawAll();
 }
 
+function showFigures() {
+  const { headline: head, steps } = run.meta;
+  for (const [id, value] of [["steps", count(steps)], ["loss", fixed(head.loss, 3)], ["accuracy", percent(head.accuracy ?? NaN)], ["bits-per-byte", fixed(head.bits_per_byte, 3)], ["training-time", seconds(head.seconds)]]) $(`figure-${id}`).textContent = value;
+}
+
 // The page opens at the last document that has everything, else at the last step.
 function startingPlace() {
   const last = [...run.passports.values()].filter((passport) => passport.after).pop();
@@ -264,29 +268,6 @@ function chooseWindow() {
 function fail(text) {
   $("failure").textContent = text;
   $("failure").hidden = false;
-}
-
-// ---- watching a run that is on ----
-
-let tag = "";
-async function ask() {
-  const live = $("live");
-  live.hidden = false;
-  try {
-    const answer = await fetch("data", { headers: tag ? { "If-None-Match": tag } : {}, cache: "no-store" });
-    if (answer.status === 200) {
-      tag = answer.headers.get("ETag") || "";
-      const content = unpack(await gunzip(new Uint8Array(await answer.arrayBuffer())));
-      take(content, run === null);
-    } else if (answer.status !== 304) throw new Error(`the server says ${answer.status}`);
-    live.className = "";
-    live.textContent = `live · step ${count(run?.meta.steps ?? 0)}`;
-  } catch (error) {
-    live.className = "lost";
-    live.textContent = "not connected";
-    if (run === null) fail(`The run cannot be shown: ${error.message}`);
-  }
-  setTimeout(ask, document.hidden ? 10000 : 2000);
 }
 
 // ---- controls ----
@@ -341,7 +322,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
 new ResizeObserver(() => { if (run?.n) later(drawAll); }).observe(document.body);
 
 nothingYet();
-if (watching) ask();
+if (watching) follow();
 else {
   // The head of the page is seen before the charts are drawn; a page in the background gets no frame.
   const painted = new Promise((done) => { requestAnimationFrame(() => setTimeout(done)); setTimeout(done, 200); });
