@@ -63,8 +63,8 @@ function lost() {
 async function takeRows({ from, packed }) {
   const fresh = unpack(await gunzip(fromBase64(packed)));
   const names = Object.keys(fresh.arrays), { meta, arrays } = content ?? {};
-  const fits = content && run.n && run.meta.steps === from && names.length === Object.keys(arrays).length
-    && names.every((name) => name in arrays) && fresh.arrays.sha1.length === run.digits * fresh.arrays.loss.length;
+  const fits = content && run.n && run.meta.steps === from && names.every((name) => name in arrays)
+    && "mirror" in arrays === "mirror" in fresh.arrays && fresh.arrays.sha1.length === run.digits * fresh.arrays.loss.length;
   // Of another kind: the server sends word when all can be fetched anew.
   if (!fits) return;
   const places = fresh.meta.domains.map((domain) => {
@@ -112,7 +112,7 @@ function stateRows({ steps, max_steps: goal, left_seconds: left, process_bytes: 
   const rows = [["time left", goal && steps >= goal ? "none" : left === null ? "–" : seconds(left), goal ? `${count(Math.max(goal - steps, 0))} steps, at the pace of the last 50` : "how many steps is not known"]];
   if (bytes !== null) rows.push(["memory", gigabytes(bytes), "of the process that trains"]);
   gpus.forEach(({ used_bytes, total_bytes }, k) => rows.push([`GPU ${k}`, gigabytes(used_bytes), `of ${gigabytes(total_bytes)}, whoever uses it`]));
-  rows.push(["MFU", used === null ? "–" : percent(used, 0), used !== null ? `of ${perSecond(measured)}, measured here as the run began` : measured === null ? "the rate of this machine was not measured: train with --watch" : "no step yet, or several processes"]);
+  rows.push(["MFU", used === null ? "–" : percent(used, 0), used !== null ? `model FLOPs, of ${perSecond(measured)} measured as the run began` : measured === null ? "the rate of this machine was not measured: train with --watch" : "no step yet, or several processes"]);
   return rows;
 }
 const stateWord = ({ training, steps, max_steps: goal }) =>
@@ -122,7 +122,7 @@ function showState(state) {
   told = state;
   const { steps, max_steps: goal, training } = state, live = $("live"), word = stateWord(state);
   live.className = training === false ? "still" : "";
-  live.textContent = `${training ? "live" : word} · step ${count(steps)}`;
+  live.replaceChildren(training ? "live" : word, element("span", {}, ` · step ${count(steps)}`));
   const part = goal ? Math.min(steps / goal, 1) : 0;
   $("now").classList.remove("old");
   $("now").replaceChildren(

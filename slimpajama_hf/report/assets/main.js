@@ -244,8 +244,11 @@ function take(content, first) {
 
 function showFigures() {
   const { headline: head, steps } = run.meta;
-  for (const [id, value] of [["steps", count(steps)], ["loss", fixed(head.loss, 3)], ["accuracy", percent(head.accuracy ?? NaN)], ["bits-per-byte", fixed(head.bits_per_byte, 3)], ["training-time", seconds(head.seconds)]]) $(`figure-${id}`).textContent = value;
+  for (const [id, value] of [["steps", count(steps)], ["loss", fixed(head.loss, 3)], ["accuracy", percent(head.accuracy ?? NaN)], ["bits-per-byte", fixed(head.bits_per_byte, 3)], ["tokens", thousands(head.tokens)], ["training-time", seconds(head.seconds)]]) $(`figure-${id}`).textContent = value;
+  $("figure-tokens").nextSibling.textContent = `${thousands(head.text_bytes)}B of text`;
+  $("figure-training-time").nextSibling.textContent = `${fixed(head.throughput, 0)} tokens per second`;
 }
+const thousands = (value) => { const [size, letter] = [[1e9, "G"], [1e6, "M"], [1e3, "k"]].find(([size]) => value >= size) ?? [1, ""]; return `${size > 1 ? +(value / size).toPrecision(3) : count(value)} ${letter}`; };
 
 // The page opens at the last document that has everything, else at the last step.
 function startingPlace() {

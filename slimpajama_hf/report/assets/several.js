@@ -19,7 +19,7 @@ function build() {
   readInk();
   const box = $("plot").getBoundingClientRect(), [, text] = AXES[axis];
   plot = new uPlot({
-    width: box.width, height: box.height, padding: [10, 12, 0, 0], legend: { show: false },
+    width: box.width, height: box.height, padding: [10, 24, 0, 0], legend: { show: false },
     series: [{}, ...runs.map((run, k) => ({ label: run.name, stroke: colour(k), dash: dash(k), width: 2.2, spanGaps: true, points: { show: false } }))],
     scales: { x: { time: false }, y: { range: (u, low, high) => { const pad = 0.06 * (high - low) || 0.1; return [low - pad, high + pad]; } } },
     axes: [
@@ -49,22 +49,27 @@ const gigabytes = (bytes) => (bytes >= 1e9 ? `${fixed(bytes / 1e9, 1)} GB` : `${
 
 function showTable({ equal_steps: equal, window }) {
   $("window").textContent = count(window);
-  const columns = ["run", "steps", "time left", equal ? `loss at step ${count(equal)}` : "loss", `loss, last ${count(window)}`, "held-out loss", "accuracy", "bits per byte", "tokens", "tokens per second", "training time", "memory", "MFU"];
   $("equal").textContent = equal ? `All have reached step ${count(equal)}: compare them there.` : "";
-  $("runs-head").replaceChildren(element("tr", {}, columns.map((name) => element("th", { scope: "col" }, name))));
-  $("runs-body").replaceChildren(...runs.map((run, k) => {
-    const { state } = run, { steps = 0, max_steps: goal = null } = state;
-    const done = goal ? Math.min(steps / goal, 1) : 0;
-    const gpus = (state.gpus ?? []).map((gpu, n) => element("small", {}, `GPU ${n}: ${gigabytes(gpu.used_bytes)}`));
-    return element("tr", { style: { "--colour": colour(k) } },
-      element("td", {}, element("i.line-key"), element("a", { href: `run/${k}/` }, run.name), element("small", {}, words(state))),
-      element("td", {}, goal ? `${count(steps)} of ${count(goal)}` : count(steps), goal ? element("div.progress", {}, element("i", { style: { width: `${100 * done}%` } })) : null),
-      element("td", {}, state.training && state.left_seconds !== null ? seconds(state.left_seconds) : "–"),
-      element("td", {}, element("b", {}, fixed(equal ? run.equal_loss : run.loss, 4))),
-      element("td", {}, fixed(run.loss, 4)), element("td", {}, fixed(run.held_out, 4)), element("td", {}, percent(run.accuracy ?? NaN)), element("td", {}, fixed(run.bits_per_byte, 3)),
-      element("td", {}, short(run.tokens)), element("td", {}, fixed(run.throughput, 0)), element("td", {}, seconds(run.seconds)),
-      element("td", {}, state.process_bytes ? gigabytes(state.process_bytes) : "–", gpus), element("td", {}, state.used === null || state.used === undefined ? "–" : percent(state.used, 0)));
-  }));
+  const rows = runs.map((run, k) => {
+    const { state } = run, { steps = 0, max_steps: goal = null } = state, small = (text) => element("small", {}, text);
+    const done = goal ? Math.min(steps / goal, 1) : 0, known = (value) => value !== null && value !== undefined;
+    return [
+      ["run", element("i.line-key"), element("a", { href: `run/${k}/` }, run.name), small(words(state))],
+      ["steps", goal ? `${count(steps)} of ${count(goal)}` : count(steps), goal ? element("div.progress", {}, element("i", { style: { width: `${100 * done}%` } })) : null],
+      ["training time", seconds(run.seconds), state.training && known(state.left_seconds) ? small(`${seconds(state.left_seconds)} left`) : null],
+      ...(equal ? [[`loss at step ${count(equal)}`, element("b", {}, fixed(run.equal_loss, 4))]] : []),
+      [`loss, last ${count(window)}`, fixed(run.loss, 4)],
+      ["held-out loss", fixed(run.held_out, 4)],
+      ["accuracy", percent(run.accuracy ?? NaN)],
+      ["bits per byte", fixed(run.bits_per_byte, 3)],
+      ["tokens per second", fixed(run.throughput, 0), small(`${short(run.tokens)} in all`)],
+      ["memory", known(state.process_bytes) ? gigabytes(state.process_bytes) : "–", ...(state.gpus ?? []).map((gpu, n) => small(`GPU ${n}: ${gigabytes(gpu.used_bytes)}`))],
+      ["MFU", known(state.used) ? percent(state.used, 0) : "–"],
+    ];
+  });
+  $("runs-head").replaceChildren(element("tr", {}, rows[0].map(([name]) => element("th", { scope: "col" }, name))));
+  $("runs-body").replaceChildren(...rows.map((cells, k) => element("tr", { style: { "--colour": colour(k) } },
+    cells.map(([name, ...parts], n) => element("td", n ? { "data-name": name } : {}, parts)))));
 }
 
 function showDifferences() {
