@@ -149,6 +149,7 @@ class Session:
         self._note_in_record()
         if not views.finish(steps):
             screen.say(f"the final chart was not drawn: {views.errors[-1]}")
+        watchers.show_end()
         for what, errors in (("chart", views.errors[:-1]), ("sample", watchers.samples.failures)):
             if errors:
                 screen.say(f"{len(errors)} {what}s failed, the first at {errors[0]}")

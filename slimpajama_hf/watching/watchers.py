@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from slimpajama_hf import devices
 from slimpajama_hf.settings import training_arguments
 from slimpajama_hf.views import views
+from slimpajama_hf.watching import notebook
 from slimpajama_hf.watching.drawing import DrawViews
 from slimpajama_hf.watching.live_page import MeasureArithmetic
+from slimpajama_hf.watching.notebook import NotebookDisplay
 from slimpajama_hf.watching.passports import SamplePassports
 from slimpajama_hf.watching.progress import ShowProgress
 from slimpajama_hf.watching.prompts import FixedPrompts
@@ -41,7 +43,8 @@ class Watchers:
         record: dict[str, Any],
     ) -> None:
         run, typed = settings.run, settings.typed
-        self.progress = ShowProgress()
+        self.progress = ShowProgress(has_bar=not notebook.is_here())
+        self.notebook = [NotebookDisplay(folder)] if notebook.is_here() else []
         self.samples = GenerateSamples(trainer, folder, encoder, run.display_samples, "display_samples" in typed)
         self.passports = SamplePassports(trainer, folder, encoder)
         self.prompts = FixedPrompts(trainer, folder, encoder)
@@ -56,17 +59,23 @@ class Watchers:
         """In the order in which they look at a step."""
         # A sharded model computes with all processes or not at all: the first alone cannot ask it.
         asking = [] if devices.is_sharded() else [self.passports, self.prompts, self.samples]
-        return [*self.arithmetic, *asking, self.drawing, self.trackers, self.progress]
+        return [*self.arithmetic, *asking, self.drawing, self.trackers, self.progress, *self.notebook]
 
     def listen_to(self, recorder: StepRecorder) -> None:
         """Have the rows of the ledger from now on."""
         passports = [] if devices.is_sharded() else [self.passports.on_row]
         recorder.listeners += [self.progress.on_row, *passports, self.trackers.on_row]
+        recorder.listeners += [each.on_row for each in self.notebook]
 
     @property
     def seconds(self) -> float:
         """What all of it has taken: time beside training, and processor time of the process that draws."""
         return self.samples.seconds + self.passports.seconds + self.prompts.seconds + self.views.cpu_seconds
+
+    def show_end(self) -> None:
+        """Show the last row and the last chart where they are redrawn in place."""
+        for each in self.notebook:
+            each.draw()
 
     def flush(self) -> str | None:
         """End what is under way, write what the disk did not take so far; why that still cannot be written, or None."""

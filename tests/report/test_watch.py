@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
+from slimpajama_hf.child import Child
 from slimpajama_hf.record import lock
 from tests.conftest import NANO, ROOT, environment, run_command
 from tests.report import browser
@@ -233,7 +234,6 @@ def test_a_row_appears_within_two_seconds_and_the_slider_stays(young, whole, tmp
             start = time.monotonic()
             tab.until(f"document.querySelector('#figure-steps').textContent === '{number}'")
             seconds.append(time.monotonic() - start)
-        print("seconds until the row is there:", *(f"{each:.2f}" for each in seconds))
         assert statistics.median(seconds) < 2, seconds
         assert tab.text("#step-title") == "20" and tab.value("document.querySelector('#slider').value") == "20"
         assert tab.value("document.querySelector('#slider').max") == "84"
@@ -299,6 +299,25 @@ def test_what_belongs_to_watch_is_refused_without_it_and_the_other_way_round(who
     assert done.returncode == 1 and "is taken; choose another with --port" in done.stderr
 
 
+@needs_browser
+def test_the_page_is_there_before_the_run_and_says_when_its_program_ends(whole, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    beside = Child("slimpajama_hf.report.watch", str(folder))
+    with contextlib.ExitStack() as at_end, Browser(tmp_path / "profile") as tab:
+        at_end.callback(beside.end, patience_seconds=5)
+        address = beside.answers.get(timeout=60)["address"]
+        tab.open(address, "document.querySelector('#now').textContent.includes('waiting for the run')")
+        assert tab.text("h1") == "run" and tab.text("#figure-steps") == "0"
+        shutil.copytree(whole, folder, dirs_exist_ok=True)
+        tab.until("document.querySelector('#figure-steps').textContent === '120'", timeout=20)
+        assert tab.text("h1") == "tiny on <script>" and tab.value("document.querySelector('#slider').max") == "119"
+        at_end.close()
+        assert not beside.is_alive
+        tab.until("document.querySelector('#live').textContent === 'ended · step 120'", timeout=10)
+        assert tab.errors == []
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends a child with its parent")
 def test_a_run_with_watch_serves_its_page_from_its_start_and_the_page_ends_with_it(shards, tmp_path):
     run = tmp_path / "run"
@@ -324,7 +343,7 @@ def test_a_run_with_watch_serves_its_page_from_its_start_and_the_page_ends_with_
         assert state["training"] is True and state["max_steps"] == 100000 and state["left_seconds"] > 0
         assert state["process_bytes"] == pytest.approx(psutil.Process(process.pid).memory_info().rss, rel=0.5)
         assert state["rate"] > 1e8 and 0 < state["used"] < 1
-        assert "watch" not in (run / "run_config.yaml").read_text()
+        assert "\nwatch:" not in (run / "run_config.yaml").read_text()
         (server,) = psutil.Process(process.pid).children()
         assert server.nice() == 10
         process.kill()
