@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from slimpajama_hf import ROOT, devices, precision, screen
+from slimpajama_hf import CONFIGS, devices, precision, screen
 from slimpajama_hf.errors import UsageError
 from slimpajama_hf.settings.arguments import OLD_FLAGS, OURS, REFUSED_FLAGS
 from slimpajama_hf.settings.settings import Settings
 from slimpajama_hf.settings.yaml_file import read_config
 
-TEST_CONFIG = ROOT / "configs" / "test.yaml"
+TEST_CONFIG = CONFIGS / "test.yaml"
 
 
 def config_to_argv(values: dict[str, Any], path: str) -> list[str]:

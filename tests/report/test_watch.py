@@ -310,8 +310,8 @@ def test_the_page_is_there_before_the_run_and_says_when_its_program_ends(whole, 
         tab.open(address, "document.querySelector('#now').textContent.includes('waiting for the run')")
         assert tab.text("h1") == "run" and tab.text("#figure-steps") == "0"
         shutil.copytree(whole, folder, dirs_exist_ok=True)
-        tab.until("document.querySelector('#figure-steps').textContent === '120'", timeout=20)
-        assert tab.text("h1") == "tiny on <script>" and tab.value("document.querySelector('#slider').max") == "119"
+        tab.until("document.querySelector('#slider').max === '119'", timeout=20)
+        assert tab.text("h1") == "tiny on <script>" and tab.text("#figure-steps") == "120"
         at_end.close()
         assert not beside.is_alive
         tab.until("document.querySelector('#live').textContent === 'ended · step 120'", timeout=10)

@@ -24,6 +24,7 @@ async function fetchAll() {
       const reading = document.querySelector(".document")?.scrollTop ?? 0;
       content = unpack(await gunzip(new Uint8Array(await answer.arrayBuffer())));
       take(content, run === null || !run.n);
+      showFigures();
       if (reading) document.querySelector(".document")?.scrollTo(0, reading);
       page.dataset.ready = "yes";
     } else if (answer.status !== 204) throw new Error(`the server says ${answer.status}`);
@@ -37,7 +38,7 @@ async function fetchAll() {
 }
 
 function listen() {
-  news = new EventSource(`events?from=${generation}-${run?.meta.steps ?? 0}`);
+  news = new EventSource(content ? `events?from=${generation}-${run.meta.steps}` : "events");
   news.addEventListener("state", (event) => showState(JSON.parse(event.data)));
   news.addEventListener("rows", (event) => takeRows(JSON.parse(event.data)));
   news.addEventListener("content", fetchAll);
