@@ -43,8 +43,7 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
         lambda: run_folder.prepare(settings.output_dir, at_end, resuming, settings.run.overwrite_output_dir)
     )
     checkpoint = team.first_does(lambda: resume.checkpoint_of(training.resume_from_checkpoint, settings.output_dir))
-    if settings.run.watch and team.is_first:
-        live_page.open_for(folder, at_end)
+    live_page.open_if_asked(settings.run.watch and team.is_first, folder, at_end)
 
     # The corpus (a resumed run reads the one that it recorded), the tokenizer, the samples.
     with screen.Waiting("opening the corpus") as waiting:

@@ -19,8 +19,8 @@ FILE_NAME = "report.html"
 
 _ASSETS = Path(__file__).parent / "assets"
 #: In this order they are one script; each stands on those before it.
-_SCRIPTS = ("uplot/uPlot.iife.min.js", "data.js", "format.js", "chart.js", "document.js", "panels.js")
-_SCRIPTS += ("live.js", "main.js")
+_LIBRARY = "uplot/uPlot.iife.min.js"
+_SCRIPTS = (_LIBRARY, "data.js", "format.js", "chart.js", "document.js", "panels.js", "live.js", "main.js")
 _STYLES = ("uplot/uPlot.min.css", "page.css", "live.css")
 
 

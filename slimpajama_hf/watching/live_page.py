@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 PATIENCE_SECONDS = 60.0
 
 
-def open_for(folder: RunFolder, at_end: ExitStack) -> None:
+def open_if_asked(asked: bool, folder: RunFolder, at_end: ExitStack) -> None:
     """Start the server of the page; its address is said as soon as it is known. `at_end` ends it.
 
     What goes wrong is said, and the run goes on without a page.
     """
+    if not asked:
+        return
     try:
         server = Child("slimpajama_hf.report.watch", str(folder.path))
     except OSError as error:

@@ -59,7 +59,7 @@ class Watchers:
         """In the order in which they look at a step."""
         # A sharded model computes with all processes or not at all: the first alone cannot ask it.
         asking = [] if devices.is_sharded() else [self.passports, self.prompts, self.samples]
-        return [*self.arithmetic, *asking, self.drawing, self.trackers, self.progress, *self.notebook]
+        return [*asking, self.drawing, self.trackers, self.progress, *self.notebook, *self.arithmetic]
 
     def listen_to(self, recorder: StepRecorder) -> None:
         """Have the rows of the ledger from now on."""
