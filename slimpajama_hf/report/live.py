@@ -48,6 +48,7 @@ class LiveRun:
         self.generation = 0
         """Counts how often the ledger began anew: rows that a page has are then those of another run."""
         self.state: dict[str, Any] = {}
+        """See `machine.state`; `trouble` says why something cannot be shown, and is empty where all can."""
         self.record: dict[str, Any] = {}
         self._gpus = gpus
         self._reader = Reader(folder.ledger)
@@ -58,6 +59,7 @@ class LiveRun:
         self._looking, self._gathering = threading.Lock(), threading.Lock()
         self._gathered, self._cost_seconds = -1e9, 0.0
         self._gathered_stamp: Any = None
+        self._ungathered = ""
 
     # ---- rows: every half second ----
 
@@ -66,12 +68,16 @@ class LiveRun:
         """The rows as of the last `look`."""
         return self._rows
 
-    def look(self) -> bool:
-        """Take in what the ledger gained; whether rows or state are other ones now."""
+    def look(self) -> None:
+        """Take in what the ledger gained, and how the run does just now."""
         with self._looking:
-            before = self.state
-            self._take_in()
-            return before != self.state
+            state, unreadable = self.state, ""
+            try:
+                self._take_in()
+                state = machine.state(self.folder, self._rows, self.record, self._gpus)
+            except Exception as error:
+                unreadable = f"{type(error).__name__}: {error}"
+            self.state = state | {"trouble": unreadable or self._ungathered}
 
     def _take_in(self) -> None:
         stamp = _stamp(self.folder, "ledger.jsonl")
@@ -88,7 +94,6 @@ class LiveRun:
             self.record = self.folder.read_record()
         except UserError:
             self.record = {}
-        self.state = machine.state(self.folder, self._rows, self.record, self._gpus)
 
     def rows_from(self, first: int) -> dict[str, Any]:
         """The rows from step `first` on: `from`, `to`, and `packed`, in base64 what a packed content has of them."""
@@ -139,15 +144,22 @@ class LiveRun:
         return _stamp(self.folder, *_BESIDE, "ledger.jsonl") != self._gathered_stamp
 
     def gather(self) -> None:
-        """Gather the content anew. Raises UserError where there is no run in the folder; it is asked again when
-        something changes there."""
+        """Gather the content anew. Raises UserError where there is no run in the folder, and whatever `page` meets; it
+        is due again when something changes there."""
         with self._gathering:
+            self._ungathered = ""
             stamp, kind = _stamp(self.folder, *_BESIDE, "ledger.jsonl"), self.kind
             start = time.thread_time()
             self._gathered, self._gathered_stamp = time.monotonic(), stamp
             if self._gathering_reader[0] != kind[-1]:
                 self._gathering_reader = (kind[-1], Reader(self.folder.ledger))
-            packed, meta = page.packed_content(self.folder, self._gathering_reader[1])
+            try:
+                packed, meta = page.packed_content(self.folder, self._gathering_reader[1])
+            except UserError:
+                raise
+            except Exception as error:
+                self._ungathered = f"{type(error).__name__}: {error}"
+                raise
             digest = hashlib.blake2b(packed, digest_size=12).hexdigest()
             self._cost_seconds = time.thread_time() - start
             self.whole = Whole(packed, meta, f"{kind[-1]}-{digest}", kind)

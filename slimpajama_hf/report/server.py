@@ -129,6 +129,7 @@ class LivePages:
         self._version = 0
         self._open = 0
         """Event streams that somebody holds open: without any, nobody looks at the ledgers."""
+        self._somebody = asyncio.Event()
 
     def app(self, port: int, token: str) -> Gate:
         """The application, behind its gate."""
@@ -147,6 +148,11 @@ class LivePages:
 
         handlers: Any = {HTTPException: in_words, UserError: in_words}
         return Gate(Starlette(routes=routes, exception_handlers=handlers), port, token)
+
+    def end(self) -> None:
+        """Say to the pages that the program ends."""
+        self.over.set()
+        self._somebody.set()
 
     # ---- what is asked for ----
 
@@ -184,7 +190,8 @@ class LivePages:
         """Have the content of a run, gathered again where that is due."""
         await asyncio.to_thread(run.look)
         if run.is_due():
-            with contextlib.suppress(UserError):
+            # What was met stands in the state of the run.
+            with contextlib.suppress(Exception):
                 await asyncio.to_thread(run.gather)
 
     async def _events_of_one(self, request: Request) -> Response:
@@ -233,6 +240,7 @@ class LivePages:
     async def _each_change(self) -> AsyncIterator[bool]:
         """True at once and then after each change, at the end of all a last time; False where it is quiet for long."""
         self._open += 1
+        self._somebody.set()
         try:
             seen = -1
             while True:
@@ -244,6 +252,8 @@ class LivePages:
                     await asyncio.wait_for(self._after(seen), HEARTBEAT_SECONDS)
         finally:
             self._open -= 1
+            if not self._open:
+                self._somebody.clear()
 
     async def _after(self, seen: int) -> None:
         async with self._changed:
@@ -254,17 +264,20 @@ class LivePages:
     async def follow(self) -> None:
         """Look at the ledgers while somebody has a page open, until `over`."""
         gathering: asyncio.Task[None] | None = None
+        told: list[dict[str, Any]] = []
         loop = asyncio.get_running_loop()
         while not self.over.is_set():
+            await self._somebody.wait()
             start = loop.time()
-            changed = False
-            if self._open:
-                changes = [await asyncio.to_thread(run.look) for run in self.runs]
-                changed = any(changes)
-                if gathering is None or gathering.done():
-                    gathering = asyncio.create_task(self._gather_due())
+            for run in self.runs:
+                await asyncio.to_thread(run.look)
+            if gathering is None or gathering.done():
+                gathering = asyncio.create_task(self._gather_due())
             took = loop.time() - start
-            if changed:
+            # Whoever asks for a page looks too: what counts is what pages were told.
+            states = [run.state for run in self.runs]
+            if states != told:
+                told = states
                 await self._tell()
             pause = min(max(SECONDS_BETWEEN_LOOKS, took / LOOKING), MOST_SECONDS_BETWEEN_LOOKS)
             with contextlib.suppress(TimeoutError):
@@ -274,9 +287,10 @@ class LivePages:
     async def _gather_due(self) -> None:
         for run in self.runs:
             if run.is_due():
-                with contextlib.suppress(UserError):
+                # What was met stands in the state of the run.
+                with contextlib.suppress(Exception):
                     await asyncio.to_thread(run.gather)
-                    await self._tell()
+                await self._tell()
 
     async def _tell(self) -> None:
         async with self._changed:
@@ -324,7 +338,7 @@ async def serve(
     try:
         await until()
     finally:
-        live.over.set()
+        live.end()
         await following
         server.should_exit = True
         await serving

@@ -121,6 +121,7 @@ const stateWord = ({ training, steps, max_steps: goal }) =>
 
 function showState(state) {
   told = state;
+  if (state.trouble) fail(`The run cannot be shown as it is now: ${state.trouble}`); else $("failure").hidden = true;
   const { steps, max_steps: goal, training } = state, live = $("live"), word = stateWord(state);
   live.className = training === false ? "still" : "";
   live.replaceChildren(training ? "live" : word, element("span", {}, ` · step ${count(steps)}`));
