@@ -50,8 +50,8 @@ WITHOUT_TORCH = (
     "lookback.reread", "lookback.rewind", "lookback.run", "lookback.search_finding", "lookback.search_growing",
     "lookback.search_index", "lookback.search_losses", "lookback.side_by_side",
     "watching.view_process", "session.command_line", "session.resume",
-    "commands.compare", "commands.evaluate", "commands.generate", "commands.inspect", "commands.plan", "commands.push",
-    "commands.report", "commands.rewind", "commands.tokenizer", "commands.verify", "commands.views",
+    "commands.compare", "commands.completion", "commands.evaluate", "commands.generate", "commands.inspect", "commands.plan", "commands.push",
+    "commands.report", "commands.rewind", "commands.schema", "commands.tokenizer", "commands.train", "commands.verify", "commands.views",
 )  # fmt: skip
 
 
