@@ -30,6 +30,7 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
         from slimpajama_hf.samples.tokenizer import load_tokenizer, tokenizer_for
         from slimpajama_hf.session import held_out_documents, resume, run_record, session
         from slimpajama_hf.training import processes
+        from slimpajama_hf.watching import live_page
 
         screen.quiet_libraries()
 
@@ -45,6 +46,7 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
         lambda: run_folder.prepare(settings.output_dir, at_end, resuming, settings.run.overwrite_output_dir)
     )
     checkpoint = team.first_does(lambda: resume.checkpoint_of(training.resume_from_checkpoint, settings.output_dir))
+    live_page.open_if_asked(settings.run.watch and team.is_first, folder, at_end)
 
     # The corpus (a resumed run reads the one that it recorded), the tokenizer, the samples.
     with screen.Waiting("opening the corpus") as waiting:

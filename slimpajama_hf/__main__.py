@@ -1,4 +1,4 @@
-"""The other commands: `python -m slimpajama_hf --help` lists them, each has a `--help` of its own.
+"""`slimpajama-hf`, or `python -m slimpajama_hf`: `--help` lists the commands, each has a `--help` of its own.
 
 A command is a file of `commands/`: `HELP`, `add_arguments(parser)` and `main(options)`.
 """
@@ -9,11 +9,15 @@ import argparse
 import importlib
 import pkgutil
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
 from slimpajama_hf import program
 from slimpajama_hf.errors import UsageError
+
+#: Their flags are those of training, which that parser knows; `main` gets them as they were typed.
+_OF_TRAINING = ("plan", "train")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,7 +34,13 @@ def _commands() -> dict[str, ModuleType]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m slimpajama_hf", description="Look at what a run left, and make tokenizers.")
+    installed = Path(sys.argv[0]).stem == "slimpajama-hf"
+    parser = _Parser(
+        prog="slimpajama-hf" if installed else "python -m slimpajama_hf",
+        description="Train, look at what a run left, and make tokenizers.",
+    )
+    # `completion` describes all of it.
+    parser.set_defaults(whole=parser)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     for name, command in _commands().items():
         command.add_arguments(commands.add_parser(name, help=command.HELP))
@@ -38,17 +48,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    if argv[:1] == ["plan"]:
-        # Its flags are those of training, which that parser knows.
-        from slimpajama_hf.commands import plan
-
-        return plan.main(argv[1:])
+    if argv and argv[0] in _OF_TRAINING:
+        return _commands()[argv[0]].main(argv[1:])
     options = _parser().parse_args(argv)
     return _commands()[options.command].main(options)
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """The program, from `sys.argv` to its exit code."""
+    argv = sys.argv[1:]
+    if argv[:1] == ["train"]:
+        program.end(program.run(main))
     # `--help` of a command is argparse's own; program.run would print the training page.
-    if any(flag in sys.argv[1:] for flag in ("-h", "--help")):
-        _parser().parse_args(sys.argv[1:])
+    if any(flag in argv for flag in ("-h", "--help")):
+        _parser().parse_args(argv)
     raise SystemExit(program.run(main, if_stopped="stopped"))
+
+
+if __name__ == "__main__":
+    command()

@@ -45,13 +45,13 @@ WITHOUT_TORCH = (
     "samples.stream", "samples.tokenizer",
     "record.checkpoints", "record.columns", "record.ledger", "record.lock", "record.run_folder", "record.spikes",
     "record.surprisals",
-    "views.charts", "views.drawing", "views.views", "report", "report.watch", "training.signals",
+    "views.charts", "views.drawing", "views.views", "report", "report.live", "report.machine", "report.server", "report.several", "report.watch", "training.signals",
     "lookback.checks", "lookback.comparison", "lookback.comparison_chart", "lookback.inspection", "lookback.replay",
     "lookback.reread", "lookback.rewind", "lookback.run", "lookback.search_finding", "lookback.search_growing",
     "lookback.search_index", "lookback.search_losses", "lookback.side_by_side",
     "watching.view_process", "session.command_line", "session.resume",
-    "commands.compare", "commands.evaluate", "commands.generate", "commands.inspect", "commands.plan", "commands.push",
-    "commands.report", "commands.rewind", "commands.tokenizer", "commands.verify", "commands.views",
+    "commands.compare", "commands.completion", "commands.evaluate", "commands.generate", "commands.inspect", "commands.plan", "commands.push",
+    "commands.report", "commands.rewind", "commands.schema", "commands.tokenizer", "commands.train", "commands.verify", "commands.views",
 )  # fmt: skip
 
 

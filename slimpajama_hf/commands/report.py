@@ -1,4 +1,4 @@
-"""`report`: one HTML file that shows everything about a run, an animation of it, or a page that follows it."""
+"""`report`: one HTML file that shows everything about a run, an animation of it, or pages that follow several runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HELP = "one HTML file that shows everything about a run"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `report`."""
-    parser.add_argument("run", help="a run folder")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder; with --watch several, side by side")
     parser.add_argument(
         "--watch", action="store_true", help="show it in a browser as the run goes on (127.0.0.1 alone)"
     )
@@ -25,21 +25,24 @@ def main(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from slimpajama_hf import screen
-    from slimpajama_hf.report import watch, write
+    from slimpajama_hf.report import write
 
     if options.port is not None and not options.watch:
         raise UsageError("--port: it belongs to --watch; add that, or leave it out")
     if options.animate and options.watch:
         raise UsageError("--animate and --watch: one or the other")
-    folder = Path(options.run).expanduser()
+    folders = [Path(run).expanduser() for run in options.runs]
     if options.watch:
-        return watch.serve(folder, options.port, screen.say)
-    if options.animate:
-        from slimpajama_hf.views import animation
+        from slimpajama_hf.report import watch
 
-        with screen.Waiting("drawing"):
-            path = animation.write(folder)
+        return watch.serve(folders, options.port, screen.say)
+    for folder in folders:
+        if options.animate:
+            from slimpajama_hf.views import animation
+
+            with screen.Waiting("drawing"):
+                path = animation.write(folder)
+        else:
+            path = write(folder)
         sys.stdout.write(f"{path}\n")
-        return 0
-    sys.stdout.write(f"{write(folder)}\n")
     return 0

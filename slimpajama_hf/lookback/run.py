@@ -43,6 +43,12 @@ class Run:
         self.unreadable: list[str] = []
         """What is wrong with the lines that `rows` passed over, since somebody last emptied this."""
 
+    def _repr_html_(self) -> str:
+        """The run as a notebook shows it."""
+        from slimpajama_hf.views import in_notebook
+
+        return in_notebook.of_run(self.folder, self.record)
+
     def config(self) -> dict[str, Any]:
         """The keys of run_config.yaml; nothing if it is not there. Raises UsageError when it is no configuration."""
         return yaml_file.read_config(str(self.folder.config)) if self.folder.config.is_file() else {}

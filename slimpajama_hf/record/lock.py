@@ -23,6 +23,15 @@ from slimpajama_hf.errors import UserError
 FILE_NAME = "_lock"
 
 
+def holder(folder: Path) -> dict[str, Any]:
+    """Who says that a run of theirs is on in a folder: `pid`, `host`, `since`; empty where nobody does."""
+    try:
+        found = json.loads((folder / FILE_NAME).read_bytes()[:4096] or b"{}")
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 class FolderLock:
     """Holds `<folder>/_lock` from `take` to `release`. A stale lock is recognised and taken over."""
 
@@ -38,10 +47,10 @@ class FolderLock:
                 warnings.simplefilter("ignore")
                 self._lock.acquire()
         except filelock.Timeout:
-            holder = self._holder()
+            other = holder(self.path.parent)
             raise UserError(
-                f"{self.path.parent}: a run is on in this folder (process {holder.get('pid', '?')} on "
-                f"{holder.get('host', '?')} since {holder.get('since', '?')}); wait for it, stop it, or choose another "
+                f"{self.path.parent}: a run is on in this folder (process {other.get('pid', '?')} on "
+                f"{other.get('host', '?')} since {other.get('since', '?')}); wait for it, stop it, or choose another "
                 "--output_dir"
             ) from None
         except (OSError, NotImplementedError) as error:
@@ -55,22 +64,15 @@ class FolderLock:
             # A file system without locks: the run goes on without one.
             screen.say(f"{self.path.parent}: this file system has no locks; do not start two runs in this folder")
             return
-        left = self._holder()
+        left = holder(self.path.parent)
         if left:
             screen.say(
                 f"took over a stale lock: process {left.get('pid', '?')} on {left.get('host', '?')}, here since "
                 f"{left.get('since', '?')}, is gone"
             )
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        self._write(json.dumps(holder))
+        own = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        self._write(json.dumps(own))
         atexit.register(self.release)
-
-    def _holder(self) -> dict[str, Any]:
-        try:
-            holder = json.loads(self.path.read_bytes()[:4096] or b"{}")
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return holder if isinstance(holder, dict) else {}
 
     def _write(self, text: str) -> None:
         """Into the file itself: another one in its place would be no lock."""

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from slimpajama_hf import files, screen
+from slimpajama_hf import TRAINING_PROGRAM, files, screen
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.record import checkpoints, ledger, lock, surprisals
 from slimpajama_hf.record.lock import FolderLock
@@ -259,7 +259,7 @@ def resume_command(folder: Path, record: dict[str, Any]) -> str:
     processes = record.get("processes", 1)
     if processes > 1:
         launch += f" --multi_gpu --num_processes {processes}"
-    return f"{launch} run_clm_slimpajama.py --config {folder / 'run_config.yaml'} --resume_from_checkpoint true"
+    return f"{launch} {TRAINING_PROGRAM} --config {folder / 'run_config.yaml'} --resume_from_checkpoint true"
 
 
 def cut_to(source: RunFolder, target: RunFolder, steps: int) -> ledger.Kept:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ FILE_NAME = "report.html"
 
 _ASSETS = Path(__file__).parent / "assets"
 #: In this order they are one script; each stands on those before it.
-_SCRIPTS = ("uplot/uPlot.iife.min.js", "data.js", "format.js", "chart.js", "document.js", "panels.js", "main.js")
+_LIBRARY = "uplot/uPlot.iife.min.js"
+_SCRIPTS = (_LIBRARY, "data.js", "format.js", "chart.js", "document.js", "panels.js", "live.js", "main.js")
+_STYLES = ("uplot/uPlot.min.css", "page.css", "live.css")
 
 
 def write(folder: Path) -> Path:
@@ -45,30 +48,41 @@ def packed_content(run: RunFolder, reader: Reader) -> tuple[bytes, dict[str, Any
         most //= 2
 
 
-def render(meta: dict[str, Any], packed: bytes | None, watch: bool = False) -> str:
-    """The page. `packed` None: it asks the server that it came from (`watch`).
+def render(meta: dict[str, Any], packed: bytes | None, watch: str = "no") -> str:
+    """The page. `packed` None: it asks the server that it came from; `watch` is then `yes`, or `several` where that
+    server has a page of several runs too.
 
-    Nothing of a document stands in the page as text: documents are in the packed content, and a content security policy
-    names the one script that may run and forbids every connection.
+    Nothing of a document stands in the page as text: documents are in the packed content.
     """
-    script = "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in _SCRIPTS)
-    licence = (_ASSETS / "uplot" / "LICENSE").read_text(encoding="utf-8")
-    script = f'"use strict";\n/* uPlot:\n{licence}*/\n(() => {{\n{script}\n}})();\n'
-    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
-    connections = "'self'" if watch else "'none'"
     parts = {
-        "policy": f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'; "
-        f"connect-src {connections}; base-uri 'none'; form-action 'none'",
         "title": html.escape(meta["title"]),
         "subtitle": html.escape(meta["subtitle"]),
         "held_out": _held_out(meta["evaluations"]),
         "figures": _figures(meta),
-        "watch": "yes" if watch else "no",
-        "style": "".join((_ASSETS / name).read_text(encoding="utf-8") for name in ("uplot/uPlot.min.css", "page.css")),
+        "watch": watch,
         "data": base64.b64encode(packed).decode() if packed is not None else "",
+    }
+    return filled("page.html", _SCRIPTS, parts, asks_server=watch != "no")
+
+
+def filled(template: str, scripts: Sequence[str], parts: dict[str, str], asks_server: bool) -> str:
+    """An asset with `parts` in the places that it names, beside `policy`, `style` and `script`.
+
+    The content security policy names the one script that may run, and forbids every connection but those to the server
+    that the page came from (`asks_server`).
+    """
+    script = "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in scripts)
+    licence = (_ASSETS / "uplot" / "LICENSE").read_text(encoding="utf-8")
+    script = f'"use strict";\n/* uPlot:\n{licence}*/\n(() => {{\n{script}\n}})();\n'
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
+    connections = "'self'" if asks_server else "'none'"
+    parts = parts | {
+        "policy": f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'; "
+        f"connect-src {connections}; base-uri 'none'; form-action 'none'",
+        "style": "".join((_ASSETS / name).read_text(encoding="utf-8") for name in _STYLES),
         "script": script,
     }
-    page = (_ASSETS / "page.html").read_text(encoding="utf-8")
+    page = (_ASSETS / template).read_text(encoding="utf-8")
     # One pass over the template: what is put in is never looked at again.
     pieces = page.split("{{")
     return pieces[0] + "".join(parts[name] + rest for name, rest in (piece.split("}}", 1) for piece in pieces[1:]))

@@ -1,137 +1,93 @@
-"""The report of a run that is on: a page on this machine alone that takes in what the ledger gains."""
+"""The report of runs that are on: pages on this machine alone that take in what the ledgers gain.
+
+`python -m slimpajama_hf report RUN... --watch` calls `serve`. A run that is started with `--watch` starts
+`python -m slimpajama_hf.report.watch RUN`, a `Child`: it answers `{"address": ...}` or `{"error": ...}` and ends when
+its input ends, or its parent.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import asyncio
+import os
+import sys
 import threading
-import time
-from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from slimpajama_hf.errors import UserError
-from slimpajama_hf.record.columns import Reader
-from slimpajama_hf.record.run_folder import GROWING, RunFolder
-from slimpajama_hf.report import page
-
-#: Where the page is looked for first; the next free port is taken where this one is not.
-PORT = 8642
-_PORTS_TRIED = 20
-
-#: Seconds during which the content is not gathered again, however many pages ask.
-FRESH_SECONDS = 1.0
-
-#: Files whose growth means that there is something new.
-_GROWING = ("ledger.jsonl", "run.json", *GROWING)
+from slimpajama_hf import child
+from slimpajama_hf.errors import UsageError, UserError
+from slimpajama_hf.record.run_folder import RunFolder
+from slimpajama_hf.report import machine, server
+from slimpajama_hf.report.live import LiveRun
 
 
-class Content:
-    """The packed content of a growing run, gathered when it has grown; for several threads."""
+def serve(folders: Sequence[Path], port: int | None, say: Callable[[str], None]) -> int:
+    """Show the report of runs at 127.0.0.1 until Ctrl-C; returns the exit code, 130.
 
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
-        self._reader = Reader(run.ledger)
-        self._lock = threading.Lock()
-        self._stamp: tuple[Any, ...] | None = None
-        self._packed, self._tag, self._gathered = b"", "", 0.0
-        self.meta: dict[str, Any] = {}
-        self.get()
-
-    def get(self) -> tuple[bytes, str]:
-        """The packed content and its ETag. Raises UserError when the run is gone."""
-        with self._lock:
-            stamp = self._stamp_now()
-            if stamp != self._stamp and time.monotonic() - self._gathered >= FRESH_SECONDS:
-                self._packed, self.meta = page.packed_content(self.run, self._reader)
-                self._tag = f'"{hashlib.blake2b(self._packed, digest_size=12).hexdigest()}"'
-                self._stamp, self._gathered = stamp, time.monotonic()
-            return self._packed, self._tag
-
-    def _stamp_now(self) -> tuple[Any, ...]:
-        found: list[Any] = []
-        for name in _GROWING:
-            with contextlib.suppress(OSError):
-                state = (self.run.path / name).stat()
-                found.append((name, state.st_size, state.st_mtime_ns))
-        return tuple(found)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: _Server
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        # A page of the web that lets its own name lead here would ask under that name.
-        if self.headers.get("Host", "") not in self.server.names:
-            self._answer(403, "text/plain; charset=utf-8", b"this page is for this machine alone\n")
-            return
-        try:
-            packed, tag = self.server.content.get()
-        except Exception as error:
-            self._answer(500, "text/plain; charset=utf-8", f"{type(error).__name__}: {error}\n".encode())
-            return
-        if self.path == "/data":
-            if self.headers.get("If-None-Match") == tag:
-                self._answer(304, None, b"", tag)
-            else:
-                self._answer(200, "application/octet-stream", packed, tag)
-        elif self.path == "/":
-            text = page.render(self.server.content.meta, None, watch=True)
-            self._answer(200, "text/html; charset=utf-8", text.encode("utf-8"))
-        else:
-            self._answer(404, "text/plain; charset=utf-8", b"there is / and /data\n")
-
-    def _answer(self, status: int, kind: str | None, body: bytes, tag: str | None = None) -> None:
-        self.send_response(status)
-        if kind is not None:
-            self.send_header("Content-Type", kind)
-        if tag is not None:
-            self.send_header("ETag", tag)
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        """Nothing: a line for every question would bury the address."""
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self, port: int, content: Content) -> None:
-        super().__init__(("127.0.0.1", port), _Handler)
-        self.content = content
-        self.names = {f"{name}:{self.server_address[1]}" for name in ("127.0.0.1", "localhost")}
-
-
-def serve(folder: Path, port: int | None, say: Callable[[str], None]) -> int:
-    """Show the report of a run at 127.0.0.1 until Ctrl-C; returns the exit code, 130.
-
-    `port` None: `PORT` or the next one that is free. Raises UserError when there is no run or no port.
+    `port` None: `server.PORT` or the next one that is free. Raises UserError when there is no run or no port.
     """
-    content = Content(RunFolder(folder))
-    server = _open(content, port)
-    say(f"watching {folder}: http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends it)")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UsageError("--watch: the same folder is named twice; name each run once")
+    runs = follow(folders)
+    for run in runs:
+        run.look()
+        run.gather()
+    what = str(folders[0]) if len(folders) == 1 else f"{len(folders)} runs"
+    step_aside()
     try:
-        server.serve_forever(poll_interval=0.2)
+        asyncio.run(
+            server.serve(
+                runs, port, lambda address: say(f"watching {what}: {address} (Ctrl-C ends it)"), asyncio.Event().wait
+            )
+        )
     except KeyboardInterrupt:
         return 130
-    finally:
-        server.server_close()
     return 0
 
 
-def _open(content: Content, port: int | None) -> _Server:
-    wanted = [port] if port is not None else list(range(PORT, PORT + _PORTS_TRIED))
-    for number in wanted:
-        with contextlib.suppress(OSError):
-            return _Server(number, content)
-    raise UserError(
-        f"--watch: port {wanted[0]} of 127.0.0.1 is taken"
-        + ("; choose another with --port" if port is not None else f", and so are the {_PORTS_TRIED - 1} after it")
-    )
+def follow(folders: Sequence[Path]) -> list[LiveRun]:
+    """The runs of some folders, each with the last parts of its path that tell it from the others."""
+    gpus = machine.Gpus()
+    parts = [folder.resolve().parts for folder in folders]
+    count = 1
+    while len({each[-count:] for each in parts}) < len(parts):
+        count += 1
+    return [
+        LiveRun(RunFolder(folder), "/".join(each[-count:]), gpus) for folder, each in zip(folders, parts, strict=True)
+    ]
+
+
+def step_aside() -> None:
+    """Training goes first: with 10 of `nice` a thread has a tenth of the turn of one without.
+
+    Not `priority.stand_back`: on a machine whose cores are all busy a page would then wait for seconds.
+    """
+    if hasattr(os, "nice"):
+        os.nice(10)
+
+
+def main(folder: str) -> None:
+    """Beside training: serve the page of its run until the input ends."""
+    child.begin()
+    step_aside()
+
+    async def input_ends() -> None:
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def wait() -> None:
+            sys.stdin.read()
+            loop.call_soon_threadsafe(ended.set)
+
+        threading.Thread(target=wait, daemon=True).start()
+        await ended.wait()
+
+    try:
+        asyncio.run(
+            server.serve(follow([Path(folder)]), None, lambda address: child.answer({"address": address}), input_ends)
+        )
+    except UserError as error:
+        child.answer({"error": str(error)})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

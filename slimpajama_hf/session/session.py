@@ -152,6 +152,7 @@ class Session:
                 drawn = views.finish(steps)
             if not drawn:
                 screen.say(f"the final chart was not drawn: {views.errors[-1]}")
+            watchers.show_end()
         for what, errors in (("chart", views.errors[:-1]), ("sample", watchers.samples.failures)):
             if errors:
                 screen.say(f"{len(errors)} {what}s failed, the first at {errors[0]}")

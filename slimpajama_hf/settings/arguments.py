@@ -131,6 +131,7 @@ class RunArguments:
     gpu: int | None = _knob(None, "the only GPU to use; default: GPU 0 if there is one")
     hub_license: str | None = _knob(None, "licence on the card of a pushed run, as apache-2.0; default: none is stated")
     hub_patience: float = _knob(30.0, "seconds that the end of a run waits for a Hub which fails")
+    watch: bool = _knob(False, "serve the report on this machine while the run is on; the address is printed")
     lr_find: bool = _knob(
         False,
         "instead of training: 400 steps while the rate rises from 1e-6 to 0.3, in a folder beside; suggests a rate",

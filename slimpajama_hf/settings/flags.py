@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from slimpajama_hf import ROOT, devices, precision, screen
+from slimpajama_hf import CONFIGS, devices, precision, screen
 from slimpajama_hf.errors import UsageError
 from slimpajama_hf.settings import old_program
 from slimpajama_hf.settings.arguments import OURS
 from slimpajama_hf.settings.settings import Settings
 from slimpajama_hf.settings.yaml_file import read_config
 
-TEST_CONFIG = ROOT / "configs" / "test.yaml"
+TEST_CONFIG = CONFIGS / "test.yaml"
 TEST_FOLDER = str(Path("runs") / "test-run")
 
 

@@ -78,7 +78,7 @@ class Settings:
             # It follows from the half-life; both would look like two people's wishes.
             values.pop("adam_beta2", None)
         # What belongs to one start and not to the run is not written down.
-        for name in ("test", "overwrite_output_dir", "gpu", "resume_from_checkpoint", "allow_changes"):
+        for name in ("test", "overwrite_output_dir", "gpu", "watch", "resume_from_checkpoint", "allow_changes"):
             values.pop(name, None)
         lines = ["# The resolved configuration of this run; `--config` takes it back."]
         for name, value in values.items():

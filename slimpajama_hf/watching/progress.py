@@ -13,11 +13,13 @@ from slimpajama_hf.bars import TrainingBar
 class ShowProgress(TrainerCallback):
     """The progress bar. Listens to the recorder, so that it shows what the ledger holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_bar: bool) -> None:
+        self._has_bar = has_bar
         self.bar: TrainingBar | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = TrainingBar(state.max_steps, state.global_step)
+        if self._has_bar:
+            self.bar = TrainingBar(state.max_steps, state.global_step)
 
     def on_row(self, row: dict[str, Any]) -> None:
         """A new row of the ledger (null stands for what is not finite)."""

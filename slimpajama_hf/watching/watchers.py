@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 from slimpajama_hf import devices
 from slimpajama_hf.settings import training_arguments
 from slimpajama_hf.views import views
+from slimpajama_hf.watching import notebook
 from slimpajama_hf.watching.drawing import DrawViews
+from slimpajama_hf.watching.live_page import MeasureArithmetic
+from slimpajama_hf.watching.notebook import NotebookDisplay
 from slimpajama_hf.watching.passports import SamplePassports
 from slimpajama_hf.watching.progress import ShowProgress
 from slimpajama_hf.watching.prompts import FixedPrompts
@@ -42,7 +45,8 @@ class Watchers:
         run, typed = settings.run, settings.typed
         # Of a range test there is nothing to be seen but its curve.
         self._asks = not devices.is_sharded() and not run.lr_find
-        self.progress = ShowProgress()
+        self.progress = ShowProgress(has_bar=not notebook.is_here())
+        self.notebook = [NotebookDisplay(folder)] if notebook.is_here() else []
         self.samples = GenerateSamples(
             trainer, folder, encoder, run.display_samples, "display_samples" in typed, lambda: self.seconds
         )
@@ -51,6 +55,7 @@ class Watchers:
         self.views = ViewProcess(folder, *views.caption_of(record), max_steps=settings.training.max_steps)
         self.drawing = DrawViews(trainer, self.views, run.viz_interval, "viz_interval" in typed, lambda: self.seconds)
         names, first = training_arguments.asked(settings.training.report_to), record["sessions"][-1]["step"]
+        self.arithmetic = [MeasureArithmetic(trainer, folder, record["model"]["precision"])] if run.watch else []
         self.trackers = Trackers(names, folder, record["run_id"], first, trainer.recorder.flush)
 
     @property
@@ -58,17 +63,23 @@ class Watchers:
         """In the order in which they look at a step."""
         # A sharded model computes with all processes or not at all: the first alone cannot ask it.
         asking = [self.passports, self.prompts, self.samples] if self._asks else []
-        return [*asking, self.drawing, self.trackers, self.progress]
+        return [*asking, self.drawing, self.trackers, self.progress, *self.notebook, *self.arithmetic]
 
     def listen_to(self, recorder: StepRecorder) -> None:
         """Have the rows of the ledger from now on."""
         passports = [self.passports.on_row] if self._asks else []
         recorder.listeners += [self.progress.on_row, *passports, self.trackers.on_row]
+        recorder.listeners += [each.on_row for each in self.notebook]
 
     @property
     def seconds(self) -> float:
         """What all of it has taken: time beside training, and processor time of the process that draws."""
         return self.samples.seconds + self.passports.seconds + self.prompts.seconds + self.views.cpu_seconds
+
+    def show_end(self) -> None:
+        """Show the last row and the last chart where they are redrawn in place."""
+        for each in self.notebook:
+            each.draw()
 
     def flush(self) -> str | None:
         """End what is under way, write what the disk did not take so far; why that still cannot be written, or None."""

@@ -6,15 +6,10 @@ import hashlib
 import json
 import math
 import random
-import shutil
-import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -480,41 +475,3 @@ def test_a_growing_ledger_is_read_on_and_one_cut_back_anew(tmp_path):
 def test_it_needs_no_torch():
     code = "import slimpajama_hf.report, slimpajama_hf.report.watch, sys; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT).returncode == 0
-
-
-@needs_browser
-def test_watch_takes_in_new_rows_and_keeps_the_place(run, tab, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(run, folder)
-    whole = (folder / "ledger.jsonl").read_bytes().splitlines(keepends=True)
-    (folder / "ledger.jsonl").write_bytes(b"".join(whole[:80]))
-    command = [sys.executable, "-m", "slimpajama_hf", "report", str(folder), "--watch"]
-    # A shell starts what it puts in the background with Ctrl-C ignored, tests and all.
-    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(
-        command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heard
-    )
-    try:
-        assert process.stderr is not None
-        said = process.stderr.readline()
-        address = said.split("watching")[1].split(": ", 1)[1].split()[0]
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(urllib.request.Request(address, headers={"Host": "evil.example"}))
-        assert refused.value.code == 403
-        with urllib.request.urlopen(f"{address}data") as answer:
-            tag = answer.headers["ETag"]
-        with pytest.raises(urllib.error.HTTPError) as same:
-            urllib.request.urlopen(urllib.request.Request(f"{address}data", headers={"If-None-Match": tag}))
-        assert same.value.code == 304
-        tab.errors.clear()
-        tab.open(address, "document.querySelector('#live').textContent.includes('80')")
-        go(tab, 20)
-        (folder / "ledger.jsonl").write_bytes(b"".join(whole))
-        tab.until("document.querySelector('#live').textContent.includes('120')")
-        assert tab.text("#step-title") == "20" and tab.value("document.querySelector('#slider').max") == "119"
-        assert tab.errors == []
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
-    finally:
-        process.kill()
-        process.wait()

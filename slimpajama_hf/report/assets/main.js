@@ -4,7 +4,7 @@ let run = null;
 // Until somebody moves the step, what was written last is shown, whatever document the page opens at.
 const cursor = { index: 0, hover: null, moved: false };
 const page = document.documentElement;
-const watching = page.dataset.watch === "yes";
+const watching = page.dataset.watch !== "no";
 
 // Mean and standard error of the numbers among `values`.
 function meanAndError(values) {
@@ -243,8 +243,7 @@ function take(content, first) {
   shownWriting = "";
   cursor.hover = null;
   fillStrides();
-  const figures = run.meta.headline;
-  if (!first) for (const [id, value] of [["steps", count(run.meta.steps)], ["loss", fixed(figures.loss, 3)], ["accuracy", percent(figures.accuracy ?? NaN)], ["bits-per-byte", fixed(figures.bits_per_byte, 3)], ["training-time", seconds(figures.seconds)]]) $(`figure-${id}`).textContent = value;
+  if (!first) showFigures();
   for (const old of document.querySelectorAll(".top > .note.told")) old.remove();
   for (const text of run.meta.notes) $("failure").before(element("p.note.told", {}, signs(text)));
   showRecord();
@@ -275,6 +274,14 @@ function take(content, first) {
 // The page opens at a late document that can be read (documents.late_and_readable), else at the last step.
 const startingPlace = () => (run.meta.opens_at === null ? run.n - 1 : nearest(run.steps, run.meta.opens_at));
 
+function showFigures() {
+  const { headline: head, steps } = run.meta;
+  for (const [id, value] of [["steps", count(steps)], ["loss", fixed(head.loss, 3)], ["accuracy", percent(head.accuracy ?? NaN)], ["bits-per-byte", fixed(head.bits_per_byte, 3)], ["tokens", thousands(head.tokens)], ["training-time", seconds(head.seconds)]]) $(`figure-${id}`).textContent = value;
+  $("figure-tokens").nextSibling.textContent = `${thousands(head.text_bytes)}B of text`;
+  $("figure-training-time").nextSibling.textContent = `${fixed(head.throughput, 0)} tokens per second`;
+}
+const thousands = (value) => { const [size, letter] = [[1e9, "G"], [1e6, "M"], [1e3, "k"]].find(([size]) => value >= size) ?? [1, ""]; return `${size > 1 ? +(value / size).toPrecision(3) : count(value)} ${letter}`; };
+
 function nothingYet() {
   for (const id of ["curves", "one-step", "writing", "learning", "corpus"]) $(id).hidden = true;
   $("scrubber").hidden = true;
@@ -291,29 +298,6 @@ function chooseWindow() {
 function fail(text) {
   $("failure").textContent = text;
   $("failure").hidden = false;
-}
-
-// ---- watching a run that is on ----
-
-let tag = "";
-async function ask() {
-  const live = $("live");
-  live.hidden = false;
-  try {
-    const answer = await fetch("data", { headers: tag ? { "If-None-Match": tag } : {}, cache: "no-store" });
-    if (answer.status === 200) {
-      tag = answer.headers.get("ETag") || "";
-      const content = unpack(await gunzip(new Uint8Array(await answer.arrayBuffer())));
-      take(content, run === null);
-    } else if (answer.status !== 304) throw new Error(`the server says ${answer.status}`);
-    live.className = "";
-    live.textContent = `live · step ${count(run?.meta.steps ?? 0)}`;
-  } catch (error) {
-    live.className = "lost";
-    live.textContent = "not connected";
-    if (run === null) fail(`The run cannot be shown: ${error.message}`);
-  }
-  setTimeout(ask, document.hidden ? 10000 : 2000);
 }
 
 // ---- controls ----
@@ -384,7 +368,7 @@ addEventListener("afterprint", () => {
 });
 
 nothingYet();
-if (watching) ask();
+if (watching) follow();
 else {
   // The head of the page is seen before the charts are drawn; a page in the background gets no frame.
   const painted = new Promise((done) => { requestAnimationFrame(() => setTimeout(done)); setTimeout(done, 200); });

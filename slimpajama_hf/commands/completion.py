@@ -1,0 +1,48 @@
+"""`completion SHELL`: completion of every command and flag, as a script for the shell."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+HELP = "a script that completes commands and flags: bash, zsh or fish"
+
+SHELLS = ("bash", "zsh", "fish")
+
+#: What names a file or a folder, by the name of the argument.
+_FILES = {"config", "dataset", "eval_dataset", "tokenizer", "model", "output"}
+_FOLDERS = {"run", "runs", "other", "output_dir", "resume_from_checkpoint"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `completion`."""
+    place = "~/.local/share/bash-completion/completions/slimpajama-hf"
+    parser.description = f"Writes the script to stdout. Once, for bash: slimpajama-hf completion bash > {place}"
+    parser.add_argument("shell", choices=SHELLS, help="the shell that you type in")
+
+
+def main(options: argparse.Namespace) -> int:
+    import shtab
+
+    from slimpajama_hf.settings.arguments import OURS
+    from slimpajama_hf.settings.training_arguments import SlimPajamaTrainingArguments, make_parser
+
+    whole: Any = options.whole
+    commands = next(action for action in whole._actions if isinstance(action, argparse._SubParsersAction)).choices
+    flags = make_parser([*OURS, SlimPajamaTrainingArguments])
+    for name in ("train", "plan"):
+        commands[name].add_argument("--config", help="flags written down in YAML; may be given several times")
+        for action in flags._actions:
+            # One spelling of each: with underscores, as in help and in configurations.
+            action.option_strings = action.option_strings[:1]
+            commands[name]._add_action(action)
+    for parser in commands.values():
+        for action in parser._actions:
+            kind = shtab.FILE if action.dest in _FILES else shtab.DIRECTORY if action.dest in _FOLDERS else None
+            if kind is not None and action.choices is None:
+                action.complete = kind
+    whole.prog = "slimpajama-hf"
+    # The name of a function that has `hf_` and a word in it would be blanked out as a Hub token.
+    sys.stdout.write(shtab.complete(whole, options.shell, root_prefix="slimpajama") + "\n")
+    return 0

@@ -1,0 +1,35 @@
+"""The pages of the live server that are no report: of a run that has not begun, and of several runs."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from slimpajama_hf.report import page
+
+_SCRIPTS = ("uplot/uPlot.iife.min.js", "format.js", "several.js")
+
+
+def waiting(name: str) -> dict[str, Any]:
+    """What `page.render` needs of a run of which nothing is written yet."""
+    nothing = ("loss", "accuracy", "bits_per_byte", "throughput", "noise_scale")
+    return {
+        "title": name,
+        "subtitle": "the run has not begun yet",
+        "steps": 0,
+        "max_steps": None,
+        "headline": dict.fromkeys(nothing) | {"tokens": 0, "text_bytes": 0, "seconds": 0.0},
+    }
+
+
+def several_runs(names: Sequence[str], differences: list[list[Any]]) -> str:
+    """The page of several runs; their numbers come as events. `differences`: see `several.differences`."""
+    data = json.dumps({"names": list(names), "differences": differences})
+    parts = {
+        "title": html.escape(f"{len(names)} runs"),
+        "data": base64.b64encode(data.encode("utf-8", "surrogatepass")).decode(),
+    }
+    return page.filled("several.html", _SCRIPTS, parts, asks_server=True)
