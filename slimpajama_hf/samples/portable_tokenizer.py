@@ -73,9 +73,9 @@ def files_for(folder: Path, positions: int | None) -> dict[str, bytes]:
     return changed
 
 
-def why_not_everywhere(folder: Path) -> str | None:
-    """Why transformers 4 does not load the tokenizer of a saved model, in a few words; None where it does."""
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+def why_not_everywhere(config: dict[str, Any]) -> str | None:
+    """Why transformers 4 does not load a saved tokenizer, by its tokenizer_config.json, in a few words; None where it
+    does."""
     if config.get("tokenizer_class") != "SentencePieceBackend":
         return None
     return "the `tokenizers` library has no exact form of this SentencePiece model"

@@ -92,7 +92,8 @@ def record_run(
         if settings.stranger is not None:
             record["corpus"] = corpus.describe()
     else:
-        record = new_record(corpus.describe())
+        project = settings.training.project if "project" in settings.typed else folder.path.resolve().name
+        record = new_record(corpus.describe()) | {"tracker_project": project}
     # What was done after the checkpoint is done again: so are the starts that lay there.
     earlier = [each for each in record.get("sessions", []) if each["step"] < point.step]
     started = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": point.step}

@@ -36,7 +36,7 @@ def complete(folder: Path) -> str | None:
     """Put them there. Returns why transformers 4 will not load the tokenizer, in a few words; None where it will."""
     for name, content in files_for(folder).items():
         (folder / name).write_bytes(content)
-    return portable_tokenizer.why_not_everywhere(folder) if (folder / _TOKENIZER).is_file() else None
+    return portable_tokenizer.why_not_everywhere(_read(folder / _TOKENIZER))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -47,7 +47,10 @@ class Watchers:
         self.views = ViewProcess(folder, *views.caption_of(record), max_steps=settings.training.max_steps)
         self.drawing = DrawViews(trainer, self.views, run.viz_interval, "viz_interval" in typed)
         names, first = training_arguments.asked(settings.training.report_to), record["sessions"][-1]["step"]
-        self.trackers = Trackers(names, folder, record["run_id"], first, trainer.recorder.flush)
+        # A run that was begun before it had a project of its own goes on in that of transformers.
+        given = settings.training.project
+        project = given if "project" in typed else record.get("tracker_project", given)
+        self.trackers = Trackers(names, folder, record["run_id"], first, trainer.recorder.flush, project)
 
     @property
     def callbacks(self) -> list[TrainerCallback]:
