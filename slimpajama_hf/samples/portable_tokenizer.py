@@ -109,15 +109,14 @@ def _twin(model: bytes) -> str | None:
     }
     unknown = pieces[processor.unk_id()]
     bytes_known = sum(processor.is_byte(index) for index in range(len(pieces))) == 256
-    twin = Tokenizer(
-        models.BPE(
-            vocab={piece: index for index, piece in enumerate(pieces)},
-            merges=_merges(plain, processor),
-            unk_token=unknown,
-            byte_fallback=bytes_known,
-            fuse_unk=True,
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    merges = _merges(plain, processor)
+    try:
+        twin = Tokenizer(
+            models.BPE(vocab=vocab, merges=merges, unk_token=unknown, byte_fallback=bytes_known, fuse_unk=True)
         )
-    )
+    except Exception:  # tokenizers raises bare Exception, here for pieces that it cannot hold.
+        return None
     twin.normalizer = normalizers.Replace(" ", _SPACE)
     twin.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     if not all(_same(processor, twin, text) for text in [*_HARD_TEXTS, *_random_texts(plain)]):
