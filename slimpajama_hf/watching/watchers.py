@@ -48,7 +48,7 @@ class Watchers:
         self.drawing = DrawViews(trainer, self.views, run.viz_interval, "viz_interval" in typed)
         names, first = training_arguments.asked(settings.training.report_to), record["sessions"][-1]["step"]
         # A run that was begun before it had a project of its own goes on in that of transformers.
-        given = settings.training.project
+        given = str(settings.training.project)
         project = given if "project" in typed else record.get("tracker_project", given)
         self.trackers = Trackers(names, folder, record["run_id"], first, trainer.recorder.flush, project)
 

@@ -151,14 +151,17 @@ def main(environments: Path, work: Path) -> int:
     tokenizers = {"sp": "builtin", "bpe": str(work / "bpe-tokenizer")}
     models = Table(*(f"{KINDS[kind]}: {place}" for kind in KINDS for place in PLACES))
     others = Table("what it read")
-    hf = python_of(environments, "hf").parent / "hf"
+    hf = python_of(environments, "hf")
     with LoopbackModelHub() as hub:
         places: dict[str, dict[str, Any]] = {}
         for kind, tokenizer in tokenizers.items():
             train(work / kind, tokenizer, "--push_to_hub", "--hub_model_id", f"me/{kind}", **hub.environment())
             last, clone = work / kind / "checkpoint-60", work / f"{kind}-clone"
             wrong = fetch(hf, hub, f"me/{kind}", clone)
-            others.add(f"`hf` {run(hf, '--version').split()[-1]}", [{f"`hf download me/{kind}`": wrong}])
+            others.add(
+                f"`hf` {run(hf, '-c', 'import huggingface_hub as h; print(h.__version__)').strip()}",
+                [{f"`hf download me/{kind}`": wrong}],
+            )
             for place, folder, name in (
                 (PLACES[0], clone, f"me/{kind}"),
                 (PLACES[1], last, str(last)),
@@ -203,10 +206,20 @@ def add(table: Table, answer: dict[str, Any]) -> None:
         table.add(f"{name} {answer['versions'].get(name, '')}".strip(), [{"all of it": why}])
 
 
-def fetch(hf: Path, hub: LoopbackModelHub, repo: str, clone: Path) -> str:
+def fetch(python: Path, hub: LoopbackModelHub, repo: str, clone: Path) -> str:
     """Fetch a repository by the command of the Hub's own library; what is wrong with the files."""
     with tempfile.TemporaryDirectory() as home:
-        run(hf, "download", repo, "--local-dir", clone, HF_HOME=home, **hub.environment(None))
+        run(
+            python,
+            "-m",
+            "huggingface_hub.cli.hf",
+            "download",
+            repo,
+            "--local-dir",
+            clone,
+            HF_HOME=home,
+            **hub.environment(None),
+        )
     files = hub.models[repo].files
     wrong = [name for name, content in files.items() if (clone / name).read_bytes() != content]
     return f"other bytes in {', '.join(wrong)}" if wrong else ""

@@ -12,7 +12,7 @@ answers = Answers(sys.argv[1])
 answers.about["lm_eval"] = version("lm_eval")
 for model_name, expected in answers.models():
     model = HFLM(pretrained=model_name, device="cpu", batch_size=2, dtype="float32")
-    pairs = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in expected.texts]
+    pairs = [(start, " " + end) for start, _, end in (text.rpartition(" ") for text in expected.texts)]
     with answers.check("log-likelihood"):
         requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
         found = model.loglikelihood(requests, disable_tqdm=True)

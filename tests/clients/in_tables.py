@@ -24,7 +24,7 @@ def compare(rows, loss, spikes, late, nested):
 with answers.check("duckdb"):
     found = duckdb.sql(
         f"select count(*), sum(loss), count(spike), max(my_number), list(skipped[1].records) filter (len(skipped) > 0) from '{path}'"
-    ).fetchone()
+    ).fetchall()[0]
     compare(found[0], found[1], found[2], found[3], found[4])
 with answers.check("polars"):
     table = polars.read_parquet(path)

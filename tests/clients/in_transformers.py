@@ -35,6 +35,8 @@ for model_name, expected in answers.models():
         for text, written in zip(expected.texts, expected.greedy, strict=True):
             answers.equal(writer(text, **how)[0]["generated_text"], text + written)
     with answers.check("greedy batch"):
+        # 5 does this by itself, 4.57 warns and asks for it: what is written begins where the prompts end.
+        writer.tokenizer.padding_side = "left"
         found = [each[0]["generated_text"] for each in writer(expected.texts, batch_size=len(expected.texts), **how)]
         answers.equal(found, [text + written for text, written in zip(expected.texts, expected.greedy, strict=True)])
 answers.end()
