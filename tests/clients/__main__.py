@@ -33,7 +33,7 @@ NEW_TOKENS = 8
 KINDS = {"sp": "SentencePiece", "bpe": "byte-level BPE"}
 PLACES = ("root on the Hub", "checkpoint", "averaged")
 
-#: Client script -> its environment, and whether it loads a repository by itself (else the folder that `hf` fetched).
+#: Client script (and what tells two uses of it apart) -> its environment.
 OF_MODELS = {
     "in_transformers.py transformers4": "transformers4",
     "in_transformers.py transformers5": "transformers5",
@@ -126,7 +126,7 @@ class Table:
     """Cells of clients; what does not hold is a note below."""
 
     def __init__(self, *columns: str) -> None:
-        self._lines = [["client", *columns]]
+        self._lines = [["client", "compared", *columns]]
         self.notes: list[str] = []
 
     def add(self, client: str, cells: list[dict[str, str] | str]) -> None:
@@ -136,8 +136,9 @@ class Table:
             wrong = [cell] if isinstance(cell, str) else [f"{name}: {why}" for name, why in cell.items() if why]
             if wrong:
                 self.notes.append(f"{client}: {'; '.join(wrong)}")
-            shown.append(f"no ({len(self.notes)})" if wrong else ", ".join(cell))
-        self._lines.append([client, *shown])
+            shown.append(f"no ({len(self.notes)})" if wrong else "yes")
+        compared = next((", ".join(cell) for cell in cells if isinstance(cell, dict)), "")
+        self._lines.append([client, compared, *shown])
 
     def __str__(self) -> str:
         lines = ["| " + " | ".join(line) + " |" for line in self._lines]
@@ -150,7 +151,7 @@ def main(environments: Path, work: Path) -> int:
         "--vocab_size", "2000", "--documents", "400", "--output", work / "bpe-tokenizer")  # fmt: skip
     tokenizers = {"sp": "builtin", "bpe": str(work / "bpe-tokenizer")}
     models = Table(*(f"{KINDS[kind]}: {place}" for kind in KINDS for place in PLACES))
-    others = Table("what it read")
+    others = Table("equal")
     hf = python_of(environments, "hf")
     with LoopbackModelHub() as hub:
         places: dict[str, dict[str, Any]] = {}
@@ -160,7 +161,7 @@ def main(environments: Path, work: Path) -> int:
             wrong = fetch(hf, hub, f"me/{kind}", clone)
             others.add(
                 f"`hf` {run(hf, '-c', 'import huggingface_hub as h; print(h.__version__)').strip()}",
-                [{f"`hf download me/{kind}`": wrong}],
+                [{f"every byte of me/{kind}": wrong}],
             )
             for place, folder, name in (
                 (PLACES[0], clone, f"me/{kind}"),
@@ -203,7 +204,8 @@ def add(table: Table, answer: dict[str, Any]) -> None:
     """A row for each check of a client that is asked about one thing."""
     cells = answer["cells"].get("-", {answer.get("error", "-"): answer.get("error", "it did not answer")})
     for name, why in cells.items():
-        table.add(f"{name} {answer['versions'].get(name, '')}".strip(), [{"all of it": why}])
+        compared = "every step" if name in ("tensorboard", "trackio") else "rows, sums, types, columns null at first"
+        table.add(f"{name} {answer['versions'].get(name, '')}".strip(), [{compared: why}])
 
 
 def fetch(python: Path, hub: LoopbackModelHub, repo: str, clone: Path) -> str:

@@ -30,7 +30,7 @@ class Answers:
         self.about |= {module.__name__: module.__version__ for module in modules}
 
     def models(self):
-        """(what to load, what is right) of each model; one that cannot be loaded at all is an answer too."""
+        """(what to load, what is right) of each model."""
         for key, entry in self.request["models"].items():
             about = json.loads(Path(entry["expected"] + ".json").read_text(encoding="utf-8"))
             self._model = key
