@@ -50,7 +50,9 @@ def files_for(folder: Path, positions: int | None) -> dict[str, bytes]:
         twin = None if _has_tokens_beside(before, folder) else _twin((folder / "tokenizer.model").read_bytes())
         if twin is not None:
             changed["tokenizer.json"] = twin.encode()
-            config = {name: value for name, value in config.items() if name not in ("backend", "sp_model_kwargs")}
+            # Others write "</s>" behind a text and mean the token: only in training it is letters.
+            of_ours = ("backend", "sp_model_kwargs", "split_special_tokens")
+            config = {name: value for name, value in config.items() if name not in of_ours}
             config["tokenizer_class"] = CLASS_NAME
     elif before.get("tokenizer_class") in _NEW_CLASS_NAMES:
         config["tokenizer_class"] = CLASS_NAME
@@ -67,7 +69,7 @@ def files_for(folder: Path, positions: int | None) -> dict[str, bytes]:
     if config.get("pad_token") is None and (token := config.get("eos_token") or config.get("unk_token")) is not None:
         # Batches need one. Attention never looks at it, and no loss counts it.
         config["pad_token"] = token
-    kept = ("tokenizer_class", "backend", "sp_model_kwargs", "pad_token")
+    kept = ("tokenizer_class", "backend", "sp_model_kwargs", "split_special_tokens", "pad_token")
     config[AS_TRAINED] = {name: before.get(name) for name in kept if before.get(name) != config.get(name)}
     changed["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     return changed

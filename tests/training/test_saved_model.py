@@ -48,7 +48,8 @@ def test_the_manifest_is_of_the_files_as_they_lie_there(finished):
 
 def test_ids_and_text_are_those_of_training(saved, encoder):
     theirs = AutoTokenizer.from_pretrained(str(saved))
-    for text in (*TEXTS, "</s> <unk>"):
+    assert theirs("a</s>")["input_ids"][-1] == theirs.eos_token_id, "fine-tuning puts it behind a text, by its name"
+    for text in TEXTS:
         ids = theirs(text)["input_ids"]
         assert ids == encoder.encode(text)[0]
         assert theirs.decode(ids) == text
