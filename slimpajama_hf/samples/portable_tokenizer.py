@@ -14,7 +14,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from slimpajama_hf.samples.tokenizer import AS_TRAINED
+from slimpajama_hf.samples.tokenizer import AS_TRAINED, KEPT_AS_TRAINED
 
 #: The class name that both 4.57 and 5 know; the one that 5 writes, 4.57 does not.
 CLASS_NAME = "PreTrainedTokenizerFast"
@@ -69,8 +69,7 @@ def files_for(folder: Path, positions: int | None) -> dict[str, bytes]:
     if config.get("pad_token") is None and (token := config.get("eos_token") or config.get("unk_token")) is not None:
         # Batches need one. Attention never looks at it, and no loss counts it.
         config["pad_token"] = token
-    kept = ("tokenizer_class", "backend", "sp_model_kwargs", "split_special_tokens", "pad_token")
-    config[AS_TRAINED] = {name: before.get(name) for name in kept if before.get(name) != config.get(name)}
+    config[AS_TRAINED] = {name: before.get(name) for name in KEPT_AS_TRAINED if before.get(name) != config.get(name)}
     changed["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     return changed
 

@@ -33,6 +33,8 @@ END_OF_TEXT = "<|endoftext|>"
 _HUB_TIMEOUT_SECONDS = 10.0
 #: In the tokenizer_config.json of a saved model: what was changed there for other programs, as it was in training.
 AS_TRAINED = "as_trained"
+#: The fields that may stand there. The file may be a stranger's: others are passed over.
+KEPT_AS_TRAINED = ("tokenizer_class", "backend", "sp_model_kwargs", "split_special_tokens", "pad_token")
 
 # Any of these in a folder means that somebody saved a tokenizer there.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
@@ -132,7 +134,8 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
 def _as_trained(folder: Path) -> dict[str, Any]:
     """What a run's checkpoint says of the tokenizer that it was trained with, where its files are for everybody."""
     path = folder / "tokenizer_config.json"
-    return dict(json.loads(path.read_text(encoding="utf-8")).get(AS_TRAINED, {})) if path.is_file() else {}
+    was = json.loads(path.read_text(encoding="utf-8")).get(AS_TRAINED, {}) if path.is_file() else {}
+    return {name: was[name] for name in KEPT_AS_TRAINED if name in was}
 
 
 def _from_tokenizer_json(path: Path) -> PreTrainedTokenizerBase:
