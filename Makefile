@@ -4,10 +4,12 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Environments of programs that others wrote, each with its own packages.
+CLIENTS ?= $(VENV)/clients
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: help install test-run test test-faults test-all check lint types audit bench docs gpu-check train clean
+.PHONY: help install test-run test test-faults test-clients test-all check lint types audit bench docs gpu-check train clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,6 +39,9 @@ test-faults: $(DEV_STAMP) ## the long version of the faults (kills, full disks, 
 	@rm -f $(VENV)/faults.jsonl
 	@FAULT_TABLE=$(VENV)/faults.jsonl $(BIN)/python -m pytest -m "slow or not slow" $(FAULT_TESTS)
 	@$(BIN)/python -m tests.fault_table $(VENV)/faults.jsonl
+
+test-clients: $(DEV_STAMP) ## what a run leaves, in programs of others (transformers 4.57, llama.cpp, DuckDB, ...); minutes, needs the package index
+	@$(BIN)/python -m tests.clients $(CLIENTS)
 
 test-all: $(DEV_STAMP) ## every test, the minutes-long ones too
 	@$(BIN)/python -m pytest -m "slow or not slow"

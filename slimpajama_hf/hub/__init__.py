@@ -2,6 +2,6 @@
 
 `account` asks before step 0 whether the token may write. Training (`background`) lays hard links of each checkpoint
 into `outbox`; a process of its own (`upload_process`) makes of the newest one what goes up (`staging`,
-`portable_tokenizer`, `model_card`) and commits it, again and again while the Hub fails. `push` does that in the
+`model_card`) and commits it, again and again while the Hub fails. `push` does that in the
 foreground, `fetch` is the way back. docs/hub.md has the layout.
 """

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from slimpajama_hf import files, report
-from slimpajama_hf.hub import portable_tokenizer
 from slimpajama_hf.model import averaging
 from slimpajama_hf.record import checkpoints, ledger, run_folder
 from slimpajama_hf.record.columns import read_columns
 from slimpajama_hf.record.run_folder import RunFolder
+from slimpajama_hf.training import saved_model
 from slimpajama_hf.views import model_card, views
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def prepare(
     averaged = _average_is_better(evaluation, checkpoint)
     if evaluation is not None and averaged:
         evaluation |= {"scores": evaluation["averaged"]}
-    paths = _model_and_state(checkpoint, manifest, scratch / "tokenizer", with_state, samples, averaged)
+    paths = _model_and_state(checkpoint, manifest, scratch / "made", with_state, averaged)
     about = model_card.About(
         repo=repo,
         record=record,
@@ -167,7 +167,6 @@ def _model_and_state(
     manifest: dict[str, Any],
     made: Path,
     with_state: bool,
-    samples: list[dict[str, Any]],
     averaged: bool,
 ) -> dict[str, Path]:
     """Path in the repository -> file, for the files of the checkpoint.
@@ -176,7 +175,8 @@ def _model_and_state(
     manifest is about that.
     """
     paths: dict[str, Path] = {}
-    portable = portable_tokenizer.files_for(checkpoint, [f"{each['input']}{each['output'] or ''}" for each in samples])
+    # One that an older version saved may lack something.
+    portable = saved_model.files_for(checkpoint)
     for name in [*manifest["files"], checkpoints.MANIFEST]:
         if name.startswith(f"{averaging.FOLDER}/"):
             # A model of its own: `from_pretrained(repo, subfolder="averaged")`.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,10 @@ BUILTIN_MODEL = ROOT / "slimpajama_hf" / "assets" / "builtin.model"
 KINDS = ("sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe")
 END_OF_TEXT = "<|endoftext|>"
 _HUB_TIMEOUT_SECONDS = 10.0
+#: In the tokenizer_config.json of a saved model: what was changed there for other programs, as it was in training.
+AS_TRAINED = "as_trained"
+#: The fields that may stand there. The file may be a stranger's: others are passed over.
+KEPT_AS_TRAINED = ("tokenizer_class", "backend", "sp_model_kwargs", "split_special_tokens", "pad_token")
 
 # Any of these in a folder means that somebody saved a tokenizer there.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
@@ -115,13 +120,22 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        was = _as_trained(folder)
+        kind = _sentencepiece_class() if was.pop("tokenizer_class", None) == "SentencePieceBackend" else AutoTokenizer
+        tokenizer = kind.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **was)
     except Exception as error:  # tokenizers raises bare Exception; see _from_hub
         raise UserError(
             f"the tokenizer in {folder} could not be read ({_reason(error)}); expected the files that"
             f" save_pretrained() writes: save it again, or type --tokenizer {BUILTIN}"
         ) from error
     return _checked(tokenizer, str(folder))
+
+
+def _as_trained(folder: Path) -> dict[str, Any]:
+    """What a run's checkpoint says of the tokenizer that it was trained with, where its files are for everybody."""
+    path = folder / "tokenizer_config.json"
+    was = json.loads(path.read_text(encoding="utf-8")).get(AS_TRAINED, {}) if path.is_file() else {}
+    return {name: was[name] for name in KEPT_AS_TRAINED if name in was}
 
 
 def _from_tokenizer_json(path: Path) -> PreTrainedTokenizerBase:

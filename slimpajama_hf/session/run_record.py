@@ -85,12 +85,15 @@ def record_run(
     tokenizer_sha256 = _digest(sorted(tokenizer.get_vocab().items()))
     if is_asked(settings.training.resume_from_checkpoint) and folder.record.is_file():
         record = folder.read_record()
-        _refuse_another(settings, record, tokenizer_name, tokenizer_sha256, described["sha256"])
+        _refuse_another(
+            settings, record, tokenizer_name, tokenizer_sha256, {described["sha256"], _config_sha256(model)}
+        )
         _say_what_differs(settings, record)
         if settings.stranger is not None:
             record["corpus"] = corpus.describe()
     else:
-        record = new_record(corpus.describe())
+        project = settings.training.project if "project" in settings.typed else folder.path.resolve().name
+        record = new_record(corpus.describe()) | {"tracker_project": project}
     # What was done after the checkpoint is done again: so are the starts that lay there.
     earlier = [each for each in record.get("sessions", []) if each["step"] < point.step]
     started: dict[str, Any] = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": point.step}
@@ -120,7 +123,6 @@ def record_run(
 
 def _model(settings: Settings, model: Any, precision: str) -> dict[str, Any]:
     """What `run.json` says of the model."""
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "use_cache")}
     return {
         "name": settings.model.model,
         "parameters": model.num_parameters(),
@@ -131,12 +133,19 @@ def _model(settings: Settings, model: Any, precision: str) -> dict[str, Any]:
         "computed_in": None,
         "max_seq_length": settings.data.max_seq_length,
         "sample_mode": settings.data.sample_mode,
-        "sha256": _digest(config),
+        "sha256": _config_sha256(model, "n_ctx"),
     }
 
 
+def _config_sha256(model: Any, *left_out: str) -> str:
+    """Sum of a model's configuration. `n_ctx`, which a checkpoint has for converters to other formats, is the number of
+    positions by another name; older runs counted it where their config.json had it."""
+    passed_over = {"transformers_version", "use_cache", *left_out}
+    return _digest({name: value for name, value in model.config.to_dict().items() if name not in passed_over})
+
+
 def _refuse_another(
-    settings: Settings, record: dict[str, Any], tokenizer_name: str, tokenizer_sha256: str, model_sha256: str
+    settings: Settings, record: dict[str, Any], tokenizer_name: str, tokenizer_sha256: str, model_sha256: set[str]
 ) -> None:
     """Raise UserError when tokenizer or model are not those of the run, unless `--allow_changes` names them."""
     allowed = set((settings.run.allow_changes or "").split(","))
@@ -145,7 +154,7 @@ def _refuse_another(
             f"--tokenizer {tokenizer_name}: its vocabulary is not the one that this run was begun with; "
             "bring that one back, or add --allow_changes tokenizer"
         )
-    if record["model"]["sha256"] != model_sha256 and not {"model", "config_overrides", "tokenizer"} & allowed:
+    if record["model"]["sha256"] not in model_sha256 and not {"model", "config_overrides", "tokenizer"} & allowed:
         raise UserError(
             f"--model {settings.model.model}: its configuration is not the one that this run was begun with; "
             "bring that one back, or add --allow_changes model"

@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 
 from slimpajama_hf import files, screen
 from slimpajama_hf.errors import SaidByTheFirst
+from slimpajama_hf.model import averaging
 from slimpajama_hf.record import checkpoints
 from slimpajama_hf.record.run_folder import GROWING, RunFolder, sums
+from slimpajama_hf.training import saved_model
 from slimpajama_hf.training.processes import OthersLost, is_about_others
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class Saving:
         """Where the checkpoint that is being saved is written."""
         self.failure: str | None = None
         """Why the last save did not succeed, if it did not."""
+        self._said = False
 
     def save(self, step: int, cursor: Cursor, write: Callable[[Path], None]) -> None:
         """The checkpoint of `step`, after which reading goes on at `cursor`. `write` fills `checkpoint-<step>` of the
@@ -88,6 +91,7 @@ class Saving:
                     state = {"cursor": dataclasses.asdict(cursor)}
                     path = checkpoints.path_of(self.staging, step) / checkpoints.DATA_STATE
                     path.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+                    self._complete(path.parent)
             except (OSError, RuntimeError, SafetensorError) as error:
                 if is_about_others(error):
                     raise
@@ -97,3 +101,11 @@ class Saving:
             # All have written: now the first renames, and all wait for it.
             team.agree(failure)
         team.first_does(lambda: checkpoints.keep_newest(run, self._limit))
+
+    def _complete(self, checkpoint: Path) -> None:
+        """What other programs need beside what transformers writes; what one of them will not load is said once."""
+        why = saved_model.complete(checkpoint)
+        saved_model.complete(checkpoint / averaging.FOLDER)
+        if why is not None and not self._said:
+            self._said = True
+            screen.say(f"transformers 4 will not load the tokenizer of this run: {why}; transformers 5 does")

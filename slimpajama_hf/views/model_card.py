@@ -28,6 +28,9 @@ LAST_STEPS = 50
 
 _TASK = "text-generation"
 
+#: Endings of files and the loader of `datasets` that reads them.
+_LOADERS = {"json": "json", "jsonl": "json", "parquet": "parquet", "txt": "text", "csv": "csv"}
+
 
 @dataclasses.dataclass(frozen=True)
 class About:
@@ -106,10 +109,12 @@ def results(about: About) -> list[Any]:
     found = []
 
     def add(split: str, metric: str, shown: str, value: float, dataset: str, at: str | None) -> None:
+        # What is of the Hub has a revision.
+        kind = dataset if at else _loader_of(about.record)
         if math.isfinite(value):
             found.append(
                 EvalResult(
-                    task_type=_TASK, task_name="Text generation", dataset_type=dataset,
+                    task_type=_TASK, task_name="Text generation", dataset_type=kind,
                     dataset_name=f"{dataset}, {split}", dataset_split=split, dataset_revision=at,
                     metric_type=metric, metric_name=shown, metric_value=round(value, 6),
                 )
@@ -133,6 +138,15 @@ def results(about: About) -> list[Any]:
             dataset = place if "/" in place else name
             add("validation", metric, shown, scores[metric], dataset, at or None)
     return found
+
+
+def _loader_of(record: dict[str, Any]) -> str:
+    """The loader of `datasets` for a corpus of files: cards name that where there is no dataset on the Hub."""
+    for name, *_ in record["corpus"]["files"][:1]:
+        for part in reversed(name.lower().split(".")[1:]):
+            if part in _LOADERS:
+                return _LOADERS[part]
+    return "text"
 
 
 def mean_of_last(values: np.ndarray, window: int = LAST_STEPS) -> float:

@@ -61,10 +61,18 @@ class Trackers(TrainerCallback):
     """
 
     def __init__(
-        self, names: list[str], folder: RunFolder, run_id: str, first_step: int, flush: Callable[[], None]
+        self,
+        names: list[str],
+        folder: RunFolder,
+        run_id: str,
+        first_step: int,
+        flush: Callable[[], None],
+        project: str,
     ) -> None:
-        """`flush` brings the last rows of the recorder; the session begins at `first_step`."""
+        """`flush` brings the last rows of the recorder; the session begins at `first_step`. `project`: where trackers
+        that have projects keep the run."""
         self._names, self._folder, self._run_id, self._first_step = names, folder, run_id, first_step
+        self._project = project
         self._tools: dict[str, Any] = {}
         self._jobs: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(MOST_WAITING)
         self._thread: threading.Thread | None = None
@@ -77,6 +85,8 @@ class Trackers(TrainerCallback):
         if not self._names or not state.is_world_process_zero:
             return
         args = copy.copy(args)
+        # transformers calls it "huggingface", whatever is trained.
+        args.project = self._project
         args.run_name = args.run_name or f"{self._folder.path.name}-{self._run_id[:8]}"
         # wandb takes the identity of a run from here alone.
         os.environ.setdefault("WANDB_RUN_ID", self._run_id)

@@ -56,7 +56,10 @@ class Watchers:
         self.drawing = DrawViews(trainer, self.views, run.viz_interval, "viz_interval" in typed, lambda: self.seconds)
         names, first = training_arguments.asked(settings.training.report_to), record["sessions"][-1]["step"]
         self.arithmetic = [MeasureArithmetic(trainer, folder, record["model"]["precision"])] if run.watch else []
-        self.trackers = Trackers(names, folder, record["run_id"], first, trainer.recorder.flush)
+        # A run that was begun before it had a project of its own goes on in that of transformers.
+        given = str(settings.training.project)
+        project = given if "project" in typed else record.get("tracker_project", given)
+        self.trackers = Trackers(names, folder, record["run_id"], first, trainer.recorder.flush, project)
 
     @property
     def callbacks(self) -> list[TrainerCallback]:

@@ -99,6 +99,8 @@ def test_the_card_is_of_this_run(pushed):
     evaluation = json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])["scores"]["all"]
     values = [metric["value"] for result in data["model-index"][0]["results"] for metric in result["metrics"]]
     assert any(value == pytest.approx(evaluation["loss"], abs=1e-4) for value in values)
+    # Files here: the loader that reads them stands where a dataset on the Hub would.
+    assert {result["dataset"]["type"] for result in data["model-index"][0]["results"]} == {"json"}
     bits = columns.read_columns(run / "ledger.jsonl").prequential_bits_per_byte()
     assert any(value == pytest.approx(bits, abs=1e-4) for value in values)
     assert rows[-1]["chain"] in text and "training_viz/training_latest.png" in text

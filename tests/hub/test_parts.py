@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from pathlib import Path
 
 import pytest
 
 from slimpajama_hf import priority
-from slimpajama_hf.hub import fetch, portable_tokenizer, staging, stranger, upload_process
+from slimpajama_hf.hub import fetch, staging, stranger, upload_process
 from slimpajama_hf.hub.account import Destination
 from slimpajama_hf.views import model_card
 
@@ -56,23 +54,6 @@ def test_a_token_in_a_command_does_not_go_up():
     assert up["command"] == ["run.py", "--seed", "3"]
     assert up["corpus"]["files"] == [["x.jsonl", "x.jsonl", 5], ["y", "hf://datasets/a/b@c/y"]]
     assert record["command"][2] == "secret", "what is here stays as it is"
-
-
-def test_a_tokenizer_is_written_as_older_versions_load_it(finished, tmp_path):
-    folder = Path(shutil.copytree(finished / "checkpoint-10", tmp_path / "c"))
-    made = portable_tokenizer.files_for(folder, ["a text of the run"])
-    assert set(made) == {"tokenizer.json", "tokenizer_config.json"}
-    assert json.loads(made["tokenizer_config.json"])["tokenizer_class"] == "PreTrainedTokenizerFast"
-    for name, content in made.items():
-        (folder / name).write_bytes(content)
-    (folder / "tokenizer.model").unlink()
-    from transformers import AutoTokenizer
-
-    there, here = (AutoTokenizer.from_pretrained(str(each)) for each in (folder, finished / "checkpoint-10"))
-    for text in ("Hello  world\n\tünï", "def f(x): return x**2"):
-        assert there.encode(text) == here.encode(text)
-    (folder / "tokenizer_config.json").unlink()
-    assert portable_tokenizer.files_for(folder, []) == {}
 
 
 def test_text_of_a_document_is_plain_words_on_the_card():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import time
@@ -41,6 +42,7 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_tensorboard_has_every_number_of_the_ledger_once(run):
     rows, found = read_ledger(run), scalars(run)
+    assert json.loads((run / "run.json").read_text())["tracker_project"] == "run"
     assert [row["step"] for row in rows] == list(range(40))
     for key, name in trackers.METRICS.items():
         expected = [(row["step"], row[key]) for row in rows]
@@ -86,7 +88,8 @@ class Tool:
     def __init__(self, fails_at: int | None = None) -> None:
         self.fails_at, self.got, self.ended = fails_at, [], False  # type: ignore[var-annotated]
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None: ...
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.project = args.project
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
         if state.global_step == self.fails_at:
@@ -106,7 +109,7 @@ def test_one_that_fails_is_said_once_and_the_other_goes_on(tmp_path, monkeypatch
     monkeypatch.setattr(trackers.Trackers, "_made", lambda self, name: tools[name])
     monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     monkeypatch.delenv("WANDB_RESUME", raising=False)
-    sender, said = trackers.Trackers(list(tools), RunFolder(tmp_path / "run"), "0123456789", 0, lambda: None), []
+    sender, said = trackers.Trackers(list(tools), RunFolder(tmp_path / "run"), "0123456789", 0, lambda: None, "run"), []
     monkeypatch.setattr(screen, "say", said.append)
     args, state = SimpleNamespace(run_name=None), SimpleNamespace(is_world_process_zero=True, global_step=0)
     sender.on_train_begin(args, state, None)
@@ -115,6 +118,7 @@ def test_one_that_fails_is_said_once_and_the_other_goes_on(tmp_path, monkeypatch
     sender.on_train_end(args, state, None)
     assert args.run_name is None and state.global_step == 0, "what belongs to the Trainer is left alone"
     assert said == ["--report_to wandb: it is left alone from here on (ConnectionError: no route to host)"]
+    assert tools["trackio"].project == "run", "not that of transformers, which is one for all runs"
     assert [step for step, _ in tools["wandb"].got] == [0, 1]
     assert [step for step, _ in tools["trackio"].got] == list(range(6)) and tools["trackio"].ended
     logs = tools["trackio"].got[0][1]
@@ -133,7 +137,7 @@ def test_one_that_stands_still_holds_nothing_up_and_what_it_missed_is_counted(tm
     monkeypatch.setattr(trackers, "MOST_WAITING", 4)
     monkeypatch.setenv("WANDB_RUN_ID", "x")
     monkeypatch.setenv("WANDB_RESUME", "allow")
-    sender, said = trackers.Trackers(["wandb"], RunFolder(tmp_path / "run"), "0123456789", 0, lambda: None), []
+    sender, said = trackers.Trackers(["wandb"], RunFolder(tmp_path / "run"), "0123456789", 0, lambda: None, "run"), []
     monkeypatch.setattr(screen, "say", said.append)
     args, state = SimpleNamespace(run_name="r"), SimpleNamespace(is_world_process_zero=True, global_step=0)
     sender.on_train_begin(args, state, None)

@@ -1,0 +1,157 @@
+"""The tokenizer of a saved model as every `transformers` loads it: 4.57, 5, and what stands on them.
+
+A SentencePiece model is saved by transformers 5 under a class that 4.57 does not have, and that prints bytes as
+"<0x0A>" in 5. Its exact twin for the `tokenizers` library can be written wherever it is a BPE model that takes text as
+it is (as those made here do): same ids, same text back. It is written only after it was found the same on texts that
+are meant to break it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from slimpajama_hf.samples.tokenizer import AS_TRAINED, KEPT_AS_TRAINED
+
+#: The class name that both 4.57 and 5 know; the one that 5 writes, 4.57 does not.
+CLASS_NAME = "PreTrainedTokenizerFast"
+_NEW_CLASS_NAMES = ("TokenizersBackend",)
+
+_SPACE = "▁"
+
+#: Texts on which a twin that is only nearly right gives itself away.
+_HARD_TEXTS = (
+    "", " ", "  two  spaces  ", *(" " * count + "x" for count in range(1, 80)), f"{_SPACE} a{_SPACE}b", "1234567 89",
+    "\n\n\ttabs\r\n", "ünïcödé e\u0301 naïve", "日本語のテキスト 🎉🎉", "\x00\x01\x7f\u200b\u202e", "<unk><s></s>",
+    "<0x0A>", "a" * 60, "ab" * 40, "def f(x):\n    return x**2\n",
+)  # fmt: skip
+
+#: Random texts of the model's own pieces beside them.
+_RANDOM_TEXTS = 500
+
+
+def files_for(folder: Path, positions: int | None) -> dict[str, bytes]:
+    """Files to be put in place of those of `folder` (a saved model), by name; none where they are portable as they are.
+
+    `positions`: the longest text that the model takes, in tokens; None where it has no such limit. `load_tokenizer`
+    reads from what is kept under `AS_TRAINED` the tokenizer that the model was trained with.
+    """
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if AS_TRAINED in before:
+        return {}
+    config, changed = dict(before), dict[str, bytes]()
+    if before.get("tokenizer_class") == "SentencePieceBackend" and (folder / "tokenizer.model").is_file():
+        twin = None if _has_tokens_beside(before, folder) else _twin((folder / "tokenizer.model").read_bytes())
+        if twin is not None:
+            changed["tokenizer.json"] = twin.encode()
+            # Others write "</s>" behind a text and mean the token: only in training it is letters.
+            of_ours = ("backend", "sp_model_kwargs", "split_special_tokens")
+            config = {name: value for name, value in config.items() if name not in of_ours}
+            config["tokenizer_class"] = CLASS_NAME
+    elif before.get("tokenizer_class") in _NEW_CLASS_NAMES:
+        config["tokenizer_class"] = CLASS_NAME
+    if isinstance(config.get("extra_special_tokens"), list):
+        # 4.57 wants a mapping there, and has this name for the list.
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    # What says where and how it was loaded for training is nothing to others.
+    config = {name: value for name, value in config.items() if name not in ("is_local", "local_files_only")}
+    # GPT-2 adds token types to the text, if it is given any: without this 4.57 gives it some.
+    config["model_input_names"] = ["input_ids", "attention_mask"]
+    config["clean_up_tokenization_spaces"] = False
+    if positions is not None:
+        config["model_max_length"] = positions
+    if config.get("pad_token") is None and (token := config.get("eos_token") or config.get("unk_token")) is not None:
+        # Batches need one. Attention never looks at it, and no loss counts it.
+        config["pad_token"] = token
+    config[AS_TRAINED] = {name: before.get(name) for name in KEPT_AS_TRAINED if before.get(name) != config.get(name)}
+    changed["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return changed
+
+
+def why_not_everywhere(config: dict[str, Any]) -> str | None:
+    """Why transformers 4 does not load a saved tokenizer, by its tokenizer_config.json, in a few words; None where it
+    does."""
+    if config.get("tokenizer_class") != "SentencePieceBackend":
+        return None
+    return "the `tokenizers` library has no exact form of this SentencePiece model"
+
+
+def _has_tokens_beside(config: dict[str, Any], folder: Path) -> bool:
+    """Whether tokens were added to those of a SentencePiece model."""
+    from sentencepiece import SentencePieceProcessor
+
+    size = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
+    return any(int(index) >= size for index in config.get("added_tokens_decoder", {}))
+
+
+@functools.lru_cache(maxsize=2)  # Every checkpoint of a run asks for the same, and its average asks again.
+def _twin(model: bytes) -> str | None:
+    """`tokenizer.json` with the ids of a SentencePiece BPE model; None where there is none that is the same."""
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    processor = SentencePieceProcessor(model_proto=model)
+    pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
+    plain = {
+        piece: index
+        for index, piece in enumerate(pieces)
+        if not (
+            processor.is_control(index)
+            or processor.is_unknown(index)
+            or processor.is_byte(index)
+            or processor.is_unused(index)
+        )
+    }
+    unknown = pieces[processor.unk_id()]
+    bytes_known = sum(processor.is_byte(index) for index in range(len(pieces))) == 256
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    merges = _merges(plain, processor)
+    try:
+        twin = Tokenizer(
+            models.BPE(vocab=vocab, merges=merges, unk_token=unknown, byte_fallback=bytes_known, fuse_unk=True)
+        )
+    except Exception:  # tokenizers raises bare Exception, here for pieces that it cannot hold.
+        return None
+    twin.normalizer = normalizers.Replace(" ", _SPACE)
+    twin.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    if not all(_same(processor, twin, text) for text in [*_HARD_TEXTS, *_random_texts(plain)]):
+        return None
+    control = [
+        piece for index, piece in enumerate(pieces) if processor.is_control(index) or processor.is_unknown(index)
+    ]
+    twin.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
+    return twin.to_str(pretty=False)
+
+
+def _merges(plain: dict[str, int], processor: Any) -> list[tuple[str, str]]:
+    """Pairs in the order in which SentencePiece joins them: the better piece first, by its score."""
+    ranked = []
+    for piece, index in plain.items():
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [pair for pair in pairs if pair[0] in plain and pair[1] in plain]
+        known.sort(key=lambda pair: (plain[pair[0]], plain[pair[1]]))
+        ranked += [(-processor.get_score(index), index, pair) for pair in known]
+    ranked.sort(key=lambda entry: entry[:2])
+    return [pair for _, _, pair in ranked]
+
+
+def _same(processor: Any, twin: Any, text: str) -> bool:
+    ids = processor.encode(text)
+    return ids == twin.encode(text).ids and processor.decode(ids) == twin.decode(ids, skip_special_tokens=False)
+
+
+def _random_texts(plain: dict[str, int]) -> list[str]:
+    """Of the model's own pieces, some of them many times over: then merges tie."""
+    draw, pieces = random.Random(0), list(plain)
+    return [
+        "".join(
+            draw.choice(pieces).replace(_SPACE, " ") * draw.choice((1, 1, 1, 5)) for _ in range(draw.randint(1, 60))
+        )
+        for _ in range(_RANDOM_TEXTS)
+    ]

@@ -1,0 +1,47 @@
+"""What the folder of a saved model has beside what `transformers` writes, so that other programs load it as it is.
+
+Converters to other formats ask config.json for `n_ctx`; a batch needs a pad token, in the tokenizer and for `generate`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from slimpajama_hf.samples import portable_tokenizer
+
+_CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
+
+
+def files_for(folder: Path) -> dict[str, bytes]:
+    """Files to be put in place of those of `folder` (a saved model, or one without weights), by name; none where all
+    are as they should be."""
+    config = _read(folder / _CONFIG)
+    positions = config.get("n_positions") or config.get("max_position_embeddings")
+    changed = portable_tokenizer.files_for(folder, positions)
+    if "n_positions" in config and "n_ctx" not in config:
+        changed[_CONFIG] = _written(config | {"n_ctx": positions})
+    tokenizer = json.loads(changed[_TOKENIZER]) if _TOKENIZER in changed else _read(folder / _TOKENIZER)
+    generation = _read(folder / _GENERATION)
+    if generation and generation.get("pad_token_id") is None and tokenizer.get("pad_token") is not None:
+        same = next((each for each in ("eos", "bos") if tokenizer.get(f"{each}_token") == tokenizer["pad_token"]), "")
+        pad = generation.get(f"{same}_token_id")
+        if isinstance(pad, int):
+            changed[_GENERATION] = _written(generation | {"pad_token_id": pad})
+    return changed
+
+
+def complete(folder: Path) -> str | None:
+    """Put them there. Returns why transformers 4 will not load the tokenizer, in a few words; None where it will."""
+    for name, content in files_for(folder).items():
+        (folder / name).write_bytes(content)
+    return portable_tokenizer.why_not_everywhere(_read(folder / _TOKENIZER))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _written(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
