@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from slimpajama_hf import devices, screen
 from slimpajama_hf import precision as precisions
@@ -12,6 +12,7 @@ from slimpajama_hf.record import checkpoints, noise, teaching
 from slimpajama_hf.record.columns import mean_of_last, read_columns
 
 if TYPE_CHECKING:
+    from slimpajama_hf.corpus.corpus import Corpus
     from slimpajama_hf.record.run_folder import RunFolder
     from slimpajama_hf.settings.settings import Settings
     from slimpajama_hf.training.trainer import SlimPajamaTrainer
@@ -41,6 +42,8 @@ def show(
     }
     rows = {
         "corpus": f"{corpus.name} ({corpus.mirror}){where}",
+        **({"files": corpus.files_in_words()} if corpus.files_in_words() else {}),
+        **({"held out": _held_out(corpus, trainer)} if corpus.held_out_fraction else {}),
         "sample": modes[data.sample_mode],
         "tokenizer": f"{tokenizer_name}, {tokens:,} tokens",
         "model": f"{settings.model.model}, {need.parameters / 1e6:.1f}M parameters"
@@ -65,6 +68,14 @@ def show(
     warning = memory.warning(model, trainer.args.device, need, settings, memory.processes_here())
     if warning is not None:
         screen.say(f"{'warning':>10}  {warning}")
+
+
+def _held_out(corpus: Corpus, trainer: SlimPajamaTrainer) -> str:
+    """What of the corpus is not trained on, and how many documents of it are scored."""
+    scored = len(cast("list[Any]", trainer.eval_dataset or []))
+    return f"about {corpus.held_out_fraction:.2%} of the documents, by a hash of their text: never trained on" + (
+        f"; the first {scored:,} of them are scored" if scored else ""
+    )
 
 
 def _needs(settings: Settings, trainer: SlimPajamaTrainer, precision: str) -> memory.Needs:
@@ -138,8 +149,7 @@ def summary(folder: RunFolder, trainer: SlimPajamaTrainer, outcome: str, seeing_
         lines.append(f"   not measured  {times}, for lack of memory")
     skipped = trainer.skipped_records
     if skipped:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
-        lines.append(f"        skipped  {sum(skipped.values()):,} records: {reasons}")
+        lines.append(f"        skipped  {sum(skipped.values()):,} records: {trainer.stream.in_words(skipped)}")
     left = {
         "chart": folder.latest_chart,
         "report": folder.report,
