@@ -74,9 +74,15 @@ def mistaken(start: bytes, name: str, packed: bool = False) -> str | None:
     if packed:
         return None
     found = not_a_download(start) or _of_another_encoding(start)
-    if found is None and "json" in name.lower().rpartition("/")[2] and re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", start):
+    if found is not None or "json" not in name.lower().rpartition("/")[2]:
+        return found
+    if re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", start):
         return f"it is one JSON array, not one record a line; make lines of it: jq -c '.[]' {name} > new.jsonl"
-    return found
+    if len(start) < SNIFFED_BYTES and re.fullmatch(rb"[^\s{}\[\]\"]*/[^\s{}\[\]\"]*", start):
+        # As git leaves a link on a file system that has none.
+        path = start.decode("utf-8", "backslashreplace")
+        return f"it is a link that was copied as text: the file that it names, {path}, is missing; bring that here"
+    return None
 
 
 def _unpacked_name(name: str) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 
 #: A resume that changes one of these is refused unless `--allow_changes` names it.
 WHAT_MATTERS = (
-    "dataset", "dataset_config_name", "dataset_revision", "dataset_split", "text_column", "txt_documents", "sample_mode",
+    "dataset", "dataset_config_name", "dataset_revision", "dataset_split", "text_column", "sample_mode",
     "max_seq_length", "shuffle_buffer", "leave_out", "model", "config_overrides", "tokenizer", "precision",
     "learning_rate", "warmup_steps", "seed", "backward", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "optim", "gradient_accumulation_steps", "hidden_optim", "hidden_rate",
-    "eval_fraction",
+    "txt_documents", "eval_fraction",
 )  # fmt: skip
 
 _MAY_BE_PATHS = ("dataset", "tokenizer", "model")
