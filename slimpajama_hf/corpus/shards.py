@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import re
 import urllib.parse
 import zlib
 from collections.abc import Iterator
@@ -71,8 +72,9 @@ def path_of(url: str) -> str:
 
 
 def printable(name: str) -> str:
-    r"""A file name that may hold bytes that are no UTF-8, with those as `\xe9`: no two names become one."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    r"""A file name with `\xe9` for each byte that is no UTF-8, and for ends of lines: no two names become one."""
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return re.sub(r"[\0-\x1f\x7f]", lambda match: f"\\x{ord(match[0]):02x}", name)
 
 
 # ---- bytes ---------------------------------------------------------------------------------------------------------
