@@ -33,7 +33,7 @@ test: $(DEV_STAMP) ## the whole test suite; no Hub, no GPU
 
 test-faults: $(DEV_STAMP) ## the long version of the faults (kills, full disks, broken streams), and their table
 	@rm -f $(VENV)/faults.jsonl
-	@FAULT_TABLE=$(VENV)/faults.jsonl $(BIN)/python -m pytest -m "slow or not slow" tests/test_faults.py tests/corpus/test_stream_faults.py tests/test_interruptions.py tests/hub/test_hub_push.py tests/training/test_several_processes.py
+	@FAULT_TABLE=$(VENV)/faults.jsonl $(BIN)/python -m pytest -m "slow or not slow" tests/test_faults.py tests/corpus/test_stream_faults.py tests/corpus/test_odd_files.py tests/test_interruptions.py tests/hub/test_hub_push.py tests/training/test_several_processes.py
 	@$(BIN)/python -m tests.fault_table $(VENV)/faults.jsonl
 
 test-all: $(DEV_STAMP) ## every test, the minutes-long ones too
