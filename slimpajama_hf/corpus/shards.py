@@ -52,8 +52,10 @@ class BrokenShard(UserError):
 
     def __init__(self, shard: str, row: int, reason: str, says_what_to_do: bool = False) -> None:
         """`says_what_to_do`: the reason does, so that mending the file need not be named."""
-        mend = "; or" if says_what_to_do else f" (at row {row:,}); mend the file, or"
-        super().__init__(f"{shard}: {reason}{mend} leave the rest of it out with --skip_broken_shards")
+        mend = "or" if says_what_to_do else "mend the file, or"
+        super().__init__(
+            f"{shard}: {reason} (at row {row:,}); {mend} leave the rest of it out with --skip_broken_shards"
+        )
         self.shard, self.row, self.reason = shard, row, reason
 
 
