@@ -34,7 +34,7 @@ test: $(DEV_STAMP) ## the whole test suite; no Hub, no GPU
 	@$(BIN)/python -m pytest
 
 FAULT_TESTS := tests/test_faults.py tests/test_interruptions.py tests/test_limits.py tests/test_every_write.py tests/test_damage.py \
-	tests/corpus/test_stream_faults.py tests/hub/test_hub_push.py tests/training/test_several_processes.py
+	tests/corpus/test_stream_faults.py tests/corpus/test_odd_files.py tests/hub/test_hub_push.py tests/training/test_several_processes.py
 test-faults: $(DEV_STAMP) ## the long version of the faults (kills, full disks, broken streams), and their table
 	@rm -f $(VENV)/faults.jsonl
 	@FAULT_TABLE=$(VENV)/faults.jsonl $(BIN)/python -m pytest -m "slow or not slow" $(FAULT_TESTS)

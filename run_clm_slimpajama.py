@@ -66,7 +66,7 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
 
         chosen = team.first_does(lambda: resume.precision_of(settings, folder, gpt))
         precision.settle(training, chosen)
-        held_out = held_out_documents.during_training(settings, corpus, encoder, folder)
+        held_out = held_out_documents.during_training(settings, corpus, encoder, folder, training, waiting)
 
     # All is there: from here on the folder changes.
     point = team.first_does(lambda: resume.go_on(folder, checkpoint) if resuming else resume.begin(folder))

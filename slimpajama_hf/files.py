@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,16 @@ def link_or_copy(source: str, target: str) -> None:
     except OSError:
         # Another file system. A link by name would break when the other file is moved or deleted.
         shutil.copyfile(source, target)
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name that is nothing here was meant for a file or a folder, and not for a repository of the Hub (`name`
+    or `owner/name`): `./z`, `~/z`, `a/b/c`, `x/y.bin`, or `runs/z` where there is a folder `runs`."""
+    owner, slash, rest = name.partition("/")
+    is_path = name[:1] in (".", "~", "/") or name.endswith("/") or "/" in rest or (os.sep != "/" and os.sep in name)
+    # `owner/phi-1.5` is a repository, `x/y.bin` a file.
+    is_path = is_path or (bool(slash) and os.path.isdir(owner))
+    return is_path or re.search(r"\.[A-Za-z]{2,}$", rest or name) is not None
 
 
 class GrowingFile:

@@ -11,7 +11,7 @@ from typing import Any
 
 from slimpajama_hf import bars
 from slimpajama_hf.errors import UserError
-from slimpajama_hf.settings.arguments import positive
+from slimpajama_hf.settings.arguments import TXT_DOCUMENTS, positive
 
 HELP = "held-out loss, perplexity, accuracy, bits per byte, by domain"
 
@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", help="as for training; default: the validation part of the run's corpus")
     parser.add_argument("--split", default="validation", help="split of a named corpus or Hub dataset [validation]")
     parser.add_argument("--text_column", default="text", help="column that holds the text [text]")
+    parser.add_argument(
+        "--txt_documents", default="line", choices=TXT_DOCUMENTS, help="what one document of a .txt file is [line]"
+    )
     parser.add_argument("--documents", type=positive, default=500, help="documents scored [500]")
     parser.add_argument("--max_seq_length", type=positive, help="tokens of a document; default: those of the run")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -38,6 +41,7 @@ def main(options: argparse.Namespace) -> int:
         options.max_seq_length,
         options.text_column,
         options.split,
+        options.txt_documents,
     )
     if options.json:
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
@@ -59,7 +63,13 @@ def main(options: argparse.Namespace) -> int:
 
 
 def of_checkpoint(
-    place: str, dataset: str | None, documents: int, max_length: int | None, text_column: str, split: str
+    place: str,
+    dataset: str | None,
+    documents: int,
+    max_length: int | None,
+    text_column: str,
+    split: str,
+    txt_documents: str = "line",
 ) -> dict[str, Any]:
     """Scores of a saved checkpoint (or of the newest one of a run): `python -m slimpajama_hf evaluate`."""
     from pathlib import Path
@@ -85,9 +95,11 @@ def of_checkpoint(
         run = RunFolder(folder.parent.parent if folder.name == averaging.FOLDER else folder.parent)
         record = run.read_record() if run.record.is_file() else None
         if dataset is not None:
-            corpus = opening.open_corpus(dataset, text_column=text_column, split=split, waiting=waiting)
+            corpus = opening.open_corpus(
+                dataset, text_column=text_column, split=split, txt_documents=txt_documents, waiting=waiting
+            )
         elif record is not None:
-            corpus = validation_of(unchanged.recorded(record["corpus"]), "--dataset")
+            corpus = validation_of(unchanged.recorded(record["corpus"]))
         else:
             raise UserError(f"{place}: not in a run folder, so its corpus is not known; name documents with --dataset")
         waiting("loading the model")
@@ -104,14 +116,15 @@ def of_checkpoint(
         metric = next_token_accuracy()
         waiting("reading the documents")
         start = time.perf_counter()
-        samples = list(itertools.islice(SampleStream(corpus, encoder, "truncate", length, read_ahead=0), documents))
+        stream = SampleStream(corpus, encoder, "truncate", length, read_ahead=0)
+        samples = list(itertools.islice(stream, documents))
     vocabulary, averaged = size_of_vocabulary(encoder.tokenizer), None
     with bars.Counting("Scoring", len(samples) * (1 + has_average)) as counting:
         scores = score(model, samples, vocabulary, counting)
         if has_average:
             averaged = score(average, samples, vocabulary, lambda done: counting(len(samples) + done))
     if not scores["all"].samples:
-        raise UserError(f"{corpus.name}: no document in it that can be scored")
+        raise UserError(f"{corpus.name}: no document in it that can be scored{stream.why_nothing()}")
     return {
         "checkpoint": str(Path(folder)),
         "corpus": corpus.mirror,

@@ -6,7 +6,7 @@ import argparse
 import itertools
 
 from slimpajama_hf.errors import UsageError
-from slimpajama_hf.settings.arguments import positive
+from slimpajama_hf.settings.arguments import TXT_DOCUMENTS, positive
 
 HELP = "train a tokenizer on a corpus"
 
@@ -14,6 +14,9 @@ HELP = "train a tokenizer on a corpus"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `tokenizer`."""
     parser.add_argument("--dataset", required=True, help="as for training")
+    parser.add_argument(
+        "--txt_documents", default="line", choices=TXT_DOCUMENTS, help="what one document of a .txt file is [line]"
+    )
     parser.add_argument("--text_column", default="text", help="column that holds the text [text]")
     parser.add_argument(
         "--kind",
@@ -39,7 +42,9 @@ def main(options: argparse.Namespace) -> int:
     if output.exists() and any(output.iterdir()):
         raise UsageError(f"--output {output}: there is something in it already; name a new folder")
     with Waiting("opening the corpus") as waiting:
-        corpus = opening.open_corpus(options.dataset, text_column=options.text_column, waiting=waiting)
+        corpus = opening.open_corpus(
+            options.dataset, text_column=options.text_column, txt_documents=options.txt_documents, waiting=waiting
+        )
     records = corpus.records(Cursor())
     texts = (record.text for record in records if isinstance(record, Document))
     train_tokenizer(itertools.islice(texts, options.documents), options.kind, options.vocab_size, output, screen.say)

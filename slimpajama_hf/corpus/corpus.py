@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slimpajama_hf.corpus import documents
-from slimpajama_hf.corpus.documents import Cursor, Gap, Unusable
+from slimpajama_hf.corpus.documents import HELD_OUT, Cursor, Document, Gap, Unusable
+from slimpajama_hf.corpus.formats import TXT_DOCUMENTS, Reading, ending_of, reader_of
 from slimpajama_hf.corpus.patience import Patience
-from slimpajama_hf.corpus.shards import BrokenShard, Shard, fingerprint, read_shard, reader_of
+from slimpajama_hf.corpus.shards import BrokenShard, Shard, fingerprint, read_shard
 from slimpajama_hf.errors import UserError
-
-if TYPE_CHECKING:
-    from slimpajama_hf.corpus.documents import Document
-
 
 #: So many broken shards in a row are no broken shards: the source itself is wrong, `--skip_broken_shards` or not.
 MOST_BROKEN_IN_A_ROW = 10
@@ -36,6 +34,31 @@ class Corpus:
     revision: str | None = None
     prefixes: tuple[str, ...] = ()
     files: tuple[Shard, ...] = ()
+    txt_documents: str | None = "line"
+    """What one document of a plain text file is (`formats.TXT_DOCUMENTS`). None: of a version without a choice."""
+    held_out_fraction: float = 0.0
+    """Share of the documents that no training reads (`documents.is_held_out`)."""
+    gives_held_out: bool = False
+    """Whether it is that share that is read, and not all the rest."""
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.text_column, self.txt_documents)
+
+    def held_out(self) -> Corpus:
+        """The held-out share of it alone."""
+        return dataclasses.replace(self, gives_held_out=True)
+
+    def files_in_words(self) -> str:
+        """`3 files: 2 .jsonl, 1 .txt (one line is one document)`; nothing where the files lie on the Hub."""
+        if self.mirror != "local":
+            return ""
+        kinds = Counter(ending_of(shard.name) for shard in self.files)
+        words = []
+        for ending, count in sorted(kinds.items(), key=str):
+            how = f" ({TXT_DOCUMENTS[self.txt_documents or 'line']})" if str(ending).startswith(".txt") else ""
+            words.append(f"{count:,} {ending}{how}")
+        return f"{len(self.files):,} file{'s' * (len(self.files) != 1)}: {', '.join(words)}"
 
     def shards(self, patience: Patience | None = None) -> Iterator[Shard]:
         """Shards in reading order. On the Hub a page of 1,000 names is fetched when the reading reaches it."""
@@ -76,7 +99,7 @@ class Corpus:
                 yield dataclasses.replace(gap, after=start)
                 gap = None
             try:
-                for row, record in read_shard(shard, first, self.text_column, patience):
+                for row, record in read_shard(shard, first, self.reading, patience):
                     broken_in_a_row = 0
                     here, after = dataclasses.replace(start, row=row), dataclasses.replace(start, row=row + 1)
                     found: Document | Unusable
@@ -84,6 +107,12 @@ class Corpus:
                         found = Unusable(record, shard.name, row)
                     else:
                         found = documents.to_document(record, self.text_column, self.mirror, shard.name, row)
+                    if self.held_out_fraction and isinstance(found, Document):
+                        held_out = documents.is_held_out(found.sha1, self.held_out_fraction)
+                        if self.gives_held_out and not held_out:
+                            continue
+                        if held_out and not self.gives_held_out:
+                            found = Unusable(HELD_OUT, shard.name, row)
                     yield dataclasses.replace(found, here=here, after=after)
             except BrokenShard as error:
                 if not skip_broken_shards:
@@ -111,6 +140,8 @@ class Corpus:
             "prefixes": list(self.prefixes),
             "text_column": self.text_column,
             "files": [_described(shard) for shard in self.files],
+            "txt_documents": self.txt_documents,
+            "held_out_fraction": self.held_out_fraction,
         }
 
 
@@ -120,7 +151,7 @@ def _described(shard: Shard) -> list[Any]:
     if shard.fingerprint is not None:
         return [shard.name, shard.url, shard.size, shard.fingerprint]
     try:
-        return [shard.name, shard.url, *fingerprint(shard.url)]
+        return [shard.name, shard.url, *fingerprint(shard.path)]
     except OSError:
         # Reading will say what is wrong with it, when it is reached.
         return [shard.name, shard.url]

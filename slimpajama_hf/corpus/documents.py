@@ -5,12 +5,21 @@ from __future__ import annotations
 import ast
 import dataclasses
 import hashlib
+import itertools
 import json
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from slimpajama_hf.corpus.shards import DOMAIN_KEYS
+from slimpajama_hf.corpus.formats import DOMAIN_KEYS
 
 UNKNOWN_DOMAIN = "unknown"
+
+#: Reason of documents that are kept for evaluation (`--eval_fraction`).
+HELD_OUT = "held out"
+
+#: Fields of a record without text that are looked at, to say what there is instead.
+_MOST_FIELDS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +71,8 @@ class Unusable:
     row: int
     here: Cursor = Cursor()
     after: Cursor = Cursor()
+    fields: tuple[tuple[str, int], ...] = ()
+    """Of a record without its text: names of what it has, and how many characters where that is a string, else -1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +95,42 @@ def domain_of(record: dict[str, Any]) -> str:
     if isinstance(meta, str) and len(meta) < 10_000:
         try:
             meta = json.loads(meta)
-        except ValueError:
+        except (ValueError, RecursionError):
             try:
                 meta = ast.literal_eval(meta)
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
                 meta = None
     for place in (meta, record):
         if isinstance(place, dict):
             for key in DOMAIN_KEYS:
                 if isinstance(place.get(key), str) and place[key]:
-                    return place[key]
+                    return without_surrogates(place[key])
     return UNKNOWN_DOMAIN
+
+
+def without_surrogates(text: str) -> str:
+    """`text` with U+FFFD for each lone surrogate, which no file in UTF-8 can hold."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def is_held_out(sha1: str, fraction: float) -> bool:
+    """Whether the document of this SHA-1 is among the held-out `fraction`: in every run and process the same."""
+    return int(sha1[:8], 16) < fraction * 2**32
+
+
+def in_words(passed_over: Mapping[str, int], fields: Mapping[str, int], text_column: str) -> str:
+    """What was passed over, by reason: "6 records without a `text`; fields seen: `content`, `id`; try --text_column
+    content". `fields`: those of records without text, and their characters in all."""
+    lacks = f"no {text_column!r}"
+    words = ", ".join(
+        f"{count:,} record{'s' * (count != 1)} without a `{text_column}`" if reason == lacks else f"{count:,} {reason}"
+        for reason, count in sorted(passed_over.items(), key=lambda item: -item[1])
+    )
+    if lacks not in passed_over:
+        return words
+    words += f"; fields seen: {', '.join(f'`{name}`' for name in fields) or 'none'}"
+    longest = max(fields, key=fields.__getitem__, default=None)
+    return words + (f"; try --text_column {longest}" if longest is not None and fields[longest] > 0 else "")
 
 
 def to_document(record: Any, text_column: str, mirror: str, shard: str, row: int) -> Document | Unusable:
@@ -102,7 +138,11 @@ def to_document(record: Any, text_column: str, mirror: str, shard: str, row: int
     if not isinstance(record, dict):
         return Unusable("not a record", shard, row)
     if text_column not in record:
-        return Unusable(f"no {text_column!r}", shard, row)
+        fields = tuple(
+            (without_surrogates(name), len(value) if isinstance(value, str) else -1)
+            for name, value in itertools.islice(record.items(), _MOST_FIELDS)
+        )
+        return Unusable(f"no {text_column!r}", shard, row, fields=fields)
     text = record[text_column]
     if not isinstance(text, str):
         return Unusable("text is null" if text is None else f"text is a {type(text).__name__}", shard, row)

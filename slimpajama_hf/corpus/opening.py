@@ -3,7 +3,7 @@
 Each becomes a `Corpus`: shards in a fixed order and records inside them, read as a stream of `Document`s. The place of
 a document (mirror, shard, row) rides with it, so reading can start again at any row without a look at earlier shards.
 
-To add a corpus: a row in `CORPORA`. File formats stand in `shards.FORMATS`.
+To add a corpus: a row in `CORPORA`. File formats stand in `formats.FORMATS`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from slimpajama_hf import screen
+from slimpajama_hf.corpus import local_files
 from slimpajama_hf.corpus.corpus import Corpus
 from slimpajama_hf.corpus.documents import Cursor, Gap
+from slimpajama_hf.corpus.formats import FORMATS, reader_of
 from slimpajama_hf.corpus.patience import OutOfPatience, Patience
 from slimpajama_hf.corpus.patience import StopRequested as StopRequested
-from slimpajama_hf.corpus.shards import FORMATS, Shard, one_line, reader_of
+from slimpajama_hf.corpus.shards import Shard, one_line, printable
 from slimpajama_hf.errors import UserError
+from slimpajama_hf.files import looks_local
 
 #: Seconds that all mirrors together may take to open before the program gives up (the promise is 30 s on screen).
 OPENING_SECONDS = 20.0
@@ -81,6 +84,7 @@ def open_corpus(
     config_name: str | None = None,
     revision: str | None = None,
     skip_broken_shards: bool = False,
+    txt_documents: str = "line",
     waiting: Callable[[str], None] = lambda what: None,
 ) -> Corpus:
     """Open what `--dataset` names and read its first record. `waiting` is told what is being waited for.
@@ -91,13 +95,15 @@ def open_corpus(
         return _first_that_opens(dataset, CORPORA[dataset], text_column, split, skip_broken_shards, waiting)
     if dataset == "embedded":
         return _open_embedded(split, waiting)
-    if any(mark in dataset for mark in "*?[") or os.path.exists(dataset) or reader_of(dataset):
-        return _open_local(dataset, text_column, skip_broken_shards)
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) and not dataset.startswith("."):
-        return _open_hub(dataset, text_column, split, config_name, revision, skip_broken_shards, waiting)
+    here = os.path.expanduser(dataset)
+    if any(mark in dataset for mark in "*?[") or os.path.lexists(here) or reader_of(dataset):
+        return _open_local(dataset, text_column, txt_documents, skip_broken_shards)
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) and not looks_local(dataset):
+        corpus = _open_hub(dataset, text_column, split, config_name, revision, skip_broken_shards, waiting)
+        return dataclasses.replace(corpus, txt_documents=txt_documents)
     raise UserError(
-        f"--dataset {dataset}: no such file, and not a Hub dataset id; expected {', '.join(CORPORA)}, embedded, a file "
-        f"({', '.join(FORMATS)}), a 'glob' or an id like owner/name"
+        f"--dataset {printable(dataset)}: no such file, and not a Hub dataset id; expected {', '.join(CORPORA)}, "
+        f"embedded, a file ({', '.join(FORMATS)}), a folder, a 'glob' or an id like owner/name"
     )
 
 
@@ -109,32 +115,13 @@ def _open_embedded(split: str, waiting: Callable[[str], None]) -> Corpus:
     return Corpus("embedded", "embedded", "text", files=(Shard(name, str(folder / name)),))
 
 
-def _open_local(pattern: str, text_column: str, skip_broken_shards: bool) -> Corpus:
-    import glob
-
-    readable = ", ".join(FORMATS)
-    if os.path.isdir(pattern):
-        raise UserError(
-            f"--dataset {pattern}: a folder; name its files, as --dataset '{pattern.rstrip('/')}/*.jsonl.zst'"
-        )
-    if os.path.exists(pattern):
-        paths = [pattern]
-    else:
-        paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-        if not paths:
-            raise UserError(f"--dataset {pattern}: no such file; expected a file or a 'glob' of {readable}")
-    for path in paths:
-        if not reader_of(path):
-            raise UserError(
-                f"--dataset {path}: cannot read {Path(path).suffix or 'a file without an ending'}; expected {readable}"
-            )
-        if not os.access(path, os.R_OK):
-            raise UserError(f"--dataset {path}: no permission to read it")
-    # Names relative to where all files lie: the ledger stays true when the folder is moved.
-    base = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    shards = tuple(Shard(os.path.relpath(os.path.abspath(path), base), os.path.abspath(path)) for path in paths)
-    corpus = Corpus(pattern, "local", text_column, files=shards)
+def _open_local(dataset: str, text_column: str, txt_documents: str, skip_broken_shards: bool) -> Corpus:
+    found = local_files.find(dataset)
+    files = local_files.shards(found.paths, skip_broken_shards)
+    corpus = Corpus(printable(dataset), "local", text_column, files=files, txt_documents=txt_documents)
     _read_first(corpus, skip_broken_shards)
+    if found.left_out:
+        screen.say(f"--dataset {corpus.name}: not read, for their names: {found.left_out_in_words()}")
     return corpus
 
 
@@ -263,15 +250,28 @@ def _open_hub(
         ) from None
 
 
-def validation_of(corpus: Corpus, flag: str = "--eval_dataset") -> Corpus:
-    """The validation part of a corpus. Raises UserError for one that has none of its own; `flag` names held-out
-    documents instead."""
+def validation_of(corpus: Corpus) -> Corpus:
+    """The held-out part of a corpus: its own validation part, or the share that its run held out.
+
+    Raises UserError for one that has neither.
+    """
+    own = own_validation_of(corpus)
+    if own is not None:
+        return own
+    if corpus.held_out_fraction:
+        return corpus.held_out()
+    raise UserError(
+        f"{corpus.name} has no validation part of its own, and nothing of it was held out; name held-out documents, as "
+        "another file: --eval_dataset for training, --dataset for `evaluate`"
+    )
+
+
+def own_validation_of(corpus: Corpus) -> Corpus | None:
+    """The validation part that a corpus has of its own."""
     if corpus.mirror == "embedded":
         return open_corpus("embedded", split="validation")
     for mirrors in CORPORA.values():
         for mirror in mirrors:
             if corpus.mirror == mirror.name:
                 return dataclasses.replace(corpus, prefixes=mirror.validation)
-    raise UserError(
-        f"{corpus.name} has no validation part of its own; name held-out documents with {flag}, as another file"
-    )
+    return None

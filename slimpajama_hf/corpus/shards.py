@@ -1,29 +1,27 @@
-"""One file of a corpus: opened, decompressed, cut into records. To add a format: a row in `FORMATS` and a reader."""
+"""One file of a corpus: opened, and read record by record from any row. Formats stand in `formats.FORMATS`."""
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
-import gzip
 import hashlib
-import io
-import json
 import os
+import pathlib
+import re
+import urllib.parse
 import zlib
-from collections.abc import Callable, Iterator
-from typing import IO, TYPE_CHECKING, Any, cast
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING, Any
 
+from slimpajama_hf.corpus import formats, sniffing
+from slimpajama_hf.corpus.formats import Reading
 from slimpajama_hf.corpus.patience import OutOfPatience
+from slimpajama_hf.corpus.unpacking import unpacked
 from slimpajama_hf.errors import UserError
 
 if TYPE_CHECKING:
     from slimpajama_hf.corpus.patience import Patience
 
-
-#: A longer line is passed over without being held in memory. The longest documents of SlimPajama are books of some MB.
-LONGEST_LINE_BYTES = 32 * 2**20
-
-#: Columns, beside `meta`, where other corpora keep what SlimPajama calls `redpajama_set_name`.
-DOMAIN_KEYS = ("redpajama_set_name", "domain", "pile_set_name", "source", "subset")
 
 #: Bytes at each end of a local file that its fingerprint covers.
 FINGERPRINT_BYTES = 64 * 2**10
@@ -43,15 +41,42 @@ class Shard:
     def is_local(self) -> bool:
         return not self.url.startswith("hf://")
 
+    @property
+    def path(self) -> str:
+        """Path of a local file."""
+        return path_of(self.url)
+
 
 class BrokenShard(UserError):
     """A file that cannot be read from `row` on, for good: not there, cut short, or not what its name says."""
 
-    def __init__(self, shard: str, row: int, reason: str) -> None:
+    def __init__(self, shard: str, row: int, reason: str, says_what_to_do: bool = False) -> None:
+        """`says_what_to_do`: the reason does, so that mending the file need not be named."""
+        mend = "or" if says_what_to_do else "mend the file, or"
         super().__init__(
-            f"{shard}: {reason} (at row {row:,}); mend the file, or leave the rest of it out with --skip_broken_shards"
+            f"{shard}: {reason} (at row {row:,}); {mend} leave the rest of it out with --skip_broken_shards"
         )
         self.shard, self.row, self.reason = shard, row, reason
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+
+def url_of(path: str) -> str:
+    """What a shard has as its url for the file at an absolute path: the path, or `file://...` with its bytes in
+    hexadecimal where they are no UTF-8, so that every JSON reader takes the `run.json` that names it."""
+    return path if printable(path) == path else pathlib.Path(path).as_uri()
+
+
+def path_of(url: str) -> str:
+    """The path of a local file from its url."""
+    return os.fsdecode(urllib.parse.unquote_to_bytes(url[len("file://") :])) if url.startswith("file://") else url
+
+
+def printable(name: str) -> str:
+    r"""A file name with `\xe9` for each byte that is no UTF-8, and for ends of lines: no two names become one."""
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return re.sub(r"[\0-\x1f\x7f]", lambda match: f"\\x{ord(match[0]):02x}", name)
 
 
 # ---- bytes ---------------------------------------------------------------------------------------------------------
@@ -74,149 +99,69 @@ def open_raw(url: str, patience: Patience | None = None) -> IO[bytes]:
         from slimpajama_hf.corpus.hub_files import open_on_hub
 
         return open_on_hub(url, patience)
-    return open(url, "rb")
-
-
-def decompressed(raw: IO[bytes], name: str) -> IO[bytes]:
-    """`raw` behind the decompression that its name asks for. Both readers raise EOFError on a truncated file."""
-    if name.endswith(".zst"):
-        from backports import zstd
-
-        return cast("IO[bytes]", zstd.ZstdFile(raw))
-    if name.endswith(".gz"):
-        return cast("IO[bytes]", gzip.GzipFile(fileobj=raw))
-    return raw
-
-
-def lines(file: IO[bytes]) -> Iterator[bytes | None]:
-    """Lines without their newline; None stands for one that is longer than `LONGEST_LINE_BYTES` (never held whole)."""
-    pending: list[bytes] = []
-    size = 0
-    while chunk := file.read(2**18):
-        first, *more = chunk.split(b"\n")
-        size += len(first)
-        if size <= LONGEST_LINE_BYTES:
-            pending.append(first)
-        else:
-            pending.clear()
-        for piece in more:
-            yield b"".join(pending) if size <= LONGEST_LINE_BYTES else None
-            pending, size = [piece], len(piece)
-    if size:
-        yield b"".join(pending) if size <= LONGEST_LINE_BYTES else None
+    return open(path_of(url), "rb")
 
 
 # ---- records -------------------------------------------------------------------------------------------------------
 
 
-def read_json_lines(file: IO[bytes], start: int, text_column: str) -> Iterator[tuple[int, Any]]:
-    """(row, record) from row `start`; a record is a value, or Unusable's reason as a string."""
-    for row, line in enumerate(lines(file)):
-        if row < start:
-            continue
-        if line is None:
-            yield row, f"longer than {LONGEST_LINE_BYTES // 2**20} MB"
-            continue
-        try:
-            record = json.loads(line)
-        except UnicodeDecodeError:
-            yield row, "not UTF-8"
-        except (ValueError, RecursionError):
-            yield row, "not JSON" if line.strip() else "empty line"
-        else:
-            # A string alone would be taken for a reason.
-            yield row, record if not isinstance(record, str) else [record]
-
-
-def read_text_lines(file: IO[bytes], start: int, text_column: str) -> Iterator[tuple[int, Any]]:
-    """A plain text file: one document a line; empty lines only separate."""
-    for row, line in enumerate(lines(file)):
-        if row < start or (line is not None and not line.strip()):
-            continue
-        if line is None:
-            yield row, f"longer than {LONGEST_LINE_BYTES // 2**20} MB"
-            continue
-        try:
-            yield row, {text_column: line.decode("utf-8").rstrip("\r")}
-        except UnicodeDecodeError:
-            yield row, "not UTF-8"
-
-
-def read_parquet(file: IO[bytes], start: int, text_column: str) -> Iterator[tuple[int, Any]]:
-    """A parquet file, row group by row group: those before `start` are not read."""
-    from pyarrow import parquet
-
-    # Buffered ahead, the first row of a local file would wait until its whole row group has been read, which may be all
-    # of the file. What comes over the network comes in few large requests.
-    local = isinstance(file, io.BufferedReader)
-    reader = parquet.ParquetFile(file, pre_buffer=not local, buffer_size=2**20 if local else 0)
-    names = reader.schema_arrow.names
-    if text_column not in names:
-        raise UserError(
-            f"no column {text_column!r} among {', '.join(names) or 'no columns at all'}; name it with --text_column"
-        )
-    columns = [text_column, *(name for name in ("meta", *DOMAIN_KEYS) if name in names)]
-    row = 0
-    for group in range(reader.num_row_groups):
-        size = reader.metadata.row_group(group).num_rows
-        if row + size <= start:
-            row += size
-            continue
-        for batch in reader.iter_batches(batch_size=64, row_groups=[group], columns=columns):
-            for record in batch.to_pylist():
-                if row >= start:
-                    yield row, record
-                row += 1
-
-
-Reader = Callable[[IO[bytes], int, str], Iterator[tuple[int, Any]]]
-
-#: File name ending -> reader of (row, record).
-FORMATS: dict[str, Reader] = {
-    ".jsonl": read_json_lines,
-    ".jsonl.zst": read_json_lines,
-    ".jsonl.gz": read_json_lines,
-    ".json.gz": read_json_lines,
-    ".ndjson": read_json_lines,
-    ".parquet": read_parquet,
-    ".txt": read_text_lines,
-    ".txt.gz": read_text_lines,
-    ".txt.zst": read_text_lines,
-}
-
-
-def reader_of(name: str) -> Reader | None:
-    """The reader for a file name, or None for a format that we do not read."""
-    return next((reader for ending, reader in FORMATS.items() if name.lower().endswith(ending)), None)
-
-
 def read_shard(
-    shard: Shard, start: int, text_column: str, patience: Patience | None = None
+    shard: Shard, start: int, reading: Reading, patience: Patience | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """(row, record) of one shard from row `start`.
+    """(row, record) of one shard from row `start`; a record is a value, or why there is none as a string.
 
     Raises BrokenShard, with the row that could not be read, for a file that is not there, is cut short or is not what
     its name says; UserError for a Hub that does not let us in; what `Patience` raises.
     """
-    reader = reader_of(shard.name)
+    reader = formats.reader_of(shard.name)
     assert reader is not None, shard.name  # a corpus lists only files that can be read
     row = start
     try:
-        with open_raw(shard.url, patience) as raw, decompressed(raw, shard.name) as file:
-            for row, record in reader(file, start, text_column):
+        with open_raw(shard.url, patience) as raw:
+            is_parquet = reader is formats.read_parquet
+            # The end of a parquet file is read first; on the Hub its beginning would be another request.
+            if reading.txt_documents is not None and (shard.is_local or not is_parquet):
+                _refuse_mistaken(sniffing.not_packed(raw.read(sniffing.SNIFFED_BYTES), shard.name))
+                raw.seek(0)
+            source = raw if is_parquet else _text(raw, shard.name, reading)
+            for row, record in reader(source, start, reading):
                 yield row, record
                 row += 1
-            if file is not raw and raw.tell() == 0:
-                raise EOFError
     except OutOfPatience:
         raise
     except UserError as error:
-        raise BrokenShard(shard.name, row, str(error)) from None
+        raise BrokenShard(shard.name, row, str(error), says_what_to_do=True) from None
     except Exception as error:
         reason = _why_broken(error, shard)
         if reason is None:
             raise
         raise BrokenShard(shard.name, row, reason) from None
+
+
+def _refuse_mistaken(reason: str | None) -> None:
+    """Raise UserError for a file that is not what its name says."""
+    if reason is not None:
+        raise UserError(reason)
+
+
+def _text(raw: IO[bytes], name: str, reading: Reading) -> Iterator[bytes]:
+    """The bytes of a file of text, in pieces, without the mark that says that they are UTF-8."""
+    chunks = unpacked(raw, name)
+    if reading.txt_documents is None:
+        yield from chunks
+        return
+    start, broken = b"", None
+    try:
+        while len(start) < sniffing.SNIFFED_BYTES and (chunk := next(chunks, None)) is not None:
+            start += chunk
+    except Exception as error:
+        # What came before it is given out before it is raised.
+        broken = error
+    _refuse_mistaken(sniffing.mistaken(start[: sniffing.SNIFFED_BYTES], name))
+    yield start.removeprefix(codecs.BOM_UTF8)
+    if broken is not None:
+        raise broken
+    yield from chunks
 
 
 def _why_broken(error: Exception, shard: Shard) -> str | None:
@@ -240,7 +185,8 @@ def _why_broken(error: Exception, shard: Shard) -> str | None:
     if isinstance(error, FileNotFoundError):
         return "no such file any more" if shard.is_local else "not there"
     # backports.zstd raises its own ZstdError on 3.10 to 3.13; pyarrow's errors are ArrowInvalid and its relatives.
-    if isinstance(error, gzip.BadGzipFile | zlib.error) or type(error).__name__ == "ZstdError" or _is_of_arrow(error):
+    of_library = isinstance(error, zlib.error) or type(error).__name__ == "ZstdError" or _is_of_arrow(error)
+    if of_library or isinstance(error, ValueError | OverflowError):
         return f"not a readable {kind_of(shard.name)} file ({one_line(error)})"
     if isinstance(error, OSError) and shard.is_local:
         return f"cannot be read ({one_line(error)})"

@@ -23,6 +23,9 @@ def recorded(description: dict[str, Any]) -> Corpus:
         prefixes=tuple(description["prefixes"]),
         # Runs of older versions noted name and url alone.
         files=tuple(Shard(*entry) for entry in description["files"]),
+        # They read as they did, and held nothing out.
+        txt_documents=description.get("txt_documents"),
+        held_out_fraction=description.get("held_out_fraction", 0.0),
     )
 
 
@@ -32,7 +35,7 @@ def check_unchanged(corpus: Corpus, waiting: Callable[[str], None] = lambda what
     An embedded corpus whose cache is gone is built again. Raises UserError that names the file and what differs. Files
     on the Hub are pinned by their commit: nothing to check.
     """
-    if corpus.mirror == "embedded" and not all(os.path.isfile(shard.url) for shard in corpus.files):
+    if corpus.mirror == "embedded" and not all(os.path.isfile(shard.path) for shard in corpus.files):
         from slimpajama_hf.corpus import embedded
 
         folder = embedded.build(embedded.default_cache(), waiting)
@@ -56,7 +59,7 @@ def check_unchanged(corpus: Corpus, waiting: Callable[[str], None] = lambda what
 def _difference(shard: Shard) -> str | None:
     """What is different about a local file since its fingerprint was taken; None: nothing."""
     try:
-        size, digest = fingerprint(shard.url)
+        size, digest = fingerprint(shard.path)
     except FileNotFoundError:
         return "not there any more"
     except OSError as error:

@@ -46,7 +46,8 @@ _PATIENCE_SECONDS = 120.0
 
 def is_repo(asked: str) -> bool:
     """Whether `--resume_from_checkpoint` names a repository, as `me/run` or `me/run@revision`, and no folder here."""
-    if re.search(r"(^|/)checkpoint-\d+$", asked) or os.path.exists(asked):
+    name, _, revision = asked.partition("@")
+    if re.search(r"(^|/)checkpoint-\d+$", asked) or os.path.exists(asked) or (not revision and files.looks_local(name)):
         # A folder, there or mistyped: the Hub is not asked for it.
         return False
     return re.fullmatch(r"[\w][\w.-]*/[\w.-]+(@[^@\s]+)?", asked) is not None

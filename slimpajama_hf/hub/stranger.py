@@ -6,7 +6,6 @@ the model's configuration come from its checkpoint, a corpus of local files is n
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 import shutil
@@ -14,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimpajama_hf.corpus import local_files
+from slimpajama_hf.corpus.shards import printable, url_of
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.settings import what_matters
 from slimpajama_hf.settings.settings import Stranger
@@ -99,9 +100,9 @@ def corpus_here(corpus: dict[str, Any], dataset: str | None, asked: str) -> dict
 
 def _find_local(names: list[str], dataset: str | None, asked: str) -> dict[str, str]:
     """Shard name -> file on this machine, by the ends of their paths; that they are the same is checked when opened."""
-    found = sorted(glob.glob(os.path.expanduser(dataset), recursive=True)) if dataset else []
+    found = local_files.find(dataset).paths if dataset else []
     here = {
-        name: [path for path in found if Path(path).parts[-len(Path(name).parts) :] == Path(name).parts]
+        name: [path for path in found if Path(printable(path)).parts[-len(Path(name).parts) :] == Path(name).parts]
         for name in names
     }
     missing = [name for name, paths in here.items() if len(paths) != 1]
@@ -111,4 +112,4 @@ def _find_local(names: list[str], dataset: str | None, asked: str) -> dict[str, 
             f"{len(names):,} local files ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); name them on "
             "this machine with --dataset 'folder/*.jsonl.zst'"
         )
-    return {name: os.path.abspath(paths[0]) for name, paths in here.items()}
+    return {name: url_of(os.path.abspath(paths[0])) for name, paths in here.items()}

@@ -94,7 +94,7 @@ def places(row: dict[str, Any], mode: str, max_length: int) -> list[Place]:
 def corpus_of(record: dict[str, Any]) -> Corpus:
     """The corpus that a run recorded in its `run.json`. An embedded one whose cache is gone is built again."""
     corpus = unchanged.recorded(record["corpus"])
-    if corpus.mirror == "embedded" and not all(os.path.isfile(shard.url) for shard in corpus.files):
+    if corpus.mirror == "embedded" and not all(os.path.isfile(shard.path) for shard in corpus.files):
         return unchanged.check_unchanged(corpus)
     return corpus
 
@@ -142,7 +142,7 @@ class Rereader:
         if self._shard != place.shard or place.row < self._next_row:
             self.close()
             shard = shard_of(self.corpus, place.shard)
-            self._records = read_shard(shard, place.row, self.corpus.text_column, self._patience)
+            self._records = read_shard(shard, place.row, self.corpus.reading, self._patience)
             self._shard = place.shard
         try:
             for row, record in self._records:

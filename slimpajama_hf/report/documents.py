@@ -138,10 +138,10 @@ def read_again(
         return found
     for shard in corpus.files:
         rows = sorted(row for name, row in wanted if name == shard.name)
-        if not rows or not shard.is_local or not Path(shard.url).is_file():
+        if not rows or not shard.is_local or not Path(shard.path).is_file():
             continue
         with contextlib.suppress(Exception):
-            for row, value in read_shard(shard, rows[0], corpus.text_column, None):
+            for row, value in read_shard(shard, rows[0], corpus.reading, None):
                 if row > rows[-1] or time.monotonic() > deadline:
                     break
                 if (shard.name, row) in wanted and not isinstance(value, str):

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from slimpajama_hf import screen
+from slimpajama_hf.corpus.shards import one_line
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.samples.tokenizer import BUILTIN
 
@@ -58,6 +60,8 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self.size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        """The largest id and one: ids may have holes, and then this is more than the number of tokens."""
         self._processor: SentencePieceProcessor | None = None
         self._backend: Any = None
         if getattr(tokenizer, "is_fast", False):
@@ -69,6 +73,7 @@ class Encoder:
             self._backend.no_padding()
             self._backend.encode_special_tokens = True
             self._control = _control_ids(tokenizer)
+            self._refuse_without_unknown_token()
         elif _is_plain_sentencepiece(tokenizer):
             from sentencepiece import SentencePieceProcessor
 
@@ -94,7 +99,7 @@ class Encoder:
             mapping = self._processor.encode(text, out_type="offset_mapping")
             ids, ends = mapping["ids"], [end for _, end in mapping["offsets"]]
         else:
-            encoding = self._backend.encode(text, add_special_tokens=False)
+            encoding = self._encoding_of(text)
             ids, ends = encoding.ids, [end for _, end in encoding.offsets]
             if not self._control.isdisjoint(ids):
                 ids, ends = self._without_control(text, ids, encoding.offsets)
@@ -133,7 +138,8 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`. Control tokens and ids beyond the vocabulary (padded embeddings have them) give nothing."""
-        size = len(self.tokenizer)
+        # Tokens that were added to a SentencePiece model lie behind those of its own.
+        size = self.size if self._processor is None else self._processor.get_piece_size()
         known = [int(index) for index in ids if 0 <= index < size]
         if self._processor is not None:
             return self._processor.decode(known)
@@ -141,9 +147,28 @@ class Encoder:
 
     def piece(self, token: int) -> str:
         """What the vocabulary calls a token, `<id>` beyond it."""
-        if not 0 <= token < len(self.tokenizer):
-            return f"<{token}>"
-        return str(self.tokenizer.convert_ids_to_tokens(int(token)))
+        name = self.tokenizer.convert_ids_to_tokens(int(token)) if 0 <= token < self.size else None
+        return f"<{token}>" if name is None else str(name)
+
+    def _encoding_of(self, text: str) -> Any:
+        """What the `tokenizers` library makes of a text. Raises UserError where it can make nothing of it."""
+        try:
+            return self._backend.encode(text, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(
+                f"the tokenizer has no token for some of the text ({one_line(error)}); expected one with an unknown"
+                f" token or with bytes: train one on this corpus, or type --tokenizer {BUILTIN}"
+            ) from None
+
+    def _refuse_without_unknown_token(self) -> None:
+        """Raise UserError for a tokenizer that meets a character which it does not know with an error; say of one that
+        drops it that it does."""
+        unusual = "\U0010fffd"
+        if not self._encoding_of(unusual).ids:
+            screen.say(
+                "the tokenizer leaves out characters that it does not know, for it has neither an unknown token nor"
+                " bytes"
+            )
 
     def _whole(self, text: str, max_tokens: int) -> Opening:
         ids, ends = self.encode(text)
@@ -166,7 +191,7 @@ class Encoder:
                 ends.append(end)
                 continue
             for start, stop in ((begin, begin + 1), (begin + 1, end)):
-                part = self._backend.encode(text[start:stop], add_special_tokens=False)
+                part = self._encoding_of(text[start:stop])
                 for new, (_, part_end) in zip(part.ids, part.offsets, strict=True):
                     if new not in self._control:
                         new_ids.append(new)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from slimpajama_hf import screen
-from slimpajama_hf.corpus import patience
-from slimpajama_hf.corpus.documents import Cursor, Gap, Unusable
+from slimpajama_hf.corpus import documents, patience
+from slimpajama_hf.corpus.documents import HELD_OUT, Cursor, Gap, Unusable
 from slimpajama_hf.corpus.patience import Patience
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.samples.cutting import packed, truncate, windows
@@ -69,6 +69,12 @@ class SampleStream:
         self._stop = stop
         self.gaps_at_end: list[dict[str, Any]] = []
         """Shards set aside after the last sample of the stream: no sample carries them."""
+        self.skipped_at_end: dict[str, int] = {}
+        """Unusable records after the last sample, by reason, where the stream ended or broke."""
+        self.error: Exception | None = None
+        """What the stream broke with."""
+        self.fields: Counter[str] = Counter()
+        """What records without a text have instead, and how many characters of it (-1 where it is no string)."""
 
     def __iter__(self) -> Iterator[Sample]:
         start = self.start
@@ -130,26 +136,40 @@ class SampleStream:
         skipped: Counter[str] = Counter()
         gaps: list[dict[str, Any]] = []
         in_a_row = 0
-        for sample in samples:
-            if isinstance(sample, Gap):
-                gaps.append({"shard": sample.shard, "row": sample.row, "reason": sample.reason})
-                screen.say(f"{sample.shard}: {sample.reason}; set aside from row {sample.row:,} on")
-            elif isinstance(sample, Unusable):
-                skipped[sample.reason] += 1
-                in_a_row += 1
-                if in_a_row == MOST_UNUSABLE_IN_A_ROW:
-                    reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
-                    raise UserError(
-                        f"{self.corpus.name} ({self.corpus.mirror}): {in_a_row:,} records in a row are unusable, "
-                        f"the last at {sample.shard} row {sample.row} ({reasons}); check --dataset and --text_column"
-                    )
-            elif self.leave_out and not self.leave_out.isdisjoint(names_of(sample)):
-                skipped["left out"] += 1
-            else:
-                sample.skipped, sample.gaps = dict(skipped), gaps
-                skipped, gaps, in_a_row = Counter(), [], 0
-                yield sample
-        self.gaps_at_end = gaps
+        try:
+            for sample in samples:
+                if isinstance(sample, Gap):
+                    gaps.append({"shard": sample.shard, "row": sample.row, "reason": sample.reason})
+                    screen.say(f"{sample.shard}: {sample.reason}; set aside from row {sample.row:,} on")
+                elif isinstance(sample, Unusable):
+                    skipped[sample.reason] += 1
+                    self.fields.update(dict(sample.fields))
+                    # What is held out is no fault of the source.
+                    in_a_row += sample.reason != HELD_OUT
+                    if in_a_row == MOST_UNUSABLE_IN_A_ROW:
+                        raise UserError(
+                            f"{self.corpus.name} ({self.corpus.mirror}): {in_a_row:,} records in a row are unusable, "
+                            f"the last at {sample.shard} row {sample.row} ({self.in_words(skipped)}); check --dataset "
+                            "and --text_column"
+                        )
+                elif self.leave_out and not self.leave_out.isdisjoint(names_of(sample)):
+                    skipped["left out"] += 1
+                else:
+                    sample.skipped, sample.gaps = dict(skipped), gaps
+                    skipped, gaps, in_a_row = Counter(), [], 0
+                    yield sample
+        except Exception as error:
+            self.error, self.gaps_at_end, self.skipped_at_end = error, gaps, dict(skipped)
+            raise
+        self.gaps_at_end, self.skipped_at_end = gaps, dict(skipped)
+
+    def in_words(self, passed_over: Mapping[str, int]) -> str:
+        """What was passed over, by reason, and what records without a text have instead."""
+        return documents.in_words(passed_over, self.fields, self.corpus.text_column)
+
+    def why_nothing(self) -> str:
+        """Behind "no document": why a stream that has ended gave none; "" where nothing was passed over."""
+        return f": {self.in_words(self.skipped_at_end)}" if self.skipped_at_end else ""
 
 
 def names_of(sample: Sample) -> tuple[str, str]:

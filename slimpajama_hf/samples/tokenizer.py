@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 from typing import TYPE_CHECKING
 
 from slimpajama_hf import ROOT
+from slimpajama_hf.corpus.sniffing import not_a_download
 from slimpajama_hf.errors import UserError
+from slimpajama_hf.files import looks_local
 
 if TYPE_CHECKING:
     from slimpajama_hf.corpus.corpus import Corpus
@@ -43,6 +46,18 @@ _EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", END_OF_TEXT)
 _UNK_NAMES = ("<unk>", "[UNK]", END_OF_TEXT)
 
+#: Texts on which a conversion of a SentencePiece model gives itself away, and how many made of its own pieces.
+_HARD_TEXTS = (
+    "a",
+    " ",
+    "  two  spaces  ",
+    "\n\n\ttabs",
+    "1234567 89",
+    "na\u00efve e\u0301",
+    "\u65e5\u672c\u8a9e \U0001f389",
+)
+_RANDOM_TEXTS = 200
+
 
 def load_tokenizer(source: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load a tokenizer that encodes text as its makers do and that AutoTokenizer can load again once saved.
@@ -63,7 +78,7 @@ def load_tokenizer(source: str, *, revision: str | None = None) -> PreTrainedTok
         return _from_folder(path)
     if path.is_file():
         return from_sentencepiece(path) if path.suffix == ".model" else _from_tokenizer_json(path)
-    if path.suffix in (".model", ".json") or path.is_absolute() or source[:1] in ".~" or source.count("/") > 1:
+    if looks_local(source) or path.is_absolute():
         raise UserError(
             f"there is no tokenizer at {source}; expected a folder, a tokenizer.json or a SentencePiece .model:"
             f" mend the path, or type --tokenizer {BUILTIN} for the one that comes with this program"
@@ -128,6 +143,8 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
             f"the tokenizer in {folder} could not be read ({_reason(error)}); expected the files that"
             f" save_pretrained() writes: save it again, or type --tokenizer {BUILTIN}"
         ) from error
+    _refuse_other_ids(tokenizer, folder)
+    _refuse_renumbered(tokenizer, folder / "tokenizer.json")
     return _checked(tokenizer, str(folder))
 
 
@@ -136,6 +153,50 @@ def _as_trained(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     was = json.loads(path.read_text(encoding="utf-8")).get(AS_TRAINED, {}) if path.is_file() else {}
     return {name: was[name] for name in KEPT_AS_TRAINED if name in was}
+
+
+def _refuse_other_ids(tokenizer: Any, folder: Path) -> None:
+    """Raise UserError where a folder holds a SentencePiece model and transformers made other ids of it than
+    `sentencepiece` does: its conversions split some texts in another way."""
+    from sentencepiece import SentencePieceProcessor
+
+    models = sorted(folder.glob("*.model"))
+    if len(models) != 1 or not getattr(tokenizer, "is_fast", False):
+        # Any other class takes its ids from sentencepiece, or is refused (`samples/encoder.py`).
+        return
+    try:
+        processor = SentencePieceProcessor(model_proto=models[0].read_bytes())
+    except (RuntimeError, OSError, ValueError):
+        return
+    odd = (processor.is_control, processor.is_unknown, processor.is_byte, processor.is_unused)
+    size = processor.get_piece_size()
+    own = [processor.id_to_piece(index) for index in range(size) if not any(is_odd(index) for is_odd in odd)]
+    draw = random.Random(0)
+    made = ("".join(draw.choices(own, k=12)).replace("\u2581", " ") for _ in range(_RANDOM_TEXTS))
+    for text in (*_HARD_TEXTS, *made):
+        ids, here = processor.encode(text), tokenizer.encode(text, add_special_tokens=False)
+        if ids != here:
+            raise UserError(
+                f"the tokenizer in {folder} has other ids than its SentencePiece model {models[0].name}: {text!r} is"
+                f" {here} and not {ids}; for those of sentencepiece type --tokenizer {models[0]}"
+            )
+
+
+def _refuse_renumbered(tokenizer: Any, path: Path) -> None:
+    """Raise UserError where the `tokenizers` library gave an added token another id than its file says: where ids are
+    missing, it counts on from the number of tokens."""
+    try:
+        added = json.loads(path.read_bytes()).get("added_tokens") or []
+        wanted = {str(token["content"]): int(token["id"]) for token in added}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    for content, index in wanted.items():
+        if tokenizer.convert_tokens_to_ids(content) != index:
+            raise UserError(
+                f"{path}: the token {content!r} has the id {index} there, and the `tokenizers` library makes it"
+                f" {tokenizer.convert_tokens_to_ids(content)}, because ids before it are missing; give the missing ids"
+                f" to tokens of your own in its vocabulary, or type --tokenizer {BUILTIN}"
+            )
 
 
 def _from_tokenizer_json(path: Path) -> PreTrainedTokenizerBase:
@@ -161,6 +222,7 @@ def _from_tokenizer_json(path: Path) -> PreTrainedTokenizerBase:
         bos_token=named(_BOS_NAMES),
         unk_token=named(_UNK_NAMES),
     )
+    _refuse_renumbered(tokenizer, path)
     return _checked(tokenizer, str(path))
 
 
@@ -258,16 +320,10 @@ def _not_a_model(path: Path) -> str | None:
     """What a file is that a failed download often leaves in place of a tokenizer; None when it is none of these."""
     try:
         with open(path, "rb") as file:
-            start = file.read(200).lstrip().lower()
+            start = file.read(200).lstrip()
     except OSError as error:
         return error.strerror
-    if not start:
-        return "it is empty"
-    if start.startswith((b"<!doctype", b"<html")):
-        return "it is an HTML page"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, not the file itself: git lfs pull fetches that"
-    return None
+    return not_a_download(start) if start else "it is empty"
 
 
 def tokenizer_for(asked: str, corpus: Corpus) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from slimpajama_hf.session import range_test_result
 from slimpajama_hf.training import range_test, schedule
 
 if TYPE_CHECKING:
+    from slimpajama_hf.corpus.corpus import Corpus
     from slimpajama_hf.record.run_folder import RunFolder
     from slimpajama_hf.settings.settings import Settings
     from slimpajama_hf.training.trainer import SlimPajamaTrainer
@@ -45,6 +46,8 @@ def show(
     }
     rows = {
         "corpus": f"{corpus.name} ({corpus.mirror}){where}",
+        **({"files": corpus.files_in_words()} if corpus.files_in_words() else {}),
+        **({"held out": _held_out(corpus, trainer)} if corpus.held_out_fraction else {}),
         "sample": modes[data.sample_mode],
         "tokenizer": f"{tokenizer_name}, {tokens:,} tokens",
         "model": f"{settings.model.model}, {need.parameters / 1e6:.1f}M parameters"
@@ -71,6 +74,14 @@ def show(
     warning = memory.warning(model, trainer.args.device, need, settings, memory.processes_here())
     if warning is not None:
         screen.say(f"{'warning':>10}  {warning}")
+
+
+def _held_out(corpus: Corpus, trainer: SlimPajamaTrainer) -> str:
+    """What of the corpus is not trained on, and how many documents of it are scored."""
+    scored = len(cast("list[Any]", trainer.eval_dataset or []))
+    return f"about {corpus.held_out_fraction:.2%} of the documents, by a hash of their text: never trained on" + (
+        f"; the first {scored:,} of them are scored" if scored else ""
+    )
 
 
 def _needs(settings: Settings, trainer: SlimPajamaTrainer, precision: str) -> memory.Needs:
@@ -153,7 +164,7 @@ def _documents(trainer: SlimPajamaTrainer) -> str:
     return words
 
 
-def _held_out(folder: RunFolder, steps: int) -> list[str]:
+def _held_out_scores(folder: RunFolder, steps: int) -> list[str]:
     """The last held-out scores of a run, of its weights and of their average; nothing where there are none."""
     entries = [entry for _, entry in files.json_lines(folder.evaluations) if entry["step"] <= steps]
     if not entries:
@@ -195,7 +206,7 @@ def summary(
         # At rates that are far too much no loss and no score says anything.
         return [*lines, f"{'ledger':>15}  {folder.ledger}"]
     lines += [
-        *_held_out(folder, len(columns)),
+        *_held_out_scores(folder, len(columns)),
         f"     final loss  {mean_of_last(columns.loss):.4f} nats per token ({_last_steps(columns.loss)})",
         f" final accuracy  {mean_of_last(columns.accuracy):.1%} of next tokens",
         f"    prequential  {columns.prequential_bits_per_byte():.4f} bits per byte (documents scored before learned)",
@@ -213,8 +224,7 @@ def summary(
         lines.append(f"   not measured  {times}, for lack of memory")
     skipped = trainer.skipped_records
     if skipped:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
-        lines.append(f"        skipped  {sum(skipped.values()):,} records: {reasons}")
+        lines.append(f"        skipped  {sum(skipped.values()):,} records: {trainer.stream.in_words(skipped)}")
     left = {
         "chart": folder.latest_chart,
         "report": folder.report,

@@ -17,6 +17,7 @@ from slimpajama_hf.errors import UserError
 from slimpajama_hf.hub import stranger
 from slimpajama_hf.record import checkpoints, ledger, run_folder
 from slimpajama_hf.record.run_folder import RunFolder, put_aside
+from slimpajama_hf.session import held_out_documents
 from slimpajama_hf.settings.what_matters import WHAT_MATTERS
 
 if TYPE_CHECKING:
@@ -183,16 +184,26 @@ def corpus_of(settings: Settings, folder: RunFolder, waiting: Callable[[str], No
         described = folder.read_record()["corpus"]
         if settings.stranger is not None:
             described = stranger.corpus_here(described, settings.stranger.dataset, str(folder.path))
+        # A change of what a run holds out or reads as a document is refused before, unless it was allowed by name.
+        allowed = {name.strip() for name in (settings.run.allow_changes or "").split(",")}
+        if "txt_documents" in allowed:
+            described = described | {"txt_documents": data.txt_documents}
+        if "eval_fraction" in allowed:
+            described = described | {"held_out_fraction": data.eval_fraction}
         return unchanged.check_unchanged(unchanged.recorded(described), waiting)
-    return opening.open_corpus(
+    corpus = opening.open_corpus(
         data.dataset,
         text_column=data.text_column,
         split=data.dataset_split,
         config_name=data.dataset_config_name,
         revision=data.dataset_revision,
         skip_broken_shards=data.skip_broken_shards,
+        txt_documents=data.txt_documents,
         waiting=waiting,
     )
+    if held_out_documents.holds_out(settings, corpus):
+        return dataclasses.replace(corpus, held_out_fraction=data.eval_fraction)
+    return corpus
 
 
 def precision_of(settings: Settings, folder: RunFolder, model: Any) -> str:

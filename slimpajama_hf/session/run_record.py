@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import time
 import uuid
@@ -89,7 +90,7 @@ def record_run(
             settings, record, tokenizer_name, tokenizer_sha256, {described["sha256"], _config_sha256(model)}
         )
         _say_what_differs(settings, record)
-        if settings.stranger is not None:
+        if settings.stranger is not None or re.search("txt_documents|eval_fraction", settings.run.allow_changes or ""):
             record["corpus"] = corpus.describe()
     else:
         project = settings.training.project if "project" in settings.typed else folder.path.resolve().name

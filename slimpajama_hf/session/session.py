@@ -146,7 +146,12 @@ class Session:
                 f"the end of the run is not saved ({unsaved}); make room and go on from the last checkpoint"
             )
         steps = trainer.state.global_step
-        self._note_in_record()
+        stream = trainer.stream
+        ended = trainer.stream_ended or (failure is not None and failure is stream.error)
+        # No row of the ledger comes after them. A session that stops before the end has none.
+        gaps, skipped = (stream.gaps_at_end, stream.skipped_at_end) if ended else ([], {})
+        trainer.skipped_records.update(skipped)
+        self._note_in_record({"gaps_after_last_step": gaps, "skipped_after_last_step": skipped})
         if not self.settings.run.lr_find:
             with screen.Waiting("drawing the last chart and the report"):
                 drawn = views.finish(steps)
@@ -178,18 +183,19 @@ class Session:
         if failure is not None:
             raise failure
         if steps == 0:
-            raise UserError(f"{self.settings.data.dataset}: no document to learn from in this corpus")
+            raise UserError(
+                f"{self.settings.data.dataset}: no document to learn from in this corpus{trainer.stream.why_nothing()}"
+            )
         return code
 
-    def _note_in_record(self) -> None:
+    def _note_in_record(self, at_end: dict[str, Any]) -> None:
         """What only the end of a session knows, into `run.json`; a disk that is full does not take it."""
-        found: dict[str, Any] = {"memory": devices.peak_memory()}
-        if self.trainer.stream_ended and self.trainer.stream.gaps_at_end:
-            # No row of the ledger comes after them.
-            found["gaps_after_last_step"] = self.trainer.stream.gaps_at_end
+        found: dict[str, Any] = {"memory": devices.peak_memory(), **at_end}
         if self.trainer.args.should_save:
             with contextlib.suppress(OSError):
-                files.write_json(self.folder.record, self.folder.read_record() | found, indent=1)
+                record = {name: value for name, value in self.folder.read_record().items() if name not in found}
+                said = {name: value for name, value in found.items() if value}
+                files.write_json(self.folder.record, record | said, indent=1)
 
     def _outcome(self, failure: Exception | None) -> str:
         if failure is not None:

@@ -14,6 +14,7 @@ from typing import Any
 STEPS = 400
 
 
+TXT_DOCUMENTS = ("line", "paragraph", "file")
 SAMPLE_MODES = ("truncate", "window", "pack")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 BACKWARDS = ("auto", "autograd")
@@ -31,7 +32,7 @@ class DataArguments:
 
     dataset: str = _knob(
         "slimpajama",
-        "slimpajama (its mirrors in turn), slimpajama_6b, embedded, a file, a 'glob', or any Hub dataset id",
+        "slimpajama (its mirrors in turn), slimpajama_6b, embedded, a file, a folder, a 'glob', or any Hub dataset id",
     )
     dataset_config_name: str | None = _knob(None, "configuration of a Hub dataset that has several")
     dataset_revision: str | None = _knob(
@@ -39,6 +40,11 @@ class DataArguments:
     )
     dataset_split: str = _knob("train", "split of a Hub dataset")
     text_column: str = _knob("text", "column that holds the text")
+    txt_documents: str = _knob(
+        "line",
+        "what one document of a .txt file is: line, paragraph (blank lines between), file",
+        choices=TXT_DOCUMENTS,
+    )
     sample_mode: str = _knob(
         "truncate",
         "truncate (a document's first tokens), window (all of it, window by window), pack (joined by EOS)",
@@ -53,7 +59,11 @@ class DataArguments:
     )
     stream_patience: float = _knob(600.0, "seconds that a Hub which fails is waited for before the run stops")
     eval_dataset: str | None = _knob(
-        None, "held-out documents for --eval_steps; default: the corpus' own validation part"
+        None,
+        "held-out documents for --eval_steps; default: the corpus' own validation part, else --eval_fraction of it",
+    )
+    eval_fraction: float = _knob(
+        0.01, "share of the documents held out for --eval_steps where there is no other held-out text; 0: none"
     )
     eval_documents: int = _knob(200, "held-out documents scored at each evaluation")
 
@@ -66,6 +76,8 @@ class DataArguments:
             raise ValueError(f"--epochs {self.epochs}: expected at least 1")
         if not self.stream_patience >= 0:
             raise ValueError(f"--stream_patience {self.stream_patience}: expected seconds, 0 or more")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"--eval_fraction {self.eval_fraction}: expected a share below 1, as 0.01, or 0 for none")
         if self.eval_documents < 1:
             raise ValueError(f"--eval_documents {self.eval_documents}: expected at least 1")
 

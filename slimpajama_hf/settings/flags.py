@@ -86,6 +86,16 @@ def _refuse_empty(tokens: Sequence[str], origin: dict[str, str]) -> None:
             raise UsageError(f"{where}--{name}: there is nothing after it; give it a value or leave it out")
 
 
+def _refuse_not_utf8(tokens: Sequence[str]) -> None:
+    """A flag with bytes that are no UTF-8 could not be written into `run_config.yaml`."""
+    for token in tokens:
+        if any("\ud800" <= character <= "\udfff" for character in token):
+            raise UsageError(
+                f"{token.encode('utf-8', 'replace').decode()}: it holds bytes that are no UTF-8; rename the file, or "
+                "name its folder or a 'glob' instead"
+            )
+
+
 def _refuse_unknown(unknown: Sequence[str], known: Sequence[str], origin: dict[str, str]) -> NoReturn:
     token = unknown[0]
     name = token[2:].partition("=")[0] if token.startswith("--") else token
@@ -128,6 +138,7 @@ def read_flags(argv: Sequence[str]) -> Settings:
     devices.refuse_launchers_wishes()
     flags, from_files, origin = all_tokens(argv)
     _refuse_empty([*from_files, *flags], origin)
+    _refuse_not_utf8([*from_files, *flags])
     typed = _typed_names([*from_files, *flags])
 
     devices.wait_politely()

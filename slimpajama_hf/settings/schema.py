@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers.hf_argparser import string_to_bool
 
-from slimpajama_hf.settings.arguments import OLD_FLAGS, OURS, TRAINING_DEFAULTS
+from slimpajama_hf.settings.arguments import OURS, TRAINING_DEFAULTS
+from slimpajama_hf.settings.old_program import RENAMED
 from slimpajama_hf.settings.training_arguments import PASSED_ON, SlimPajamaTrainingArguments, make_parser
 
 #: Kinds of values by the type of a flag. What is none of these is written as text.
@@ -24,7 +25,7 @@ def schema() -> dict[str, Any]:
         for action in parser._actions
         if action.dest in known and not action.dest.endswith("_token")
     }
-    for old, name in OLD_FLAGS.items():
+    for old, name in RENAMED.items():
         properties[old] = properties[name] | {"description": f"old name of {name}", "deprecated": True}
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from slimpajama_hf.corpus import opening, unchanged
+from slimpajama_hf.corpus import formats, opening, unchanged
 from slimpajama_hf.corpus import shards as shards_module
 from slimpajama_hf.corpus.documents import Cursor, Document, Unusable, domain_of
 from slimpajama_hf.errors import UserError
@@ -94,7 +94,7 @@ def test_no_domain_is_unknown(meta):
 
 
 def test_unusable_records_are_named_and_the_rest_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards_module, "LONGEST_LINE_BYTES", 2**20)
+    monkeypatch.setattr(formats, "LONGEST_LINE_BYTES", 2**20)
     lines = [
         '{"text": "first good one"}',
         '{"text": null}',
@@ -148,7 +148,7 @@ def test_a_50_mb_line_is_passed_over_in_bounded_memory(tmp_path):
         "longer than 32 MB",
         "after",
     ]
-    assert peak < 2 * shards_module.LONGEST_LINE_BYTES
+    assert peak < 2 * formats.LONGEST_LINE_BYTES
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz"])
@@ -178,10 +178,10 @@ def _make(folder: Path, what: str) -> str:
     ("what", "words"),
     [
         ("missing.jsonl", "no such file"),
-        ("folder", "a folder"),
-        ("html.jsonl.zst", "not a readable"),
-        ("html.jsonl.gz", "not a readable"),
-        ("html.parquet", "not a readable"),
+        ("folder", "no file in this folder"),
+        ("html.jsonl.zst", "HTML page"),
+        ("html.jsonl.gz", "HTML page"),
+        ("html.parquet", "HTML page"),
         ("notext.parquet", "content, url"),
         ("empty.jsonl", "no record"),
         ("picture.png", "cannot read .png"),

@@ -222,6 +222,61 @@ def test_tokenizer_json_by_itself_and_beside_its_configuration(trained, tmp_path
         assert tokenizer.encode(CODE) == expected
 
 
+def test_a_folder_with_a_sentencepiece_model_gives_its_ids_or_is_refused(foreign, trained, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(foreign["bpe"].read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"other ids than its SentencePiece model tokenizer\.model.*type --tokenizer"):
+        load_tokenizer(str(tmp_path))
+    # What is saved from one loaded as it should be is the same again.
+    processor = reference(foreign["bpe"])
+    load_tokenizer(str(tmp_path / "tokenizer.model")).save_pretrained(tmp_path / "saved")
+    again = load_tokenizer(str(tmp_path / "saved"))
+    assert [again.encode(text) for text in NASTY] == [processor.encode(text) for text in NASTY]
+
+
+def with_holes(source: Path, path: Path, added: list[dict[str, object]]) -> str:
+    """A tokenizer.json whose ids begin to be 500 larger in its middle."""
+    content = json.loads(source.read_text())
+    content["model"]["vocab"] = {
+        token: index + 500 * (index >= 300) for token, index in content["model"]["vocab"].items()
+    }
+    content["added_tokens"] += added
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_ids_with_holes_are_kept_and_the_model_gets_a_row_for_the_largest(trained, tmp_path: Path) -> None:
+    from slimpajama_hf.model.presets import vocabulary
+
+    source = trained["byte-bpe"] / "tokenizer.json"
+    tokenizer = load_tokenizer(with_holes(source, tmp_path / "holes.json", []))
+    encoder = Encoder(tokenizer)
+    ids, _ = encoder.encode(CODE)
+    largest = max(tokenizer.get_vocab().values())
+    assert vocabulary(tokenizer) == encoder.size == largest + 1 == len(tokenizer) + 500
+    assert max(ids) >= 800 and encoder.decode(ids) == CODE and encoder.piece(400) == "<400>"
+    token = {"id": 5000, "content": "<x>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+             "special": True}  # fmt: skip
+    with pytest.raises(UserError, match=r"'<x>' has the id 5000 there.*missing"):
+        load_tokenizer(with_holes(source, tmp_path / "added.json", [token]))
+
+
+def test_a_token_added_to_a_sentencepiece_model_keeps_its_id(foreign) -> None:
+    tokenizer = load_tokenizer(str(foreign["bpe"]))
+    tokenizer.add_tokens(["<added>"])
+    encoder = Encoder(tokenizer)
+    assert encoder.piece(encoder.size - 1) == "<added>" and encoder.decode([encoder.size - 1]) == ""
+
+
+def test_a_tokenizer_without_an_unknown_token_is_one_sentence(tmp_path: Path, capsys) -> None:
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
+    with pytest.raises(UserError, match=r"no token for some of the text.*--tokenizer builtin"):
+        Encoder(PreTrainedTokenizerFast(tokenizer_object=backend))
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1}, []))))
+    assert encoder.encode("abc")[0] == [0, 1]
+    assert "leaves out characters that it does not know" in capsys.readouterr().err
+
+
 def write(path: Path, content: bytes) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)

@@ -75,22 +75,6 @@ def test_eval_steps_scores_the_held_out_part_of_the_embedded_corpus(tmp_path, ca
     assert set(scores) == {"all", *(domain for domain in scores if domain.startswith("Python"))}
 
 
-def test_a_corpus_without_a_held_out_part_says_so(shards, tmp_path):
-    done = run_script(
-        *NANO,
-        "--dataset",
-        f"{shards}/*",
-        "--eval_steps",
-        "3",
-        "--max_steps",
-        "6",
-        "--output_dir",
-        str(tmp_path / "run"),
-    )
-    assert done.returncode == 1
-    assert "--eval_dataset" in done.stderr and "Traceback" not in done.stderr
-
-
 def test_prequential_bits_per_byte_is_the_code_length_of_the_run(finished):
     rows = [json.loads(line) for line in (finished / "ledger.jsonl").read_text().splitlines()]
     nats = sum(row["loss"] * (row["tokens"] - 1) + math.log(4096) for row in rows)
