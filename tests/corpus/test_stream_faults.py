@@ -250,7 +250,9 @@ def test_a_broken_file_stops_or_is_set_aside_once(tmp_path, encoder, capsys, nam
     assert all(row < gaps[0]["row"] for row in rows)
     if mode == "truncate":
         found = [(sample.document.shard, sample.document.row) for sample in made]
-        assert len(set(found)) == len(found) == 24 + gaps[0]["row"]
+        # gzip notices damage late: lines that it garbled before are passed over.
+        passed_over = sum(sum(sample.skipped.values()) for sample in made)
+        assert len(set(found)) == len(found) == 24 + gaps[0]["row"] - passed_over
     for place in sorted({0, 5, 11, 12, 13, len(made) // 2, len(made) - 3, len(made) - 2} & set(range(len(made)))):
         stream.start = Cursor(**json.loads(json.dumps(dataclasses.asdict(made[place].after))))
         rest = list(stream)
