@@ -13,7 +13,6 @@ WHAT_MATTERS = (
     "max_seq_length", "shuffle_buffer", "leave_out", "model", "config_overrides", "tokenizer", "precision",
     "learning_rate", "warmup_steps", "seed", "backward", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "optim", "gradient_accumulation_steps", "hidden_optim", "hidden_rate",
-    "reduce_dtype",
 )  # fmt: skip
 
 _MAY_BE_PATHS = ("dataset", "tokenizer", "model")
@@ -24,7 +23,7 @@ ALSO_DECIDES = (
     "optim_args", "optim_target_modules", "tf32", "full_determinism", "activation_checkpointing",
     "activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile",
     "torch_compile_backend", "torch_compile_mode", "use_liger_kernel", "liger_kernel_config", "ddp_bucket_cap_mb",
-    "ddp_static_graph",
+    "ddp_static_graph", "reduce_dtype",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slimpajama_hf import devices, screen
+from slimpajama_hf.errors import UserError
 from slimpajama_hf.model import memory, optimization
 from slimpajama_hf.model.gpt2_likeness import unsupported
 from slimpajama_hf.model.gpt2_step import GPT2Step
@@ -32,6 +33,14 @@ def why_autograd(args: Any, model: Any, backward: str) -> str | None:
     if args.neftune_noise_alpha is not None:
         return "NEFTune noise"
     return unsupported(model)
+
+
+def refuse_reduce_dtype(args: Any, why: str | None, reduce_dtype: str) -> None:
+    """Raise UserError where `--reduce_dtype` would have no effect. `why`: what `why_autograd` says."""
+    if reduce_dtype == "float32" or (args.world_size > 1 and why is None):
+        return
+    reason = f"the step is autograd's ({why})" if args.world_size > 1 else "one process sends no gradients"
+    raise UserError(f"--reduce_dtype {reduce_dtype}: {reason}; leave it out (float32)")
 
 
 def write_out(
