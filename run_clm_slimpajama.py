@@ -108,6 +108,7 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
             hidden_rate=model.hidden_rate,
             news=processes.news(team, training, signals),
             lr_find=settings.run.lr_find,
+            reduce_dtype=model.reduce_dtype,
         )
         # What watches, and what uploads; of several processes the first does.
         watchers = Watchers(trainer, settings, folder, encoder, record)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from slimpajama_hf.model import gpt2_writing
-from slimpajama_hf.model.gpt2_step import unlike_gpt2
+from slimpajama_hf.model.gpt2_likeness import unlike_gpt2
 
 #: Tokens of the document that the model is given, and tokens that it writes.
 PROMPT_TOKENS = 10

@@ -21,6 +21,7 @@ What is trained is the same function: losses and gradients agree with `GPT2LMHea
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -37,6 +38,7 @@ from slimpajama_hf.model.attention import (
     fused_attention,
     gelu,
 )
+from slimpajama_hf.model.gpt2_likeness import unsupported
 from slimpajama_hf.model.products import Weights, product, product_into, square
 
 #: What products are made in, by the name of the precision; None: as the weights are.
@@ -49,35 +51,6 @@ LENGTH_STEP = 32
 #: Elsewhere, in low precision, words are added to the head up to a multiple of this: rows of logits that begin at odd
 #: places are multiplied far slower. Those words get no probability, and no gradient.
 VOCABULARY_STEP = 64
-
-
-def unlike_gpt2(model: Any) -> str | None:
-    """Why `model` does not compute what is written out here and in `gpt2_writing.py`, in words; None when it does."""
-    from transformers import GPT2LMHeadModel
-
-    if type(model) is not GPT2LMHeadModel:
-        return f"it is a {type(model).__name__}, not GPT-2"
-    config = model.config
-    if config.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
-        return f"its activation is {config.activation_function}"
-    if config.add_cross_attention or config.reorder_and_upcast_attn:
-        return "its attention is not GPT-2's usual one"
-    return None
-
-
-def unsupported(model: Any) -> str | None:
-    """Why this step cannot train `model`, in words; None when it can."""
-    reason = unlike_gpt2(model)
-    if reason is not None:
-        return reason
-    config = model.config
-    if config.resid_pdrop or config.embd_pdrop or config.attn_pdrop:
-        return "it has dropout"
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        return "gradient checkpointing is on"
-    if any(not p.requires_grad or p.dtype != torch.float32 for p in model.parameters()):
-        return "not all of its weights are trained in float32"
-    return None
 
 
 @dataclasses.dataclass
@@ -101,7 +74,8 @@ class GPT2Step:
     `max_length`: tokens of the longest sample. On CUDA samples are padded to it and the step is captured as a graph
     (`cuda_graph.py`); `trouble` is told in words when that is refused, and it runs uncaptured. `seldom_changed`:
     parameters that most updates leave alone, and that nothing changes behind autograd's back (`.data`): they are cast
-    only when they have changed.
+    only when they have changed. `weight`: share of the sample in the gradient of a step of several, (), as `scale` on
+    the device and read at every step; the loss is told without it.
     """
 
     def __init__(
@@ -112,6 +86,7 @@ class GPT2Step:
         trouble: Callable[[str], None] = lambda text: None,
         seldom_changed: Iterable[nn.Parameter] = (),
         scale: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
     ) -> None:
         reason = unsupported(model)
         if reason is not None:
@@ -120,7 +95,10 @@ class GPT2Step:
         self._parameters = list(model.parameters())
         self._device = self._parameters[0].device
         self._low = LOW_PRECISIONS[precision]
-        self.scale = scale
+        self.scale, self._weight = scale, weight
+        self.filled: Callable[[int, int], None] = lambda first, last: None
+        """Told by a step that is not captured of a stretch of `gradients` as soon as it is whole: its first element and
+        the one behind its last. Those of the blocks, the last block first; what is not told of is whole at the end."""
         self._max_length = max_length
         self._trouble = trouble
         self._width, self._heads = config.hidden_size, config.num_attention_heads
@@ -145,6 +123,7 @@ class GPT2Step:
         self._squares_version = -1
         transformer = model.transformer
         self._blocks = list(transformer.h)
+        self._stretches = [self._stretch(block) for block in self._blocks]
         self._scaling = [block.attn.scaling for block in self._blocks]
         self._wte, self._wpe = self._place(transformer.wte.weight), self._place(transformer.wpe.weight)
         self._final = transformer.ln_f
@@ -181,6 +160,18 @@ class GPT2Step:
         with torch.no_grad():
             self._weights.refresh()
             return self._run(*self._arguments(input_ids), backward=False).loss
+
+    def _stretch(self, block: nn.Module) -> tuple[int, int]:
+        """Where the gradients of a block lie: its first element of `gradients`, and the one behind its last."""
+        begins = [0, *itertools.accumulate(view.numel() for view in self._views)]
+        places = [self._place(parameter) for parameter in block.parameters()]
+        if places != list(range(places[0], places[-1] + 1)):
+            raise ValueError("the parameters of a block do not follow one another")
+        return begins[places[0]], begins[places[-1] + 1]
+
+    def were_changed(self) -> None:
+        """The gradients are no longer what the backward left."""
+        self._squares_version = -1
 
     def _padded(self, tokens: int) -> int:
         """The length that a sample of so many tokens is computed at. What pads it has no share in the loss, and causal
@@ -300,6 +291,7 @@ class GPT2Step:
             d = self._linear_backward(block.attn.c_proj, attended, self._lowered(dx))
             d = self._linear_backward(block.attn.c_attn, normed, attention_back(d))
             dx += self._norm_backward(block.ln_1, d.float(), entered, mean, rstd)
+            self.filled(*self._stretches[len(kept)])
         self._embeddings_backward(input_ids, dx)
         self._squares_version = self.gradients._version
         return result
@@ -392,7 +384,8 @@ class GPT2Step:
         if not backward:
             return Result(loss, correct, nats), x
         # Softmax minus one at the target, in the mean of the loss.
-        shares = shares if self.scale is None else shares * self.scale
+        for factor in (self.scale, self._weight):
+            shares = shares if factor is None else shares * factor
         logits.mul_(shares.unsqueeze(1))
         logits.scatter_add_(1, targets, -shares.unsqueeze(1))
         gradient = self._lowered(logits)

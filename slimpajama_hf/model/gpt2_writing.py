@@ -19,7 +19,7 @@ import torch.nn.functional as F
 def write_greedily(model: Any, prompt_ids: list[int], new_tokens: int) -> list[int]:
     """At most `new_tokens` tokens after `prompt_ids`, the likeliest each time; the last one is EOS if it came.
 
-    `model`: one that is computed as here (`gpt2_step.unlike_gpt2`).
+    `model`: one that is computed as here (`gpt2_likeness.unlike_gpt2`).
     """
     transformer, config = model.transformer, model.config
     heads, width, epsilon = config.num_attention_heads, config.hidden_size, config.layer_norm_epsilon

@@ -13,6 +13,7 @@ from slimpajama_hf.corpus.patience import StopRequested
 from slimpajama_hf.errors import SaidByTheFirst, UserError
 from slimpajama_hf.record import run_folder
 from slimpajama_hf.session import plan
+from slimpajama_hf.training.backward import refuse_reduce_dtype
 from slimpajama_hf.training.processes import OthersLost, is_about_others, lost
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Session:
     def run(self) -> int:
         """Train to the end, to a signal or to an error; leave checkpoint, views and summary; return the exit code."""
         trainer = self.trainer
+        refuse_reduce_dtype(trainer.args, trainer.why_autograd(), self.settings.model.reduce_dtype)
         if trainer.args.save_strategy != "no":
             trainer.team.first_does(self._refuse_full_disk)
         try:

@@ -101,6 +101,11 @@ class ModelArguments:
     backward: str = _knob(
         "auto", "auto (GPT-2's forward and backward written out, faster; else autograd's), autograd", choices=BACKWARDS
     )
+    reduce_dtype: str = _knob(
+        "float32",
+        "what gradients of several processes are summed in: float32, bfloat16 (half the bytes on the wire)",
+        choices=("float32", "bfloat16"),
+    )
     beta2_half_life_tokens: float | None = _knob(
         None, "half-life of AdamW's second moment in tokens, instead of --adam_beta2 (a step counts --max_seq_length)"
     )

@@ -24,7 +24,7 @@ ALSO_DECIDES = (
     "optim_args", "optim_target_modules", "tf32", "full_determinism", "activation_checkpointing",
     "activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile",
     "torch_compile_backend", "torch_compile_mode", "use_liger_kernel", "liger_kernel_config", "ddp_bucket_cap_mb",
-    "ddp_static_graph",
+    "ddp_static_graph", "reduce_dtype",
 )  # fmt: skip
 
 

@@ -1,11 +1,20 @@
-"""Whether the step is written out (`gpt2_step.py`) or left to autograd."""
+"""Whether the step is written out (`gpt2_step.py`) or left to autograd, and the step that is."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from slimpajama_hf import devices
-from slimpajama_hf.model.gpt2_step import unsupported
+import torch
+
+from slimpajama_hf import devices, screen
+from slimpajama_hf.errors import UserError
+from slimpajama_hf.model import memory, optimization
+from slimpajama_hf.model.gpt2_likeness import unsupported
+from slimpajama_hf.model.gpt2_step import GPT2Step
+from slimpajama_hf.training.shared_gradient import SharedGradient, begin_equal
+
+if TYPE_CHECKING:
+    from slimpajama_hf.training.loss_scale import LossScale
 
 
 def why_autograd(args: Any, model: Any, backward: str) -> str | None:
@@ -15,8 +24,8 @@ def why_autograd(args: Any, model: Any, backward: str) -> str | None:
     """
     if backward == "autograd":
         return "--backward autograd"
-    if args.world_size > 1 or devices.is_sharded():
-        return "several processes, whose gradients meet while autograd still works on the others"
+    if devices.is_sharded():
+        return "a sharded model"
     if args.gradient_accumulation_steps > 1 or args.gradient_checkpointing:
         return "gradient accumulation or checkpointing"
     if args.torch_compile or devices.launcher_compiles():
@@ -24,3 +33,34 @@ def why_autograd(args: Any, model: Any, backward: str) -> str | None:
     if args.neftune_noise_alpha is not None:
         return "NEFTune noise"
     return unsupported(model)
+
+
+def refuse_reduce_dtype(args: Any, why: str | None, reduce_dtype: str) -> None:
+    """Raise UserError where `--reduce_dtype` would have no effect. `why`: what `why_autograd` says."""
+    if reduce_dtype == "float32" or (args.world_size > 1 and why is None):
+        return
+    reason = f"the step is autograd's ({why})" if args.world_size > 1 else "one process sends no gradients"
+    raise UserError(f"--reduce_dtype {reduce_dtype}: {reason}; leave it out (float32)")
+
+
+def write_out(
+    model: Any, args: Any, max_length: int, optimizer: Any, loss_scale: LossScale | None, reduce_dtype: str
+) -> tuple[GPT2Step, SharedGradient | None]:
+    """The step of `model`, and of several processes what makes its gradients those of all. `max_length`: tokens of the
+    longest sample. Raises UserError where memory is short."""
+    several = args.world_size > 1
+    weight = torch.ones((), device=args.device) if several else None
+    with memory.said("the buffer of the gradients was made"):
+        step = GPT2Step(
+            model,
+            "float16" if args.fp16 else "bfloat16" if args.bf16 else "float32",
+            max_length,
+            screen.say,
+            optimizer.matrices if isinstance(optimizer, optimization.AdamWWithMuon) else (),
+            loss_scale.factor if loss_scale is not None else None,
+            weight,
+        )
+        if weight is None:
+            return step, None
+        begin_equal(model)
+        return step, SharedGradient(step, weight, reduce_dtype)

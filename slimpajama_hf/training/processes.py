@@ -58,7 +58,7 @@ class Processes:
                 told = [("done", act())]
             except (UserError, OSError, RuntimeError) as error:
                 failure, told = error, [("failed", str(error))]
-        with _others_lost():
+        with others_lost():
             dist.broadcast_object_list(told, src=0, group=self.group)
         outcome, value = told[0]
         if outcome == "done":
@@ -75,7 +75,7 @@ class Processes:
         """Wait until all are here. Raises the failure of this process, else an OSError with that of another."""
         if self.world_size > 1:
             told: list[Any] = [None] * self.world_size
-            with _others_lost():
+            with others_lost():
                 dist.all_gather_object(told, str(failure) if failure else None, group=self.group)
             if failure is None:
                 failed = [(rank, words) for rank, words in enumerate(told) if words]
@@ -88,7 +88,7 @@ class Processes:
         """Of each number the greatest that any process has."""
         values = torch.tensor(numbers, dtype=torch.float64)
         if self.world_size > 1:
-            with _others_lost():
+            with others_lost():
                 dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
         return values.tolist()
 
@@ -97,14 +97,14 @@ class Processes:
         if self.world_size == 1:
             return [values]
         gathered = [torch.empty_like(values) for _ in range(self.world_size)] if self.is_first else None
-        with _others_lost():
+        with others_lost():
             dist.gather(values, gathered, dst=0, group=self.group)
         return gathered or []
 
     def leave(self) -> None:
         """The end that all processes reach. Without it gloo's threads end the program by SIGABRT now and then."""
         if self.world_size > 1:
-            with _others_lost():
+            with others_lost():
                 dist.barrier(group=self.group)
             dist.destroy_process_group()
 
@@ -114,7 +114,8 @@ class OthersLost(UserError):
 
 
 @contextlib.contextmanager
-def _others_lost() -> Iterator[None]:
+def others_lost() -> Iterator[None]:
+    """What torch.distributed raises inside becomes OthersLost."""
     try:
         yield
     except RuntimeError as error:

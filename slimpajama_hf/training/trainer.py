@@ -15,13 +15,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from slimpajama_hf import precision, screen
+from slimpajama_hf import precision
 from slimpajama_hf.errors import SaidByTheFirst, UserError
 from slimpajama_hf.model import averaging, memory, optimization
-from slimpajama_hf.model.gpt2_step import GPT2Step
 from slimpajama_hf.record import checkpoints, noise
 from slimpajama_hf.training import loss_scale, range_test, schedule, step_numbers, stopping
-from slimpajama_hf.training.backward import why_autograd
+from slimpajama_hf.training.backward import why_autograd, write_out
 from slimpajama_hf.training.batches import Batches, collate
 from slimpajama_hf.training.clock import TrainingClock
 from slimpajama_hf.training.loss_scale import LossScale
@@ -33,11 +32,13 @@ from slimpajama_hf.training.step_numbers import SampleNumbers, Step
 from slimpajama_hf.training.update import Update
 
 if TYPE_CHECKING:
+    from slimpajama_hf.model.gpt2_step import GPT2Step
     from slimpajama_hf.samples.sample import Sample
     from slimpajama_hf.samples.stream import SampleStream
     from slimpajama_hf.training.evaluation import HeldOutScores
     from slimpajama_hf.training.processes import News
     from slimpajama_hf.training.recorder import StepRecorder
+    from slimpajama_hf.training.shared_gradient import SharedGradient
 
 
 #: Private methods of Trainer that we override or call: a test fails when their signature moves.
@@ -76,6 +77,7 @@ class SlimPajamaTrainer(Trainer):
         hidden_rate: float | None = None,
         news: News | None = None,
         lr_find: bool = False,
+        reduce_dtype: str = "float32",
         **trainer_arguments: Any,
     ) -> None:
         self.stream = stream
@@ -98,8 +100,10 @@ class SlimPajamaTrainer(Trainer):
         """Of the sample that is on, in the loss of its step."""
         self._own: list[torch.Tensor] = []
         """Packed numbers of each sample of the step that this process had, where a step has several."""
-        self._backward = backward
+        self._backward, self._reduce_dtype = backward, reduce_dtype
         self._written_out: GPT2Step | None = None
+        self._shared: SharedGradient | None = None
+        """Of several processes, what sums their gradients where the step is written out."""
         self._loss_scale: LossScale | None = None
         """In float16 what the loss is multiplied by."""
         self.measuring = Measuring(self.clock)
@@ -216,6 +220,9 @@ class SlimPajamaTrainer(Trainer):
         """As transformers'; a path goes on with the average of the weights too. Raises UserError where a lack of memory
         ends it."""
         self._resumed_from = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+        if self.team.world_size > 1 and self.why_autograd() is None:
+            # No DDP round the model: gradients meet in `SharedGradient`.
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except Exception as error:
@@ -246,17 +253,12 @@ class SlimPajamaTrainer(Trainer):
         if self.why_autograd() is None:
             model = self.accelerator.unwrap_model(self.model)
             self.recorder.layers = [noise.layer_of(name) for name, _ in model.named_parameters()]
-            with memory.said("the buffer of the gradients was made"):
-                self._written_out = GPT2Step(
-                    model,
-                    "float16" if self.args.fp16 else "bfloat16" if self.args.bf16 else "float32",
-                    self.stream.max_length,
-                    screen.say,
-                    optimizer.matrices if isinstance(optimizer, optimization.AdamWWithMuon) else (),
-                    self._loss_scale.factor if self._loss_scale is not None else None,
-                )
-            whole = self.stream.mode != "pack"
-            self.measuring.begin(self._written_out, self.args.max_grad_norm, self._loss_scale, whole)
+            self._written_out, self._shared = write_out(
+                model, self.args, self.stream.max_length, optimizer, self._loss_scale, self._reduce_dtype
+            )
+            if self._shared is None:
+                whole = self.stream.mode != "pack"
+                self.measuring.begin(self._written_out, self.args.max_grad_norm, self._loss_scale, whole)
         self.update = Update(optimizer, self._written_out, self._loss_scale)
         step = self._written_out
         by_hook = functools.partial(precision.seen_in, self.model, min(8, self.stream.max_length), self.args.device)
@@ -273,7 +275,12 @@ class SlimPajamaTrainer(Trainer):
         try:
             if self._written_out is not None:
                 # From the host: the step sends what it needs, and the labels are the ids.
-                result = self.measuring.gradient(self.state.global_step, inputs["input_ids"][0])
+                ids = inputs["input_ids"][0]
+                if self._shared is not None:
+                    # A weight is 1 on average over the places of the step.
+                    result = self._shared(ids, sample.weight / self.team.world_size)
+                else:
+                    result = self.measuring.gradient(self.state.global_step, ids)
                 self._loss, self._correct, self._nats = result.loss, result.correct, result.nats
             else:
                 super().training_step(model, inputs, num_items_in_batch)

@@ -11,7 +11,8 @@ from transformers import GPT2LMHeadModel
 from slimpajama_hf.model import optimization
 from slimpajama_hf.model import presets as models
 from slimpajama_hf.model.averaging import WeightAverage
-from slimpajama_hf.model.gpt2_step import GPT2Step, unsupported
+from slimpajama_hf.model.gpt2_likeness import unsupported
+from slimpajama_hf.model.gpt2_step import GPT2Step
 from slimpajama_hf.model.products import Weights, square
 from slimpajama_hf.samples.tokenizer import load_tokenizer
 from tests.conftest import NANO, read_ledger, run_script

@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from slimpajama_hf.model import generation, gpt2_writing
-from slimpajama_hf.model.gpt2_step import unlike_gpt2
+from slimpajama_hf.model.gpt2_likeness import unlike_gpt2
 
 
 def gpt2(**changes: Any) -> GPT2LMHeadModel:

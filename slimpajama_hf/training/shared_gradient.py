@@ -1,0 +1,83 @@
+"""The gradient of a step of several processes: each writes out that of its own sample, and their sum is everybody's.
+
+The gradients of a step lie in one row (`GPT2Step.gradients`). It is summed in pieces over `torch.distributed`, each as
+soon as the backward has filled it, the last blocks first: one piece travels while the next is computed. Where the step
+is captured as a CUDA graph, gradients are summed behind it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from slimpajama_hf.training.processes import others_lost
+
+if TYPE_CHECKING:
+    from slimpajama_hf.model.gpt2_step import GPT2Step, Result
+
+#: Fewer elements than this are not sent by themselves: each message has a cost of its own.
+SMALLEST_PIECE = 1 << 20
+
+REDUCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class SharedGradient:
+    """Makes the gradients of `step` the mean over all predicted tokens of the step, in all processes.
+
+    `weight`: the tensor that `step` multiplies its gradients by. `dtype`: what is sent, `float32` or `bfloat16`; sums
+    of bfloat16 are rounded to it too. The result is the same to the bit in every process.
+    """
+
+    def __init__(self, step: GPT2Step, weight: torch.Tensor, dtype: str) -> None:
+        self._step, self._weight = step, weight
+        gradients = step.gradients
+        self._sent = gradients if dtype == "float32" else torch.empty_like(gradients, dtype=REDUCE_DTYPES[dtype])
+        self._under_way: list[tuple[Any, int, int]] = []
+        self._whole: tuple[int, int] | None = None
+        if gradients.device.type == "cpu":
+            step.filled = self._filled
+
+    def __call__(self, input_ids: torch.Tensor, share: float) -> Result:
+        """The step on one sample, (T,). `share`: predicted tokens of the sample as a share of those of the whole step.
+        Raises OthersLost where another process is gone, torch.OutOfMemoryError."""
+        self._weight.fill_(share)
+        self._under_way, self._whole = [], None
+        result = self._step(input_ids)
+        # What is left: the embeddings, which are filled last, the last norm, and the smallest pieces.
+        done = sorted((first, last) for _, first, last in self._under_way)
+        begin = 0
+        for first, last in [*done, (self._step.gradients.numel(),) * 2]:
+            if begin < first:
+                self._send(begin, first)
+            begin = last
+        with others_lost():
+            for work, first, last in self._under_way:
+                work.wait()
+                if self._sent is not self._step.gradients:
+                    self._step.gradients[first:last].copy_(self._sent[first:last])
+        self._step.were_changed()
+        return result
+
+    def _filled(self, first: int, last: int) -> None:
+        """A stretch is whole; the one behind it was told of before."""
+        end = self._whole[1] if self._whole is not None and self._whole[0] == last else last
+        self._whole = (first, end)
+        if end - first >= SMALLEST_PIECE:
+            self._whole = None
+            self._send(first, end)
+
+    def _send(self, first: int, last: int) -> None:
+        piece = self._sent[first:last]
+        if self._sent is not self._step.gradients:
+            piece.copy_(self._step.gradients[first:last])
+        with others_lost():
+            self._under_way.append((dist.all_reduce(piece, async_op=True), first, last))
+
+
+def begin_equal(model: torch.nn.Module) -> None:
+    """Give all processes the weights of the first, as DDP does."""
+    with others_lost(), torch.no_grad():
+        for parameter in model.parameters():
+            dist.broadcast(parameter, src=0)
