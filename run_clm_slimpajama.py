@@ -58,7 +58,6 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
         config = presets.model_config(model.model, model.config_overrides, tokenizer, data.max_seq_length)
         gpt = presets.build(config, training.seed)
         waiting("loading the Trainer")
-        from slimpajama_hf.samples.stream import SampleStream
         from slimpajama_hf.training.signals import StopSignals
         from slimpajama_hf.training.stopping import StopOnSignal
         from slimpajama_hf.training.trainer import SlimPajamaTrainer
@@ -74,23 +73,7 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
         lambda: run_record.record_run(settings, folder, corpus, tokenizer_name, tokenizer, gpt, chosen, point)
     )
     signals = StopSignals()
-    stream = SampleStream(
-        corpus,
-        encoder,
-        data.sample_mode,
-        data.max_seq_length,
-        team.world_size,
-        team.rank,
-        accumulated=training.gradient_accumulation_steps,
-        shuffle_buffer=data.shuffle_buffer,
-        seed=training.seed,
-        epochs=data.epochs,
-        skip_broken_shards=data.skip_broken_shards,
-        patience_seconds=data.stream_patience,
-        leave_out=data.leave_out or (),
-        start=point.cursor,
-        stop=lambda: signals.received is not None and team.world_size == 1,
-    )
+    stream = resume.stream_of(settings, corpus, encoder, team, point, signals)
     recorder = run_record.recorder_of_run(folder, point, presets.vocabulary(tokenizer), team)
 
     with signals:

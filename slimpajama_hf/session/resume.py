@@ -22,7 +22,11 @@ from slimpajama_hf.settings.what_matters import WHAT_MATTERS
 
 if TYPE_CHECKING:
     from slimpajama_hf.corpus.corpus import Corpus
+    from slimpajama_hf.samples.encoder import Encoder
+    from slimpajama_hf.samples.stream import SampleStream
     from slimpajama_hf.settings.settings import Settings
+    from slimpajama_hf.training.processes import Processes
+    from slimpajama_hf.training.signals import StopSignals
 
 
 #: Rows that the policies on spikes and skipped updates look back on.
@@ -204,6 +208,32 @@ def corpus_of(settings: Settings, folder: RunFolder, waiting: Callable[[str], No
     if held_out_documents.holds_out(settings, corpus):
         return dataclasses.replace(corpus, held_out_fraction=data.eval_fraction)
     return corpus
+
+
+def stream_of(
+    settings: Settings, corpus: Corpus, encoder: Encoder, team: Processes, point: ResumePoint, signals: StopSignals
+) -> SampleStream:
+    """The samples of a run from where it begins or goes on."""
+    from slimpajama_hf.samples.stream import SampleStream
+
+    training, data = settings.training, settings.data
+    return SampleStream(
+        corpus,
+        encoder,
+        data.sample_mode,
+        data.max_seq_length,
+        team.world_size,
+        team.rank,
+        accumulated=training.gradient_accumulation_steps,
+        shuffle_buffer=data.shuffle_buffer,
+        seed=training.seed,
+        epochs=data.epochs,
+        skip_broken_shards=data.skip_broken_shards,
+        patience_seconds=data.stream_patience,
+        leave_out=data.leave_out or (),
+        start=point.cursor,
+        stop=lambda: signals.received is not None and team.world_size == 1,
+    )
 
 
 def precision_of(settings: Settings, folder: RunFolder, model: Any) -> str:

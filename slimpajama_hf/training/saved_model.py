@@ -5,13 +5,25 @@ Converters to other formats ask config.json for `n_ctx`; a batch needs a pad tok
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from slimpajama_hf.samples import portable_tokenizer
 
 _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
+
+
+@contextlib.contextmanager
+def with_a_cache(config: Any) -> Iterator[None]:
+    """What is saved inside generates with a cache when it is loaded; training needs none."""
+    cache, config.use_cache = config.use_cache, True
+    try:
+        yield
+    finally:
+        config.use_cache = cache
 
 
 def files_for(folder: Path) -> dict[str, bytes]:

@@ -19,7 +19,7 @@ from slimpajama_hf import precision
 from slimpajama_hf.errors import SaidByTheFirst, UserError
 from slimpajama_hf.model import averaging, memory, optimization
 from slimpajama_hf.record import checkpoints, noise
-from slimpajama_hf.training import loss_scale, range_test, schedule, step_numbers, stopping
+from slimpajama_hf.training import loss_scale, range_test, saved_model, schedule, step_numbers, stopping
 from slimpajama_hf.training.backward import why_autograd, write_out
 from slimpajama_hf.training.batches import Batches, collate
 from slimpajama_hf.training.clock import TrainingClock
@@ -275,12 +275,8 @@ class SlimPajamaTrainer(Trainer):
         try:
             if self._written_out is not None:
                 # From the host: the step sends what it needs, and the labels are the ids.
-                ids = inputs["input_ids"][0]
-                if self._shared is not None:
-                    # A weight is 1 on average over the places of the step.
-                    result = self._shared(ids, sample.weight / self.team.world_size)
-                else:
-                    result = self.measuring.gradient(self.state.global_step, ids)
+                ids, step, shared = inputs["input_ids"][0], self.state.global_step, self._shared
+                result = shared(ids, sample.weight) if shared else self.measuring.gradient(step, ids)
                 self._loss, self._correct, self._nats = result.loss, result.correct, result.nats
             else:
                 super().training_step(model, inputs, num_items_in_batch)
@@ -437,12 +433,8 @@ class SlimPajamaTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Weights, configuration and tokenizer. Loaded elsewhere, the model shall generate with a cache."""
-        config = self.accelerator.unwrap_model(self.model).config
-        cache, config.use_cache = config.use_cache, True
-        try:
+        with saved_model.with_a_cache(self.accelerator.unwrap_model(self.model).config):
             super()._save(output_dir, state_dict)
-        finally:
-            config.use_cache = cache
         if self.args.should_save:
             # A pickle of all arguments, the Hub token among them; run_config.yaml says the same without it.
             (Path(output_dir or self.run_path) / "training_args.bin").unlink(missing_ok=True)
