@@ -40,7 +40,7 @@ class SharedGradient:
             step.filled = self._filled
 
     def __call__(self, input_ids: torch.Tensor, weight: float) -> Result:
-        """The step on one sample, (T,). `weight`: that of the sample (`Sample.weight`), 1 on average over the processes.
+        """The step on one sample, (T,). `weight`: that of the sample (`Sample.weight`), 1 on average over processes.
         Raises OthersLost where another process is gone, torch.OutOfMemoryError."""
         self._weight.fill_(weight / dist.get_world_size())
         self._under_way, self._whole = [], None
