@@ -1,4 +1,4 @@
-"""README's table "Where to add things" is true: each change is made in a scratch copy, where it says, and works there."""
+"""CONTRIBUTING.md's table "Where to add things" is true: each change is made in a scratch copy, where it says, and works there."""
 
 import json
 import shutil

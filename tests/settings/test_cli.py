@@ -153,7 +153,7 @@ def test_help_is_short_and_imports_nothing_heavy():
     assert "--dataset" in done.stdout and "TrainingArguments" in done.stdout
 
 
-README_TEXT = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text("utf-8"), flags=re.S)
+README_TEXT = re.sub(r"```.*?```", "", (ROOT / "docs/flags.md").read_text("utf-8"), flags=re.S)
 README_FLAGS = re.findall(r"(?<![-\w])--([a-z][a-z0-9_-]*)", README_TEXT)
 
 
