@@ -37,10 +37,11 @@ def test_the_folder_holds_what_the_readme_says(finished):
     names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
     checkpoint = {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json",
-        "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "data_state.json", "manifest.json",
+        "tokenizer.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "data_state.json", "manifest.json",
     }  # fmt: skip
     # The average of the weights: a model of its own.
-    model = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")
+    model = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer.json",
+             "tokenizer_config.json"}  # fmt: skip
     checkpoint |= {f"averaged/{name}" for name in (*model, "averaging.json")}
     expected = {f"checkpoint-{step}/{name}" for step in (10, 20, 30, 40) for name in checkpoint}
     expected |= {"ledger.jsonl", "surprisals.f32", "samples.jsonl", "passports.jsonl", "prompts.jsonl"}

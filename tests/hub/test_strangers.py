@@ -266,7 +266,7 @@ def test_a_checkpoint_that_is_none_is_set_aside_and_the_one_before_is_used(finis
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in manifest["files"]:
         path = folder / name
-        manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": checkpoints._sha256(path)}
+        manifest["files"][name] = checkpoints.sum_of(path)
     if damage == "types":
         manifest["files"]["config.json"] = 7
     (folder / "manifest.json").write_text(json.dumps(manifest))
