@@ -293,8 +293,8 @@ def test_no_checkpoint_saves_nothing_but_metrics_and_nan_stays_visible(tmp_path)
     ("flags", "code", "words"),
     [
         (["--dataset", "missing.jsonl"], 1, "no such file"),
-        (["--dataset", "slimpajama_hf"], 1, "a folder"),
-        (["--dataset", "{html}"], 1, "not a readable .zst file"),
+        (["--dataset", "slimpajama_hf"], 1, "no file in this folder can be read; it holds"),
+        (["--dataset", "{html}"], 1, "an HTML page"),
         (["--tokenizer", "{model}"], 1, "html.model"),
         (["--gpu", "9"], 1, "--gpu 9: there"),
         (["--output_dir", "/proc/nowhere"], 1, "cannot be written"),
