@@ -187,7 +187,7 @@ def _last_steps(values: Any) -> str:
 
 
 def summary(
-    folder: RunFolder, trainer: SlimPajamaTrainer, outcome: str, seeing_seconds: float, is_range_test: bool
+    folder: RunFolder, trainer: SlimPajamaTrainer, outcome: str, seeing_seconds: float, is_range_test: bool = False
 ) -> list[str]:
     """The lines at the end of a run: steps, time, throughput, held-out scores, loss, accuracy, where everything is."""
     columns = read_columns(folder.ledger)
