@@ -528,7 +528,7 @@ def test_a_sample_that_fails_is_recorded_as_failed_and_training_goes_on(
 
     trainer = make_trainer(corpus, tmp_path / "run", 6)
     folder = RunFolder(tmp_path / "run")
-    callback = GenerateSamples(trainer, folder, encoder, 2, True)
+    callback = GenerateSamples(trainer, folder, encoder, 2, True, lambda: 0.0)
     trainer.add_callback(callback)
     real = generation.write_after
 
