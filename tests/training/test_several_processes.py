@@ -151,6 +151,23 @@ def test_two_processes_learn_what_one_learns_from_two_documents_a_step(corpus, t
     assert_verified(run)
 
 
+def test_gradients_in_bfloat16_are_nearly_the_same_and_refused_where_none_are_sent(corpus, two, tmp_path):
+    run = tmp_path / "run"
+    said = launch(torchrun(2), flags_of(corpus, run, 30, "--reduce_dtype", "bfloat16"))
+    assert "backward  written out for GPT-2" in said
+    pairs = list(zip(read_ledger(run), read_ledger(two), strict=True))
+    assert all(left["loss"] == pytest.approx(right["loss"], rel=5e-3) for left, right in pairs)
+    assert any(left["loss"] != right["loss"] for left, right in pairs)
+    for launcher, more, why in (
+        ([], [], "one process sends no gradients"),
+        (torchrun(2), ["--backward", "autograd"], "the step is autograd's (--backward autograd)"),
+    ):
+        process = start(launcher, flags_of(corpus, tmp_path / why[:3], 30, "--reduce_dtype", "bfloat16", *more))
+        _, said = process.communicate(timeout=200)
+        # torchrun adds a traceback of its own.
+        assert process.returncode == 1 and said.count(f"error: --reduce_dtype bfloat16: {why}") == 1
+
+
 def test_the_gradient_of_a_step_is_that_of_the_mean_over_its_tokens(corpus, two, encoder):
     """By hand: one loss over all predicted tokens of the first step's two documents, at the weights it began with."""
     from slimpajama_hf.model import presets
