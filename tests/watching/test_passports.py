@@ -163,7 +163,7 @@ def test_pieces_are_the_text(encoder, text):
 
 def test_the_beginning_is_dense():
     assert [step for step in range(100) if passports.is_early(step)] == [0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89]
-    assert [step for step in range(4000) if prompts.is_half_decade(step)] == [0, 10, 30, 100, 300, 1000, 3000]
+    assert [step for step in range(4000) if budget.is_half_decade(step)] == [0, 10, 30, 100, 300, 1000, 3000]
 
 
 def test_a_guess_beyond_the_vocabulary_has_its_number(encoder):
