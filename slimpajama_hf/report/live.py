@@ -111,8 +111,12 @@ class LiveRun:
             name: [[step, value] for step, value in list(rows.seldom[name].items()) if first <= step < last]
             for name in ("spike", "update_skipped", "skipped")
         }
+        # What a step taught is known with the row after it, and counts by the rate of the newest: all of it anew.
+        own, following = numbers.taught_of(rows)
+        taught = [[at, own[at], following[at]] for at in np.flatnonzero(np.isfinite(own))]
         meta = {
             "steps": last,
+            "taught": taught,
             "headline": numbers.headline(rows),
             "domains": domains,
             "shards": rows.names["shard"],

@@ -82,6 +82,13 @@ async function takeRows({ from, packed }) {
     both.set(fresh.arrays[name], arrays[name].length);
     arrays[name] = both;
   }
+  arrays.taught.fill(NaN);
+  arrays.taught_next.fill(NaN);
+  const placeOf = "step" in arrays && new Map(Array.from(arrays.step, (step, place) => [step, place]));
+  for (const [step, own, next] of fresh.meta.taught) {
+    const place = placeOf ? placeOf.get(step) : step;
+    if (place !== undefined) [arrays.taught[place], arrays.taught_next[place]] = [own, next ?? NaN];
+  }
   const { seldom, steps, headline, shards, mirrors } = fresh.meta;
   Object.assign(meta, { steps, headline, shards, mirrors });
   meta.events.spikes.push(...seldom.spike);
