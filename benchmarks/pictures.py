@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from slimpajama_hf import palette  # noqa: E402
 
 DOCS = ROOT / "docs"
-STEPS, KILLS = 600, (130, 310, 480)
+STEPS, KILLS = 300, (70, 150, 240)
 SHOWN_ROWS = ("floor", "bare loop", "stock Trainer", "stock Trainer, plain callbacks", "ours, everything on")
 
 
@@ -80,8 +80,8 @@ def _made(path: Path) -> tuple[str, float]:
 
 def flags(run: Path) -> list[str]:
     script, config = str(ROOT / "run_clm_slimpajama.py"), str(ROOT / "configs/laptop.yaml")
-    return [sys.executable, script, "--config", config, "--max_steps", str(STEPS), "--save_steps", "50",
-            "--warmup_steps", "100", "--output_dir", str(run), "--viz_interval", "1000000", "--display_samples",
+    return [sys.executable, script, "--config", config, "--max_steps", str(STEPS), "--save_steps", "25",
+            "--warmup_steps", "60", "--output_dir", str(run), "--viz_interval", "1000000", "--display_samples",
             "1000000", "--resume_from_checkpoint", "true"]  # fmt: skip
 
 

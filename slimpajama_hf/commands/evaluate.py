@@ -99,7 +99,7 @@ def of_checkpoint(
                 dataset, text_column=text_column, split=split, txt_documents=txt_documents, waiting=waiting
             )
         elif record is not None:
-            corpus = validation_of(unchanged.recorded(record["corpus"]))
+            corpus = validation_of(unchanged.recorded(record["corpus"]), "--dataset")
         else:
             raise UserError(f"{place}: not in a run folder, so its corpus is not known; name documents with --dataset")
         waiting("loading the model")

@@ -250,10 +250,10 @@ def _open_hub(
         ) from None
 
 
-def validation_of(corpus: Corpus) -> Corpus:
+def validation_of(corpus: Corpus, flag: str = "--eval_dataset") -> Corpus:
     """The held-out part of a corpus: its own validation part, or the share that its run held out.
 
-    Raises UserError for one that has neither.
+    Raises UserError for one that has neither; `flag` names held-out documents instead.
     """
     own = own_validation_of(corpus)
     if own is not None:
@@ -261,8 +261,8 @@ def validation_of(corpus: Corpus) -> Corpus:
     if corpus.held_out_fraction:
         return corpus.held_out()
     raise UserError(
-        f"{corpus.name} has no validation part of its own, and nothing of it was held out; name held-out documents, as "
-        "another file: --eval_dataset for training, --dataset for `evaluate`"
+        f"{corpus.name} has no validation part of its own, and nothing of it was held out; name held-out documents with "
+        f"{flag}, as another file"
     )
 
 
