@@ -261,8 +261,8 @@ def validation_of(corpus: Corpus, flag: str = "--eval_dataset") -> Corpus:
     if corpus.held_out_fraction:
         return corpus.held_out()
     raise UserError(
-        f"{corpus.name} has no validation part of its own, and nothing of it was held out; name held-out documents with "
-        f"{flag}, as another file"
+        f"{corpus.name} has no validation part of its own, and nothing of it was held out; name held-out documents "
+        f"with {flag}, as another file"
     )
 
 
