@@ -120,6 +120,7 @@ def child_of(process: subprocess.Popen[str], module: str) -> psutil.Process | No
     return None
 
 
+@pytest.mark.slow
 def test_the_process_that_draws_is_killed_as_when_memory_is_short(corpus, unbroken, tmp_path, fault_table):  # noqa: F811
     run = tmp_path / "run"
     process = begin(flags_of(corpus, run, *MORE, "--viz_interval", "10"), stderr=subprocess.PIPE)
