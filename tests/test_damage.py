@@ -12,12 +12,14 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import make_records, run_command, run_script, write_records
+from tests.conftest import ROOT, environment, make_records, run_command, run_script, write_records
+from tests.fork_server import ForkServer
+from tests.hub.loopback_model_hub import LoopbackModelHub, Repo
 
 COMMANDS = ("resume", "resume", "verify", "report", "inspect", "evaluate", "compare", "views", "push")
 WAYS = ("truncate", "flip", "zeros", "delete", "types", "values", "link", "append", "empty")
@@ -110,6 +112,82 @@ def mutate(seed: int, half: Path, finished: Path, place: Path) -> tuple[str, str
         )
     shutil.rmtree(run)
     return outcome, name, way, path.name
+
+
+# ---- a pushed repository ----
+
+
+class Pushed:
+    """The half of a run on a Hub, and a program that fetches it in one state or another."""
+
+    def __init__(self, half: Path, shards: Path, server: LoopbackModelHub) -> None:
+        self.server, self._shards = server, shards
+        self.variables = environment(**server.environment())
+        self.programs = ForkServer(self.variables)
+        done = self.programs.run(
+            ["-m", "slimpajama_hf", "push", str(half), "--hub_model_id", "me/run"], self.variables, ROOT, 120
+        )
+        assert done.returncode == 0, done.stderr
+
+    def go_on(self, seed: int, place: Path, finished: Path) -> tuple[str, str]:
+        """Fetch the repository with one file of it damaged, and go on; (what happened, file)."""
+        draw = random.Random(f"pushed {seed}")
+        place.mkdir()
+        repository = place / "repository"
+        for name, content in self.server.models["me/run"].files.items():
+            (repository / name).parent.mkdir(parents=True, exist_ok=True)
+            (repository / name).write_bytes(content)
+        path = draw.choice(sorted(path for path in repository.rglob("*") if path.is_file()))
+        way = draw.choice([way for way in WAYS if way != "link"])
+        damage(repository, path, way, draw)
+        files = {p.relative_to(repository).as_posix(): p.read_bytes() for p in repository.rglob("*") if p.is_file()}
+        self.server.models[f"me/damaged-{seed}"] = Repo(private=False)
+        self.server.models[f"me/damaged-{seed}"].commit("Step 30", files)
+        run, where = place / "run", f"{way} of {path.relative_to(repository)} in a repository ({seed})"
+        words = [str(ROOT / "run_clm_slimpajama.py"), "--resume_from_checkpoint", f"me/damaged-{seed}", "--output_dir",
+                 str(run), "--max_steps", "40", "--dataset", f"{self._shards}/*.jsonl.zst"]  # fmt: skip
+        done = self.programs.run(words, self.variables | {"HF_HOME": str(place / "hf")}, ROOT, 120)
+        said = done.stdout + done.stderr
+        assert "Traceback" not in said, f"{where}\n{said[-3000:]}"
+        assert done.returncode == 0 or (done.returncode in (1, 2) and "error: " in said), f"{where}\n{said[-2000:]}"
+        if done.returncode:
+            return "refused", path.name
+        weights = [(folder / "checkpoint-40" / "model.safetensors").read_bytes() for folder in (run, finished)]
+        assert weights[0] == weights[1], f"{where}: other weights\n{said[-2000:]}"
+        after = run_command("verify", str(run))
+        assert after.returncode == 0, f"{where}: it does not verify\n{after.stdout[-2000:]}{said[-2000:]}"
+        return "went on", path.name
+
+
+@pytest.fixture(scope="module")
+def pushed(half: Path, shards: Path) -> Iterator[Pushed]:
+    with LoopbackModelHub() as server:
+        pushed = Pushed(half, shards, server)
+        yield pushed
+        pushed.programs.close()
+
+
+def test_damaged_repositories(pushed, finished, tmp_path):
+    for seed in range(2):
+        pushed.go_on(seed, tmp_path / str(seed), finished)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_many_damaged_repositories(pushed, finished, tmp_path, fault_table):
+    failures, outcomes = [], Counter()
+    for seed in range(100, 100 + int(os.environ.get("REPOSITORIES", "100"))):
+        try:
+            outcomes[pushed.go_on(seed, tmp_path / str(seed), finished)[0]] += 1
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            failures.append(str(error))
+        shutil.rmtree(tmp_path / str(seed), ignore_errors=True)
+    for outcome, count in sorted(outcomes.items()):
+        fault_table(f"a file of a pushed repository damaged, then fetched: {outcome}", count, bit_equal=True)
+    assert not failures, f"{len(failures)} of them:\n" + "\n\n".join(failures)
+
+
+# ---- a folder ----
 
 
 @pytest.mark.parametrize("part", range(4))
