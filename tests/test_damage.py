@@ -216,3 +216,12 @@ def test_a_thousand_mutations(part, half, finished, tmp_path, fault_table: Calla
     for (name, outcome), count in sorted(outcomes.items()):
         fault_table(f"a file damaged, then {name}: {outcome}", count, bit_equal=True if name == "resume" else None)
     assert not failures, f"{len(failures)} of them:\n" + "\n\n".join(failures)
+
+
+def test_a_line_that_is_no_sample_is_left_out_and_said(half, tmp_path):
+    run = Path(shutil.copytree(half, tmp_path / "run"))
+    with open(run / "samples.jsonl", "a") as file:
+        file.write('{"step": 5}\n[1]\n')
+    done = run_command("views", str(run))
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "samples.jsonl: 2 lines are no entries of it and are left out" in done.stderr

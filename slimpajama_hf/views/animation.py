@@ -139,7 +139,7 @@ def write(folder: Path) -> Path:
         raise UserError(f"{folder}: no step in its ledger; there is nothing to animate yet")
     record = run.read_record()
     caption = charts.Caption(*views.caption_of(record), max_steps=record["max_steps"])
-    prompts, samples = views.read_samples(run.prompts), views.read_samples(run.samples)
+    prompts, samples = views.read_samples(run.prompts, ("texts",)), views.read_samples(run.samples)
     pictures = [_pixels(draw(whole, done, prompts, samples, caption)) for done in frame_steps(len(whole))]
     # One palette for all frames, so that nothing flickers: that of the middle and of the end, dots and band.
     both = Image.new("RGB", (pictures[-1].width, 2 * pictures[-1].height))

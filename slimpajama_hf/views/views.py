@@ -5,15 +5,15 @@ Everything here can be made again at any time: `python -m slimpajama_hf.views.vi
 
 from __future__ import annotations
 
-import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slimpajama_hf import files
+from slimpajama_hf import files, screen
 from slimpajama_hf.record import columns
 from slimpajama_hf.record.run_folder import RunFolder
 
@@ -50,12 +50,16 @@ def write_metrics_history(folder: RunFolder, columns: Columns) -> Path:
     return path
 
 
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    """The generated samples, oldest first; a torn last line is left out."""
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+def read_samples(path: Path, fields: Sequence[str] = ("input", "output", "accuracy")) -> list[dict[str, Any]]:
+    """The generated samples, oldest first. Lines that are none (they have no `step` or lack one of `fields`) are left
+    out and counted on the screen; a torn last one is left out."""
+    left_out: list[str] = []
+    entries = [entry for _, entry in files.json_lines(path, left_out)]
+    samples = [each for each in entries if type(each.get("step")) is int and all(name in each for name in fields)]
+    count = len(left_out) + len(entries) - len(samples)
+    if count:
+        screen.say(f"{path}: {count:,} lines are no entries of it and are left out")
+    return samples
 
 
 def write_text_samples(folder: RunFolder, samples: list[dict[str, Any]]) -> Path:
