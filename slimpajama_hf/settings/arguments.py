@@ -216,11 +216,9 @@ def help_text(
     """The short, grouped `--help` of a program that takes the flags of training."""
     lines = [
         f"usage: {usage}",
-        "",
         f"{what} Defaults < config files in order < flags.",
         "",
         "  --config FILE.yaml           flags written down; may be given several times (see configs/)",
-        "  --help                       this page",
     ]
 
     def add(name: str, default: Any, text: str) -> None:
@@ -233,15 +231,13 @@ def help_text(
             if knob.name in NOT_IN_HELP:
                 continue
             add(knob.name, knob.default, knob.metadata["help"])
-    lines += ["", "Training (fields of transformers.TrainingArguments; all of them are accepted):"]
+    lines += ["", f"Training (fields of transformers.TrainingArguments; all are accepted: {TRAINING_ARGUMENTS_PAGE}):"]
     for name, (default, text) in TRAINING_DEFAULTS.items():
         if text is not None:
             add(name, default, text)
     lines += [
-        f"  the others: {TRAINING_ARGUMENTS_PAGE}",
         "",
-        "Flags may be written with hyphens. Those of train_slimpajama.py: docs/migrating.md",
-        "Other commands (report, inspect, compare, verify, plan, ...): python -m slimpajama_hf --help",
+        "Other commands: python -m slimpajama_hf --help. Flags of train_slimpajama.py: docs/migrating.md",
     ]
     return "\n".join(lines)
 
