@@ -219,6 +219,7 @@ def help_text(
         f"{what} Defaults < config files in order < flags.",
         "",
         "  --config FILE.yaml           flags written down; may be given several times (see configs/)",
+        "  --help                       this page",
     ]
 
     def add(name: str, default: Any, text: str) -> None:
@@ -236,7 +237,6 @@ def help_text(
         if text is not None:
             add(name, default, text)
     lines += [
-        "",
         "Other commands: python -m slimpajama_hf --help. Flags of train_slimpajama.py: docs/migrating.md",
     ]
     return "\n".join(lines)
