@@ -42,6 +42,8 @@ def run(main: Any, if_stopped: str = "stopped before the first step; nothing to 
     """
     argv = sys.argv[1:]
     screen.open_what_is_closed()
+    # What is said before they have met is the same in all of them.
+    screen.SCREEN.muted = devices.is_distributed() and os.environ.get("RANK", "0") != "0"
     with screen.gated():
         return _run(main, argv, if_stopped)
 

@@ -56,7 +56,7 @@ def show(
         f"{screen.format_bytes(need.total_bytes)} of memory",
         "steps": f"{training.max_steps:,}, {_documents(trainer)}; learning rate {_rate(settings)}{_matrices(trainer)}",
         **({"shards": _SHARDED} if devices.is_sharded() else {}),
-        "backward": f"autograd's ({why})" if why else "written out for GPT-2",
+        "backward": f"autograd's ({why})" if why else "written out for GPT-2" + _summed(settings, training.world_size),
         **({"saves": _MODEL_ALONE} if training.save_only_model else {}),
         "folder": str(folder.path),
         "look at": _what_to_look_at(settings, folder),
@@ -82,6 +82,11 @@ def _held_out(corpus: Corpus, trainer: SlimPajamaTrainer) -> str:
     return f"about {corpus.held_out_fraction:.2%} of the documents, by a hash of their text: never trained on" + (
         f"; the first {scored:,} of them are scored" if scored else ""
     )
+
+
+def _summed(settings: Settings, processes: int) -> str:
+    """What the gradients of several processes are summed in."""
+    return f", gradients summed over the processes in {settings.model.reduce_dtype}" if processes > 1 else ""
 
 
 def _needs(settings: Settings, trainer: SlimPajamaTrainer, precision: str) -> memory.Needs:
