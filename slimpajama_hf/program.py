@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import errno
 import functools
+import importlib.util
 import os
 import signal
 import sys
@@ -60,9 +61,14 @@ def _run(main: Any, argv: list[str], if_stopped: str) -> int:
     except UserError as error:
         _say_error(error)
         return error.exit_code
-    except ModuleNotFoundError:
-        # A module of this program, or of one that is broken: no flag asks for it.
-        raise
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "slimpajama_hf") or importlib.util.find_spec(package) is not None:
+            # A module of this program, or of one that is broken: no flag asks for it.
+            raise
+        words = f"{package} is not installed in this Python ({sys.executable})"
+        _say_error(UserError(f"{words}; type make install, then source .venv/bin/activate"))
+        return UserError.exit_code
     except ImportError as error:
         # transformers says so of a package that a flag needs.
         _say_error(UserError(" ".join(str(error).split())))

@@ -51,6 +51,13 @@ def test_the_folder_holds_what_the_readme_says(finished):
     assert names == expected
 
 
+@pytest.mark.parametrize("words", [["run_clm_slimpajama.py", "--test"], ["-m", "slimpajama_hf", "report", "x"]])
+def test_a_python_without_what_is_needed_is_one_sentence(words):
+    done = subprocess.run([sys.executable, "-S", *words], capture_output=True, text=True, env=environment(), cwd=ROOT)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "is not installed in this Python" in done.stderr and "make install" in done.stderr
+
+
 def test_every_step_is_one_document_in_file_order(finished, shards):
     rows = read_ledger(finished)
     assert [row["step"] for row in rows] == list(range(40))
