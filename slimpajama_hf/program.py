@@ -66,8 +66,8 @@ def _run(main: Any, argv: list[str], if_stopped: str) -> int:
         if package in ("", "slimpajama_hf") or importlib.util.find_spec(package) is not None:
             # A module of this program, or of one that is broken: no flag asks for it.
             raise
-        words = f"{package} is not installed in this Python ({sys.executable})"
-        _say_error(UserError(f"{words}; type make install, then source .venv/bin/activate"))
+        lacking = f"{package} is not installed in this Python ({sys.executable})"
+        _say_error(UserError(f"{lacking}; type make install, then source .venv/bin/activate"))
         return UserError.exit_code
     except ImportError as error:
         # transformers says so of a package that a flag needs.

@@ -118,9 +118,10 @@ def is_held_out(sha1: str, fraction: float) -> bool:
     return int(sha1[:8], 16) < fraction * 2**32
 
 
-def in_words(passed_over: Mapping[str, int], fields: Mapping[str, int], text_column: str) -> str:
+def in_words(passed_over: Mapping[str, int], fields: Mapping[str, int], text_column: str, read: int = 0) -> str:
     """What was passed over, by reason: "6 records without a `text`; fields seen: `content`, `id`; try --text_column
-    content". `fields`: those of records without text, and their characters in all."""
+    content". `fields`: those of records without text, and their characters in all. `read`: documents that have a text;
+    where they are more, another column is not what to try."""
     lacks = f"no {text_column!r}"
     words = ", ".join(
         f"{count:,} record{'s' * (count != 1)} without a `{text_column}`" if reason == lacks else f"{count:,} {reason}"
@@ -130,7 +131,8 @@ def in_words(passed_over: Mapping[str, int], fields: Mapping[str, int], text_col
         return words
     words += f"; fields seen: {', '.join(f'`{name}`' for name in fields) or 'none'}"
     longest = max(fields, key=fields.__getitem__, default=None)
-    return words + (f"; try --text_column {longest}" if longest is not None and fields[longest] > 0 else "")
+    elsewhere = longest is not None and fields[longest] > 0 and passed_over[lacks] > read
+    return words + (f"; try --text_column {longest}" if elsewhere else "")
 
 
 def to_document(record: Any, text_column: str, mirror: str, shard: str, row: int) -> Document | Unusable:

@@ -163,9 +163,9 @@ class SampleStream:
             raise
         self.gaps_at_end, self.skipped_at_end = gaps, dict(skipped)
 
-    def in_words(self, passed_over: Mapping[str, int]) -> str:
-        """What was passed over, by reason, and what records without a text have instead."""
-        return documents.in_words(passed_over, self.fields, self.corpus.text_column)
+    def in_words(self, passed_over: Mapping[str, int], read: int = 0) -> str:
+        """What was passed over, by reason, and what records without a text have instead (`documents.in_words`)."""
+        return documents.in_words(passed_over, self.fields, self.corpus.text_column, read)
 
     def why_nothing(self) -> str:
         """Behind "no document": why a stream that has ended gave none; "" where nothing was passed over."""

@@ -229,7 +229,9 @@ def summary(
         lines.append(f"   not measured  {times}, for lack of memory")
     skipped = trainer.skipped_records
     if skipped:
-        lines.append(f"        skipped  {sum(skipped.values()):,} records: {trainer.stream.in_words(skipped)}")
+        lines.append(
+            f"        skipped  {sum(skipped.values()):,} records: {trainer.stream.in_words(skipped, len(columns))}"
+        )
     left = {
         "chart": folder.latest_chart,
         "report": folder.report,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from backports import zstd
 
-from slimpajama_hf.corpus import local_files, opening, unchanged
+from slimpajama_hf.corpus import documents, local_files, opening, unchanged
 from slimpajama_hf.corpus.documents import HELD_OUT, Cursor, Document, Unusable, is_held_out
 from slimpajama_hf.corpus.shards import BrokenShard, path_of
 from slimpajama_hf.errors import UserError
@@ -325,3 +325,10 @@ def test_240_odd_inputs_are_accounted_for(tmp_path, encoder, fault_table):
     outcomes = Counter(accounted(seed, tmp_path, encoder) for seed in range(1000, 1240))
     assert outcomes["read"] >= 80 and outcomes["refused"] >= 20 and outcomes["broken"] >= 10, outcomes
     fault_table("odd files", 240, bit_equal=None)
+
+
+@pytest.mark.parametrize(("read", "advised"), [(0, True), (5, True), (6, False), (200, False)])
+def test_another_column_is_advised_where_most_records_have_no_text(read, advised):
+    words = documents.in_words({"no 'text'": 6}, {"content": 90, "id": -1}, "text", read)
+    assert words.startswith("6 records without a `text`; fields seen: `content`, `id`")
+    assert ("; try --text_column content" in words) == advised
