@@ -1,7 +1,7 @@
 """Proof that a run is what its ledger says: its files agree with each other.
 
-Ledgers are streamed: nothing here grows with a row but 16 bytes for its document and 8 for each number of
-`metrics_history.json`.
+Ledgers are streamed: nothing here grows with a row but 16 bytes for its document, 24 for its tokens and its loss, and 8
+for each number of `metrics_history.json`.
 
 To add a check: a function and a row of `CHECKS`. It takes the run and returns its `Finding`; one that wants to see the
 rows is a generator that is sent each row in turn, then None, and returns its `Finding`.
@@ -261,28 +261,26 @@ def code_bits(run: Run) -> Watch:
 
 def surprisals_of_the_ledger(run: Run) -> Watch:
     """The tokens of each step have the step's loss as their mean."""
-    problems, count = Problems(), 0
-    path = run.folder.surprisals
+    problems, path = Problems(), run.folder.surprisals
     if not path.exists():
-        while (yield) is not None:
-            pass
         return Finding(True, f"not looked at: a run without {path.name}")
-    with open(path, "rb") as file:
-        while (row := (yield)) is not None:
-            predicted = ledger.predicted(row)
-            nats = np.frombuffer(file.read(surprisals.DTYPE.itemsize * predicted), surprisals.DTYPE).astype(np.float64)
-            if len(nats) < predicted:
-                problems.add(f"step {row['step']}: {path.name} ends before it")
-            elif row["loss"] is None or np.isnan(nats).all():
-                # A step without a loss, or one of a run that was begun before they were kept.
-                continue
-            elif not abs(nats.mean() - row["loss"]) <= 1e-4 * max(1.0, row["loss"]):
-                problems.add(
-                    f"step {row['step']}: loss {shown_value(row['loss'])}, its tokens' mean is {nats.mean():.4f}"
-                )
-            else:
-                count += 1
-    return problems.finding(f"{count:,} steps, the mean of the tokens is the loss")
+    steps, predicted, losses = array("q"), array("q"), array("d")
+    while (row := (yield)) is not None:
+        steps.append(row["step"])
+        predicted.append(ledger.predicted(row))
+        losses.append(math.nan if row["loss"] is None else row["loss"])
+    tokens, means = np.array(predicted), np.array(losses)
+    begins = surprisals.offsets(tokens)
+    whole = int(np.searchsorted(begins, path.stat().st_size // surprisals.DTYPE.itemsize, "right")) - 1
+    # A step without a loss, or one of a run that was begun before they were kept, is not looked at.
+    values = np.memmap(path, surprisals.DTYPE, "r") if begins[whole] else np.zeros(0, surprisals.DTYPE)
+    differ, looked_at = surprisals.compare(values, tokens[:whole], means[:whole])
+    for place in differ:
+        mean = values[begins[place] : begins[place + 1]].mean(dtype=np.float64)
+        problems.add(f"step {steps[place]}: loss {shown_value(losses[place])}, its tokens' mean is {mean:.4f}")
+    for place in range(whole, len(tokens)):
+        problems.add(f"step {steps[place]}: {path.name} ends before it")
+    return problems.finding(f"{looked_at:,} steps, the mean of the tokens is the loss")
 
 
 def growing_files(run: Run) -> Finding:
@@ -340,44 +338,38 @@ class _Checking:
 
     def __init__(self, check: Callable[[Run], Finding | Watch], run: Run) -> None:
         self.finding: Finding | None = None
-        self._watch: Watch | None = None
+        self._check = self._start(check, run)
+        self.send(None)
 
-        def start() -> None:
-            outcome = check(run)
-            if isinstance(outcome, Finding):
-                self.finding = outcome
-            else:
-                self._watch = outcome
-                next(outcome)
+    def _start(self, check: Callable[[Run], Finding | Watch], run: Run) -> Watch:
+        outcome = check(run)
+        return outcome if isinstance(outcome, Finding) else (yield from outcome)
 
-        self._guarded(start, "")
-
-    def send(self, row: Row | None) -> None:
-        """One more row; None: there are no more."""
-        watch = self._watch
-        if self.finding is None and watch is not None:
-            self._guarded(lambda: watch.send(row), f"step {row['step']}: " if row is not None else "")
-
-    def _guarded(self, act: Callable[[], None], where: str) -> None:
+    def send(self, row: Row | None) -> bool:
+        """One more row; None: it begins, or there are no more. Whether it wants to see another."""
         try:
-            act()
+            self._check.send(row)
         except StopIteration as end:
             self.finding = end.value
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, OSError) as error:
+            where = "" if row is None else f"step {row['step']}: "
             words = f"{where}cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
             self.finding = Finding(False, words, (words,))
+        return self.finding is None
 
 
 def verify(path: str | Path) -> Report:
     """All `CHECKS` on a run, in one pass over its ledger. Raises UserError when it is not the folder of a run."""
     run = Run(path)
     checking = [(name, _Checking(check, run)) for name, check in CHECKS]
+    watching = [each for _, each in checking if each.finding is None]
     for row in run.rows():
-        for _, each in checking:
-            each.send(row)
+        if False in [each.send(row) for each in watching]:
+            watching = [each for each in watching if each.finding is None]
     findings: list[tuple[str, Finding]] = []
     for name, each in checking:
-        each.send(None)
+        if each.finding is None:
+            each.send(None)
         assert each.finding is not None
         findings.append((name, each.finding))
     ok = all(finding.ok for _, finding in findings)

@@ -284,9 +284,9 @@ class Kept:
 
 #: What a line that this program wrote looks like: the fields that are needed, the clock's, and the hash at the end.
 _LINE = re.compile(
-    rb'\{"step":(\d+),"loss":([^,]+),"accuracy":[^,]+,"tokens":(\d+),"text_bytes":\d+,("throughput":[^,]+,)'
+    rb'(\{"step":(\d+),"loss":([^,]+),"accuracy":[^,]+,"tokens":(\d+),"text_bytes":\d+,)"throughput":[^,]+,'
 )
-_SECONDS, _CHAIN = b'"step_seconds":', b',"chain":"'
+_SECONDS, _CHAIN, _ONE_SAMPLE = b'"step_seconds":', b',"chain":"', b'"samples":[]'
 
 
 def check(path: Path, steps: int | None = None) -> Kept:
@@ -295,55 +295,55 @@ def check(path: Path, steps: int | None = None) -> Kept:
     A line is hashed as it stands, without a JSON object of it, wherever it looks as this program writes it. Raises
     Damaged at the first row that is not as it was written, or where the rows end before `steps`.
     """
-    chain, size, step = CHAIN_START, 0, 0
+    chain, size, step = CHAIN_START.encode(), 0, 0
     predicted_, losses = array.array("q"), array.array("d")
     if path.is_file():
         with open(path, "rb") as file:
             for line in file:
                 if step == steps or not line.endswith(b"\n"):
                     break
-                found = _checked_by_bytes(line, step, chain) or _checked(path, line, step, chain)
-                chain = found[0]
-                predicted_.append(found[1])
-                losses.append(found[2])
+                chain, tokens, loss = _checked_by_bytes(line, step, chain) or _checked(path, line, step, chain)
+                predicted_.append(tokens)
+                losses.append(loss)
                 size, step = size + len(line), step + 1
     if steps is not None and step < steps:
         raise Damaged(path, step, f"its row is missing (the file holds {step:,} of {steps:,} steps)")
-    return Kept(chain, size, np.array(predicted_, np.int64), np.array(losses, np.float64))
+    return Kept(chain.decode(), size, np.array(predicted_, np.int64), np.array(losses, np.float64))
 
 
 def follows(line: bytes, row: dict[str, Any], before: str) -> bool:
     """Whether the hash of a row, as its line in the file, follows from its values and the hash before it."""
-    return _checked_by_bytes(line, row["step"], before) is not None or chain_hash(before, row) == row["chain"]
+    return _checked_by_bytes(line, row["step"], before.encode()) is not None or chain_hash(before, row) == row["chain"]
 
 
-def _checked_by_bytes(line: bytes, step: int, before: str) -> tuple[str, int, float] | None:
+def _checked_by_bytes(line: bytes, step: int, before: bytes) -> tuple[bytes, int, float] | None:
     """(chain hash, tokens predicted, loss) of a line that is as it was written; None: this way it cannot be told."""
     begin = _LINE.match(line)
     # In a string a quotation mark has a backslash before it: these are the fields.
-    if begin is None or line[-45:-35] != _CHAIN or line[-3:] != b'"}\n' or b'"samples":[]' not in line:
+    if begin is None or line[-45:-35] != _CHAIN or line[-3:] != b'"}\n':
         return None
-    number, value, tokens, _ = begin.groups()
-    seconds = line.find(_SECONDS, begin.end())
+    # Mostly the last of the fields; added numbers stand behind it.
+    if line[-57:-45] != _ONE_SAMPLE and _ONE_SAMPLE not in line:
+        return None
+    head, number, value, tokens = begin.groups()
+    after = begin.end()
+    seconds = line.find(_SECONDS, after)
     if seconds < 0 or int(number) != step:
         return None
-    chain = line[-35:-3].decode("latin-1")
-    hashed = hashlib.blake2b(before.encode(), digest_size=16)
+    chain = line[-35:-3]
     # Without what the clock says, and without the hash itself.
-    hashed.update(
-        line[: begin.start(4)] + line[begin.end() : seconds] + line[line.find(b",", seconds) + 1 : -45] + b"}"
-    )
-    if hashed.hexdigest() != chain:
+    hashed = b"".join((before, head, line[after:seconds], line[line.find(b",", seconds) + 1 : -45], b"}"))
+    if hashlib.blake2b(hashed, digest_size=16).hexdigest().encode() != chain:
         return None
     return chain, max(int(tokens) - 1, 0), math.nan if value == b"null" else float(value)
 
 
-def _checked(path: Path, line: bytes, step: int, before: str) -> tuple[str, int, float]:
+def _checked(path: Path, line: bytes, step: int, before: bytes) -> tuple[bytes, int, float]:
     row = _row_of(path, line, step)
     try:
-        if chain_hash(before, row) != row["chain"]:
+        if chain_hash(before.decode(), row) != row["chain"]:
             raise ValueError("a value was changed (its hash does not follow from the row)")
-        return row["chain"], predicted(row), math.nan if row["loss"] is None else float(row["loss"])
+        return row["chain"].encode(), predicted(row), math.nan if row["loss"] is None else float(row["loss"])
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise Damaged(path, step, str(error)) from None
 

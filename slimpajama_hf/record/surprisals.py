@@ -65,7 +65,7 @@ def cut_back(path: Path, kept: Kept) -> list[int]:
     if not predicted:
         return []
     values = np.memmap(path, DTYPE, "r+", shape=(predicted,))
-    damaged = steps_that_differ(values, kept.predicted, kept.losses)
+    damaged, _ = compare(values, kept.predicted, kept.losses)
     begins = offsets(kept.predicted)
     for step in damaged:
         values[begins[step] : begins[step + 1]] = np.nan
@@ -74,10 +74,10 @@ def cut_back(path: Path, kept: Kept) -> list[int]:
     return damaged
 
 
-def steps_that_differ(values: np.ndarray, predicted: np.ndarray, losses: np.ndarray, block: int = 4096) -> list[int]:
-    """The steps whose values do not have the loss of the step as their mean; those without a loss or without any value
-    are not among them. `predicted`, `losses`: of each step, (steps,)."""
-    begins, found = offsets(predicted), []
+def compare(values: np.ndarray, predicted: np.ndarray, losses: np.ndarray, block: int = 4096) -> tuple[list[int], int]:
+    """The steps whose values do not have the loss of the step as their mean, and how many were looked at: those that
+    have a loss and a value. `predicted`, `losses`: of each step, (steps,)."""
+    begins, found, count = offsets(predicted), list[int](), 0
     for first in range(0, len(predicted), block):
         last = min(first + block, len(predicted))
         steps = first + np.flatnonzero(predicted[first:last])
@@ -89,8 +89,10 @@ def steps_that_differ(values: np.ndarray, predicted: np.ndarray, losses: np.ndar
             means = np.add.reduceat(part, starts) / predicted[steps]
             empty = np.add.reduceat(np.isnan(part), starts) == predicted[steps]
             same = np.abs(means - losses[steps]) <= 1e-4 * np.maximum(1.0, np.abs(losses[steps]))
-        found += steps[~same & ~empty & np.isfinite(losses[steps])].tolist()
-    return found
+        looked_at = ~empty & np.isfinite(losses[steps])
+        found += steps[~same & looked_at].tolist()
+        count += int(looked_at.sum())
+    return found, count
 
 
 def offsets(predicted: np.ndarray) -> np.ndarray:

@@ -164,7 +164,7 @@ def test_a_check_by_bytes_is_the_check_by_values(tmp_path, monkeypatch):
     assert kept.chain == book.chain and kept.bytes == len(whole)
     assert kept.predicted.tolist() == [255, 255, 255, 254, 255, 255, 255, 255]
     assert math.isnan(kept.losses[1]) and kept.losses[5] == 4.95
-    by_bytes = [ledger._checked_by_bytes(line, step, before) is not None for step, (line, before) in enumerate(
+    by_bytes = [ledger._checked_by_bytes(line, step, before.encode()) is not None for step, (line, before) in enumerate(
         zip(whole.splitlines(keepends=True), [ledger.CHAIN_START, *(each["chain"] for each in ledger.rows(path))], strict=False)
     )]  # fmt: skip
     assert by_bytes == [True, True, True, False, True, True, True, True]
