@@ -27,8 +27,7 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
         from slimpajama_hf.model import presets
         from slimpajama_hf.record import run_folder
         from slimpajama_hf.samples.encoder import Encoder
-        from slimpajama_hf.samples.tokenizer import load_tokenizer, tokenizer_for
-        from slimpajama_hf.session import held_out_documents, resume, run_record, session
+        from slimpajama_hf.session import held_out_documents, own_tokenizer, resume, run_record, session
         from slimpajama_hf.training import processes
         from slimpajama_hf.watching import live_page
 
@@ -52,8 +51,7 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
     with screen.Waiting("opening the corpus") as waiting:
         corpus = team.first_does(lambda: resume.corpus_of(settings, folder, waiting))
         waiting("loading the tokenizer and building the model")
-        tokenizer_name = tokenizer_for(model.tokenizer, corpus)
-        tokenizer = load_tokenizer(tokenizer_name)
+        tokenizer_name, tokenizer = own_tokenizer.load(settings, corpus, folder, checkpoint, team, waiting)
         encoder = Encoder(tokenizer)
         config = presets.model_config(model.model, model.config_overrides, tokenizer, data.max_seq_length)
         gpt = presets.build(config, training.seed)

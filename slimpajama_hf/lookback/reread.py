@@ -201,7 +201,8 @@ def encoder_of(folder: RunFolder, record: dict[str, Any]) -> Encoder:
     from slimpajama_hf.samples.tokenizer import load_tokenizer
 
     steps = checkpoints.steps(folder.path)
-    source = str(checkpoints.path_of(folder.path, steps[-1])) if steps else record["tokenizer"]
+    kept = [*(checkpoints.path_of(folder.path, step) for step in steps[-1:]), folder.tokenizer]
+    source = next((str(place) for place in kept if place.is_dir()), record["tokenizer"])
     tokenizer = load_tokenizer(source)
     if vocabulary_sha256(tokenizer) != record["tokenizer_sha256"]:
         raise UserError(

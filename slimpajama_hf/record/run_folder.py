@@ -71,6 +71,11 @@ class RunFolder:
         return self.path / "run_config.yaml"
 
     @property
+    def tokenizer(self) -> Path:
+        """The tokenizer that was trained for the run, where one was; the same lies in every checkpoint."""
+        return self.path / "tokenizer"
+
+    @property
     def viz(self) -> Path:
         return self.path / "training_viz"
 
@@ -196,7 +201,7 @@ def _written(folder: RunFolder, links: bool = False) -> list[Path]:
     made += [
         folder.viz, folder.path / "_index", folder.path / "tensorboard", folder.ledger, folder.surprisals,
         *(folder.path / name for name in GROWING), folder.record, folder.config, folder.report,
-        folder.path / MARK,
+        folder.path / MARK, folder.tokenizer,
     ]  # fmt: skip
     return [path for path in made if path.exists() or (links and path.is_symlink())]
 

@@ -24,6 +24,7 @@ from slimpajama_hf.record import ownership
 from slimpajama_hf.record.ledger import Ledger
 from slimpajama_hf.record.surprisals import Surprisals
 from slimpajama_hf.screen import redacted
+from slimpajama_hf.session import own_tokenizer
 from slimpajama_hf.session.resume import is_asked
 from slimpajama_hf.settings import what_matters
 from slimpajama_hf.training.recorder import StepRecorder
@@ -114,6 +115,7 @@ def record_run(
         # What numbers mean that a step has beside the usual ones.
         "numbers": StepNumbers.meanings(),
     }
+    own_tokenizer.keep(folder, tokenizer_name, tokenizer)
     config = settings.to_yaml()
     record["config_sha256"] = what_matters.digest(yaml.safe_load(config))
     files.write_json(folder.record, record, indent=1)

@@ -20,6 +20,21 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 BACKWARDS = ("auto", "autograd")
 #: What the matrices in the blocks learn with, and at which share of the rate by default (docs/recipe.md).
 HIDDEN_RATES = {"muon": 0.2, "adamw": 0.1}
+#: Tokens of `--tokenizer corpus` (docs/recipe.md).
+CORPUS_VOCABULARY = 8192
+
+
+def corpus_vocabulary(tokenizer: str) -> int | None:
+    """How many tokens a tokenizer of the name `corpus:N` has; None for any other name. Raises ValueError where N is no
+    number."""
+    kind, colon, size = tokenizer.partition(":")
+    if kind != "corpus":
+        return None
+    if colon and not (size.isascii() and size.isdigit()):
+        raise ValueError(
+            f"--tokenizer {tokenizer}: expected corpus, or corpus:N with a number of tokens, as corpus:8192"
+        )
+    return int(size) if colon else CORPUS_VOCABULARY
 
 
 def _knob(default: Any, help: str, **more: Any) -> Any:
@@ -90,7 +105,8 @@ class ModelArguments:
     config_overrides: str | None = _knob(None, "changes to that configuration, as n_layer=6,n_embd=384")
     tokenizer: str = _knob(
         "auto",
-        "builtin, a folder, tokenizer.json, SentencePiece .model or Hub id; auto: gpt2 for a Hub corpus, else builtin",
+        "builtin, a folder, tokenizer.json, SentencePiece .model, Hub id, or corpus:8192 (that many tokens, trained on "
+        "the corpus before step 0); auto: gpt2 for a Hub corpus, else builtin",
     )
     precision: str = _knob(
         "auto",
@@ -122,6 +138,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        corpus_vocabulary(self.tokenizer)
         if not 0 <= self.average_weights < float("inf"):
             raise ValueError(
                 f"--average_weights {self.average_weights}: expected a half-life in steps, a share of the run so far "

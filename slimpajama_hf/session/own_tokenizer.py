@@ -1,0 +1,105 @@
+"""The tokenizer of a run: one that is named, or with `--tokenizer corpus:N` one of N tokens trained on its own corpus.
+
+That is trained before the first step on the first documents of the corpus, which are read again as usual after that. It
+lies in every checkpoint, and in `tokenizer/` of the run: a run that goes on takes it from there and trains none.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimpajama_hf import screen
+from slimpajama_hf.corpus.documents import Cursor, Document
+from slimpajama_hf.corpus.patience import Patience
+from slimpajama_hf.errors import UserError
+from slimpajama_hf.samples.tokenizer import from_sentencepiece, load_tokenizer, tokenizer_for
+from slimpajama_hf.samples.tokenizer_training import train_tokenizer
+from slimpajama_hf.session.resume import is_asked
+from slimpajama_hf.settings.arguments import corpus_vocabulary
+
+if TYPE_CHECKING:
+    from slimpajama_hf.corpus.corpus import Corpus
+    from slimpajama_hf.record.run_folder import RunFolder
+    from slimpajama_hf.settings.settings import Settings
+    from slimpajama_hf.training.processes import Processes
+
+#: What it is trained on at most: more text hardly changes its pieces, and takes longer (docs/recipe.md).
+DOCUMENTS, CHARACTERS = 10_000, 8_000_000
+
+
+def load(
+    settings: Settings,
+    corpus: Corpus,
+    folder: RunFolder,
+    checkpoint: Path | None,
+    team: Processes,
+    waiting: Callable[[str], None],
+) -> tuple[str, Any]:
+    """(name, tokenizer) of a run that starts, or goes on from `checkpoint` (None: from nothing).
+
+    Raises UserError where there is none, or too little text to train one.
+    """
+    goes_on = is_asked(settings.training.resume_from_checkpoint) and folder.record.is_file()
+    asked = settings.model.tokenizer
+    name = folder.read_record()["tokenizer"] if goes_on and asked == "auto" else tokenizer_for(asked, corpus)
+    size = corpus_vocabulary(name)
+    if size is None:
+        return name, load_tokenizer(name)
+    kept = [place for place in (checkpoint, folder.tokenizer) if goes_on and place is not None and place.is_dir()]
+    if kept:
+        return name, load_tokenizer(str(kept[0]))
+    waiting(f"training a tokenizer of {size:,} tokens on the first documents of {corpus.name}")
+    data = settings.data
+    texts = _Texts(corpus, data.skip_broken_shards, Patience(data.stream_patience, visible=True))
+    model = team.first_does(lambda: _train(texts, corpus.name, size))
+    with tempfile.TemporaryDirectory(prefix="slimpajama_hf-tokenizer-") as place:
+        path = Path(place) / "tokenizer.model"
+        path.write_bytes(model)
+        return name, from_sentencepiece(path)
+
+
+def keep(folder: RunFolder, name: str, tokenizer: Any) -> None:
+    """Write a tokenizer that was trained for the run into its folder, if it is not there."""
+    if corpus_vocabulary(name) is not None and not folder.tokenizer.exists():
+        tokenizer.save_pretrained(folder.tokenizer)
+
+
+def _train(texts: _Texts, name: str, size: int) -> bytes:
+    """The SentencePiece model of `size` tokens, as bytes, of the texts of the corpus `name`."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="slimpajama_hf-tokenizer-") as place:
+        try:
+            made = train_tokenizer(texts, "sentencepiece-bpe", size, Path(place) / "made")
+        except UserError as error:
+            words = re.sub(r"--vocab_size (\d+)", r"--tokenizer corpus:\1", str(error))
+            raise UserError(f"--tokenizer corpus:{size}: {words}") from None
+        model = (made / "tokenizer.model").read_bytes()
+    screen.say(
+        f"tokenizer of {size:,} tokens trained on the first {texts.documents:,} documents of {name} "
+        f"({texts.characters / 1e6:.1f} million characters, {time.monotonic() - began:.0f} s)"
+    )
+    return model
+
+
+class _Texts:
+    """The first texts of a corpus in its own order, counted; held-out documents are not among them."""
+
+    def __init__(self, corpus: Corpus, skip_broken_shards: bool, patience: Patience) -> None:
+        self._records = lambda: corpus.records(Cursor(), skip_broken_shards=skip_broken_shards, patience=patience)
+        self.documents, self.characters = 0, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for record in self._records():
+            if self.documents >= DOCUMENTS or self.characters >= CHARACTERS:
+                return
+            if isinstance(record, Document):
+                self.documents += 1
+                # Of a long one its first part: a book is no more a text than a page is.
+                text = record.text[: CHARACTERS // 100]
+                self.characters += len(text)
+                yield text
