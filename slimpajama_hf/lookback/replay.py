@@ -124,6 +124,8 @@ def _lay_out(run: Run, start: int, again: Path) -> None:
     """A run folder that stands at step `start`: record, first rows, checkpoint. Nothing of the run is written to."""
     again.mkdir()
     shutil.copyfile(run.folder.record, RunFolder(again).record)
+    if run.folder.tokenizer.is_dir():
+        shutil.copytree(run.folder.tokenizer, RunFolder(again).tokenizer)
     if ownership.is_own(run.folder):
         ownership.sign(RunFolder(again))
     if not start:
@@ -137,6 +139,9 @@ def _lay_out(run: Run, start: int, again: Path) -> None:
 
 #: Flags of a replay: nothing but its ledger matters.
 _SEEN_BY_NOBODY = ("--no-checkpoint", "--viz_interval", _NEVER, "--display_samples", _NEVER)
+
+#: Likewise, and its end is kept.
+SAVED_AT_ITS_END = ("--save_steps", _NEVER, "--viz_interval", _NEVER, "--display_samples", _NEVER)
 
 
 def train_again(

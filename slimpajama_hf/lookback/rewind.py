@@ -209,11 +209,11 @@ def rewind(
     config = run.config_to_train()
     plan = _plan(run, to, drop, steps)
     again = Path(output_dir).expanduser() if output_dir else default_folder(run.folder.path, plan.start, drop)
-    if again.exists() and (not again.is_dir() or any(again.iterdir())):
-        raise UserError(f"{again}: there is something in it already; name a new folder with --output_dir")
+    refuse_taken(again)
     notes = plan.notes + replay.not_as_it_was(run.record)
     end = plan.end - len(plan.left_out_steps)
-    _lay_out(run, plan, again)
+    left_out = {"left_out": plan.name or None, "left_out_steps": list(plan.left_out_steps)}
+    lay_out(run, plan.start, again, {"rewound_from": origin(run, plan.start) | left_out})
     begin = f"checkpoint-{plan.start}" if plan.start else "the very start"
     without = f", without {plan.left_out['shard']} row {plan.left_out['row']:,}" if plan.left_out else ""
     screen.say(f"training steps {plan.start:,} to {end - 1:,} from {begin}{without}, in {again}")
@@ -234,25 +234,33 @@ def rewind(
     )  # fmt: skip
 
 
-def _lay_out(run: Run, plan: _Plan, again: Path) -> None:
-    """A folder that stands at step `start` and is a run of its own. Nothing of the old run is written to."""
+def refuse_taken(folder: Path) -> None:
+    """Raise UserError where a new run would find something in its folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: there is something in it already; name a new folder with --output_dir")
+
+
+def origin(run: Run, start: int) -> dict[str, Any]:
+    """Of which run, and of which step of it, a new one goes on; for its `run.json`."""
+    return {"run": str(run.folder.path.resolve()), "run_id": run.record.get("run_id"), "step": start}
+
+
+def lay_out(run: Run, start: int, again: Path, about: dict[str, Any]) -> None:
+    """A folder that stands at step `start` and is a run of its own, with `about` in its `run.json`. Nothing of the old
+    run is written to."""
     old, new = run.folder, RunFolder(again)
     again.mkdir(parents=True, exist_ok=True)
     run_id = uuid.uuid4().hex
-    files.write_json(new.record, run.record | {
-        "run_id": run_id,
-        "rewound_from": {
-            "run": str(old.path.resolve()), "run_id": run.record.get("run_id"), "step": plan.start,
-            "left_out": plan.name or None, "left_out_steps": list(plan.left_out_steps),
-        },
-    }, indent=1)  # fmt: skip
+    files.write_json(new.record, run.record | {"run_id": run_id} | about, indent=1)
+    if old.tokenizer.is_dir():
+        shutil.copytree(old.tokenizer, new.tokenizer)
     if ownership.is_own(old):
         ownership.sign(new)
-    if not plan.start:
+    if not start:
         return
-    run_folder.cut_to(old, new, plan.start)
-    target = checkpoints.path_of(again, plan.start)
-    shutil.copytree(checkpoints.path_of(old.path, plan.start), target, copy_function=files.link_or_copy)
+    run_folder.cut_to(old, new, start)
+    target = checkpoints.path_of(again, start)
+    shutil.copytree(checkpoints.path_of(old.path, start), target, copy_function=files.link_or_copy)
     manifest = json.loads((target / checkpoints.MANIFEST).read_text(encoding="utf-8"))
     # Written whole to a new file: the old run's own manifest, linked here until now, stays as it is.
     files.write_json(target / checkpoints.MANIFEST, manifest | {"run_id": run_id}, indent=1)
@@ -286,7 +294,7 @@ def _side_by_side(
             if found := side_by_side.differences(old, new):
                 parted.append((old["step"], found))
             continue
-        if any(old.get(key) != new.get(key) for key in ("shard", "row", "part", "text_sha1", "tokens")):
+        if side_by_side.document_of(old) != side_by_side.document_of(new):
             raise UserError(
                 f"step {new['step']} trained {new['shard']} row {new['row']:,} where {old['shard']} row "
                 f"{old['row']:,} was due: the corpus gives other documents than it did"

@@ -32,6 +32,12 @@ def differences(left: Row, right: Row) -> dict[str, tuple[Any, Any]]:
     return found
 
 
+def document_of(row: Row) -> tuple[Any, ...]:
+    """What a step learned, by which two rows are known to be of the same document."""
+    of_one = tuple(row.get(name) for name in ("shard", "row", "part", "text_sha1", "tokens"))
+    return (*of_one, *(sample.get("text_sha1") for sample in row.get("samples", ())))
+
+
 def _bits(value: Any) -> Any:
     """A value such that only equal bits are equal: 1 is not 1.0, and -0.0 not 0.0."""
     return value.hex() if isinstance(value, float) else (type(value), value)

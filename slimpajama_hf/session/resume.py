@@ -120,7 +120,7 @@ def _unloadable(folder: Path) -> str | None:
     import torch
 
     try:
-        _cursor(folder)
+        cursor_of(folder)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{checkpoints.DATA_STATE} does not say where reading goes on"
     for name in ("optimizer.pt", "scheduler.pt"):
@@ -133,7 +133,7 @@ def _unloadable(folder: Path) -> str | None:
     return None
 
 
-def _cursor(folder: Path) -> Cursor:
+def cursor_of(folder: Path) -> Cursor:
     """Where reading goes on after a checkpoint. Raises OSError, ValueError, KeyError or TypeError."""
     state = files.strict_json((folder / checkpoints.DATA_STATE).read_text(encoding="utf-8"))
     cursor = Cursor(**state["cursor"])
@@ -270,7 +270,7 @@ def go_on(folder: RunFolder, checkpoint: Path | None) -> ResumePoint:
     if checkpoint is not None:
         manifest = checkpoints.read_manifest(checkpoint)
         changed = tuple(run_folder.not_as_saved(folder, manifest))
-        point = ResumePoint(checkpoint, manifest["step"], _cursor(checkpoint), not_as_saved=changed)
+        point = ResumePoint(checkpoint, manifest["step"], cursor_of(checkpoint), not_as_saved=changed)
         for name in changed:
             screen.say(
                 f"{folder.path / name}: what it held at {checkpoint.name} was changed, or is gone; what is computed "

@@ -1,0 +1,191 @@
+"""`fork RUN --from N --a FLAGS --b FLAGS`: two ways to go on from one checkpoint, over the same documents.
+
+Each arm is a run like any other, in a folder of its own, begun with the rows and the checkpoint of the run that was
+forked. Both learn the same documents in the same order, so that the losses of a document can be paired: what varies
+from document to document falls out of their difference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimpajama_hf import screen
+from slimpajama_hf.errors import UsageError, UserError
+from slimpajama_hf.lookback import replay, rewind, side_by_side
+from slimpajama_hf.lookback.run import Run
+from slimpajama_hf.settings.flags import read_flags
+from slimpajama_hf.settings.what_matters import WHAT_MATTERS
+
+#: What decides which documents come, in which tokens: both arms have the run's.
+_OF_THE_DOCUMENTS = frozenset(
+    {
+        "dataset", "dataset_config_name", "dataset_revision", "dataset_split", "text_column", "txt_documents",
+        "eval_fraction", "sample_mode", "max_seq_length", "shuffle_buffer", "leave_out", "epochs", "seed", "tokenizer",
+        "gradient_accumulation_steps",
+    }
+)  # fmt: skip
+#: What cannot change once there are weights and what the optimizer has kept of gradients.
+_AT_THE_START_ONLY = frozenset({"model", "config_overrides", "hidden_optim", "optim"})
+#: What a fork sets itself.
+_NOT_YOURS = frozenset({"output_dir", "resume_from_checkpoint", "max_steps", "overwrite_output_dir", "push_to_hub"})
+
+#: Documents in a row whose differences are taken together: weights that are better at one document are so at the next.
+BLOCK = 25
+
+#: Blocks from which a standard error is taken, at least: of few documents they are shorter.
+FEWEST = 8
+
+#: Standard errors from which on a difference is said to be one.
+CLEAR = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One document, as both arms had it."""
+
+    domain: str
+    a: float
+    """Nats per token."""
+    b: float
+
+    @property
+    def difference(self) -> float:
+        """Nats per token by which b's loss is lower: above 0, b is better."""
+        return self.a - self.b
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The mean of some pairs."""
+
+    documents: int
+    mean: float
+    """Nats per token; above 0, b is better."""
+    error: float
+    """Its standard error, from means of `BLOCK` documents in a row; NaN where there are too few."""
+
+    @property
+    def errors(self) -> float:
+        """How many standard errors the mean is away from 0."""
+        return abs(self.mean) / self.error if self.error > 0 else math.inf if self.mean else 0.0
+
+    def words(self, what: str) -> str:
+        """The verdict in a sentence."""
+        if not self.mean and not self.error > 0:
+            return f"{what}: a and b are the same, to the bit"
+        better = "b" if self.mean > 0 else "a"
+        said = f"{what}: {better} is {abs(self.mean):.4f} nats per token better"
+        if not math.isfinite(self.error):
+            return f"{said}; {self.documents} documents are too few to say how sure that is"
+        said += f", {self.errors:.1f} standard errors"
+        if self.errors >= CLEAR:
+            return said
+        needed = math.ceil(self.documents * (CLEAR / max(self.errors, 0.1)) ** 2 / 100) * 100
+        return f"{said}: within noise; if it stays so, about {needed:,} documents would be needed to say"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values; None for what is no number."""
+        error = self.error if math.isfinite(self.error) else None
+        return {"documents": self.documents, "mean": self.mean, "error": error}
+
+
+def difference_of(forks: Iterable[Sequence[Pair]]) -> Difference:
+    """The mean difference over all pairs of one fork or several, and its error.
+
+    A block never spans two forks. Fewer than `FEWEST` documents have no error.
+    """
+    values = [np.array([pair.difference for pair in pairs], np.float64) for pairs in forks]
+    count = sum(map(len, values))
+    if not count:
+        return Difference(0, math.nan, math.nan)
+    size = min(BLOCK, max(1, count // FEWEST))
+    blocks = [block.mean() for each in values if len(each) for block in np.array_split(each, -(-len(each) // size))]
+    error = float(np.std(blocks, ddof=1) / math.sqrt(len(blocks))) if count >= FEWEST else math.nan
+    return Difference(count, float(np.concatenate(values).mean()), error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fork:
+    """What came of one checkpoint."""
+
+    start: int
+    arms: dict[str, Path]
+    """The folders of `a` and `b`."""
+    pairs: list[Pair]
+    """The documents that both learned, each scored before it was learned."""
+    notes: list[str]
+
+
+def refuse_flags(name: str, flags: str, starts: Sequence[int]) -> list[str]:
+    """The flags of an arm in words, with the `--allow_changes` that they need. Raises UsageError for those that would
+    leave nothing to compare."""
+    try:
+        words = shlex.split(flags)
+    except ValueError as error:
+        raise UsageError(
+            f"--{name} {flags!r}: {error}; expected flags of training, as --{name} '--learning_rate 5e-4'"
+        ) from None
+    typed = read_flags(words).typed
+    for flag in sorted(typed):
+        if flag in _OF_THE_DOCUMENTS:
+            raise UsageError(
+                f"--{name} {flags!r}: --{flag} changes the documents or their tokens, and then no losses pair; "
+                "compare two runs of their own: compare RUN RUN"
+            )
+        if flag in _NOT_YOURS:
+            raise UsageError(f"--{name} {flags!r}: --{flag} is the fork's own; leave it out")
+        if flag in _AT_THE_START_ONLY and any(starts):
+            raise UsageError(f"--{name} {flags!r}: --{flag} can change at the very start alone; use --from 0")
+    changed = [flag for flag in WHAT_MATTERS if flag in typed]
+    return [*words, *(["--allow_changes", ",".join(changed)] if changed else [])]
+
+
+def fork(path: str | Path, start: int, flags: dict[str, str], documents: int, output: Path) -> Fork:
+    """Train both arms of `flags` from the checkpoint of a run at step `start` (0: the very start) over `documents`
+    steps, in folders inside `output`.
+
+    Raises UserError when there is no such checkpoint, when a folder is taken, or when training does not succeed.
+    """
+    run = Run(path)
+    nearest, notes = replay.nearest_checkpoint(run, start)
+    if nearest != start:
+        there = ", ".join(f"{step}" for step in [0, *run.manifests])
+        raise UserError(f"--from {start}: {path} has no whole checkpoint of that step; there are: {there}")
+    config = run.config_to_train()
+    arms = {name: output / f"from-{start}-{name}" for name in flags}
+    for name, arm in arms.items():
+        words = refuse_flags(name, flags[name], [start])
+        rewind.refuse_taken(arm)
+        rewind.lay_out(run, start, arm, {"forked_from": rewind.origin(run, start) | {"flags": flags[name]}})
+        screen.say(f"{name}: {documents:,} documents from step {start:,}, {flags[name] or 'as it was'}, in {arm}")
+        with tempfile.TemporaryDirectory(prefix="slimpajama_hf-fork-") as place:
+            settings = Path(place) / "fork.yaml"
+            replay.train_again(run, config, start + documents, arm, settings, (*replay.SAVED_AT_ITS_END, *words))
+    notes += replay.not_as_it_was(run.record)
+    return Fork(start, arms, _paired(arms, start, documents), notes)
+
+
+def _paired(arms: dict[str, Path], start: int, documents: int) -> list[Pair]:
+    """The documents of both arms. Raises UserError where they are not the same, or fewer."""
+    pairs: list[Pair] = []
+    first, second = (Run(arm).whole_rows() for arm in arms.values())
+    for a, b in zip(first, second, strict=False):
+        if a["step"] < start:
+            continue
+        if side_by_side.document_of(a) != side_by_side.document_of(b):
+            raise UserError(f"step {a['step']}: the arms learned different documents; nothing can be paired")
+        if a["loss"] is not None and b["loss"] is not None:
+            pairs.append(Pair(a["domain"], a["loss"], b["loss"]))
+    if len(pairs) < documents:
+        screen.say(f"{len(pairs):,} of {documents:,} documents have a loss in both arms")
+    if not pairs:
+        raise UserError("no document has a loss in both arms; nothing can be paired")
+    return pairs
