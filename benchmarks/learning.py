@@ -90,8 +90,9 @@ ARMS: dict[str, list[str]] = {
     },
 }
 
-#: Half-lives of the averages of the weights that ride along: documents, or below 1 a share of those so far.
-HALF_LIVES = (200, 500, 1000, 0.04, 0.06, 0.1)
+#: Half-lives of the averages of the weights that ride along: documents, or below 1 a share of those so far. Each costs
+#: as much as a tenth of a step.
+HALF_LIVES = (0.06, 0.1)
 
 #: That of `--average_weights`.
 DEFAULT_HALF_LIFE = 0.06
