@@ -31,9 +31,7 @@ def corpus_vocabulary(tokenizer: str) -> int | None:
     if kind != "corpus":
         return None
     if colon and not (size.isascii() and size.isdigit()):
-        raise ValueError(
-            f"--tokenizer {tokenizer}: expected corpus, or corpus:N with a number of tokens, as corpus:8192"
-        )
+        raise ValueError(f"--tokenizer {tokenizer}: expected corpus or corpus:N, a number of tokens, as corpus:8192")
     return int(size) if colon else CORPUS_VOCABULARY
 
 

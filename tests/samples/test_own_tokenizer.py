@@ -1,0 +1,107 @@
+"""`--tokenizer corpus:N`: trained on the run's own corpus before step 0, and the same at every resume."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from slimpajama_hf.lookback import checks
+from slimpajama_hf.record import ledger
+from slimpajama_hf.samples.tokenizer import load_tokenizer
+from tests.conftest import NANO, read_ledger, run_command, run_script
+
+SIZE = 500
+
+
+def rows(run):
+    return [{k: v for k, v in row.items() if k not in ledger.TIME_FIELDS} for row in read_ledger(run)]
+
+
+def flags(shards, run, *more):
+    return [
+        *NANO[:4], "--dataset", f"{shards}/*.jsonl.zst", "--tokenizer", f"corpus:{SIZE}", "--precision", "float32",
+        "--max_steps", "12", "--save_steps", "6", "--warmup_steps", "4", "--output_dir", str(run), *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory):
+    run = tmp_path_factory.mktemp("own") / "run"
+    done = run_script(*flags(shards, run))
+    assert done.returncode == 0, done.stderr
+    return run, done.stderr
+
+
+def test_it_is_trained_said_recorded_and_in_every_checkpoint(whole):
+    run, said = whole
+    assert f"tokenizer of {SIZE} tokens trained on the first 90 documents" in said
+    assert f"corpus:{SIZE}, {SIZE} tokens" in said
+    kept = load_tokenizer(str(run / "tokenizer"))
+    assert len(kept) == SIZE
+    text = "naïve  café\n\ttwo  spaces, 日本語 and a \x07 bell"
+    assert kept.decode(kept.encode(text)) == text
+    for step in (6, 12):
+        saved = load_tokenizer(str(run / f"checkpoint-{step}"))
+        assert saved.get_vocab() == kept.get_vocab() and saved.encode(text) == kept.encode(text)
+    # What it was trained on is read as usual.
+    assert [row["row"] for row in read_ledger(run)[:4]] == [0, 1, 2, 3]
+    assert checks.verify(run).ok
+
+
+def test_a_run_that_goes_on_trains_none_and_is_the_unbroken_run(whole, shards, tmp_path):
+    run, _ = whole
+    short = tmp_path / "short"
+    assert run_script(*flags(shards, short), "--max_steps", "6").returncode == 0
+    on = run_script("--output_dir", str(short), "--resume_from_checkpoint", "true", "--max_steps", "12")
+    assert on.returncode == 0, on.stderr
+    assert "trained on the first" not in on.stderr
+    assert rows(short) == rows(run)
+    weights = "checkpoint-12/model.safetensors"
+    assert (short / weights).read_bytes() == (run / weights).read_bytes()
+    assert (short / "checkpoint-12" / "tokenizer.model").read_bytes() == (
+        run / "tokenizer" / "tokenizer.model"
+    ).read_bytes()
+
+
+def test_without_a_checkpoint_it_is_taken_from_the_folder_of_the_run(whole, shards, tmp_path):
+    run, _ = whole
+    alone = tmp_path / "alone"
+    shutil.copytree(run, alone, ignore=shutil.ignore_patterns("checkpoint-*"))
+    shown = run_command("inspect", str(alone), "--step", "3")
+    assert shown.returncode == 0, shown.stderr
+    again = run_script("--output_dir", str(alone), "--resume_from_checkpoint", "true")
+    assert again.returncode == 0, again.stderr
+    assert "trained on the first" not in again.stderr and rows(alone) == rows(run)
+
+
+def test_two_processes_have_the_one_tokenizer(whole, shards, tmp_path):
+    from tests.conftest import python
+
+    run, _ = whole
+    two = tmp_path / "two"
+    done = python(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "run_clm_slimpajama.py",
+        *flags(shards, two, "--max_steps", "3"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("trained on the first") == 1
+    assert (two / "tokenizer" / "tokenizer.model").read_bytes() == (run / "tokenizer" / "tokenizer.model").read_bytes()
+    samples = [sample["text_sha1"] for row in read_ledger(two) for sample in row["samples"]]
+    assert samples == [row["text_sha1"] for row in read_ledger(run)[:6]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("corpus:many", "--tokenizer corpus:many: expected corpus or corpus:N, a number of tokens, as corpus:8192"),
+        ("corpus:-5", "--tokenizer corpus:-5: expected corpus or corpus:N"),
+        ("corpus:100", "cannot hold the 256 bytes"),
+        ("corpus:90000", "is more than 90 documents"),
+    ],
+)
+def test_a_number_that_cannot_be_is_a_sentence_that_says_what_to_type(shards, tmp_path, asked, words):
+    done = run_script(*NANO[:4], "--dataset", f"{shards}/*.jsonl.zst", "--tokenizer", asked, "--max_steps", "2",
+                      "--output_dir", str(tmp_path / "run"))  # fmt: skip
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert words in done.stderr and "--vocab_size" not in done.stderr and "corpus:" in done.stderr
