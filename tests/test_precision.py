@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from slimpajama_hf import precision
 from slimpajama_hf.errors import UsageError
+from slimpajama_hf.model import products
 from tests.conftest import ROOT, environment, run_script
 
 #: Two steps, a sample and a passport at step 0, held-out scores after the second.
@@ -29,8 +31,6 @@ ASKED = ("auto", "float32", "bfloat16", "float16")
 @pytest.fixture
 def fast() -> str:
     """What `auto` is on this processor."""
-    import torch
-
     return precision.choose("auto", torch.device("cpu"))
 
 
@@ -81,7 +81,14 @@ def test_one_process_computes_in_what_was_asked_for(path, more, shards, tmp_path
         assert what["shown"] in ([], ["float32"]), asked
         record = json.loads((tmp_path / asked / "run.json").read_text())
         assert record["model"]["computed_in"] == wanted
-        assert f"computes  in {wanted}" in said
+        # Accumulated documents are left to autograd.
+        by = (
+            products.library(torch.device("cpu"), getattr(torch, wanted))
+            if path == "written out"
+            else "autograd's operators"
+        )
+        assert record["model"]["products_by"] == by
+        assert f"computes  in {wanted}, seen in the layers of the model; products by {by}" in said
 
 
 def _launch(shards: Path, tmp_path: Path, asked: str, fsdp: bool, **variables: str) -> tuple[list[dict], str]:

@@ -37,6 +37,16 @@ def _onednn(dtype: torch.dtype) -> bool:
         return False
 
 
+def library(device: torch.device, dtype: torch.dtype) -> str:
+    """Which library makes the products of a step that is written out, and why, in words."""
+    if device.type != "cpu":
+        return f"torch's own library for {device.type}"
+    if not _onednn(dtype):
+        missing = dtype != torch.float32 or devices.is_amd()
+        return "torch.mm (this torch lacks oneDNN's operators)" if missing else "MKL (the processor is no AMD)"
+    return "oneDNN (MKL is slower on AMD)" if dtype == torch.float32 else "oneDNN (weights packed for it)"
+
+
 def _by_onednn(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`inputs @ weight.T + bias`; `weight` as it is, or packed."""
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")

@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback
 
 from slimpajama_hf import devices, files, screen
 from slimpajama_hf.corpus.patience import StopRequested
 from slimpajama_hf.errors import SaidByTheFirst, UserError
+from slimpajama_hf.model import products
 from slimpajama_hf.record import run_folder
 from slimpajama_hf.session import plan
 from slimpajama_hf.training.backward import refuse_reduce_dtype
@@ -34,9 +36,12 @@ class _SayPrecision(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         seen = self._trainer.computes_in
-        screen.say(f"{'computes':>10}  in {seen}, seen in the layers of the model")
+        by = "autograd's operators"
+        if self._trainer.why_autograd() is None:
+            by = products.library(self._trainer.args.device, getattr(torch, seen, torch.float32))
+        screen.say(f"{'computes':>10}  in {seen}, seen in the layers of the model; products by {by}")
         record = self._folder.read_record()
-        record["model"]["computed_in"] = seen
+        record["model"] |= {"computed_in": seen, "products_by": by}
         try:
             files.write_json(self._folder.record, record, indent=1)
         except OSError as error:
