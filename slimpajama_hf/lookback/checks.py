@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slimpajama_hf import files
+from slimpajama_hf.lookback import forget
 from slimpajama_hf.lookback.checkpoint_checks import (
     checkpoint_chain,
     checkpoint_cursor,
@@ -322,6 +323,7 @@ CHECKS: tuple[tuple[str, Callable[[Run], Finding | Watch]], ...] = (
     ("surprisals", surprisals_of_the_ledger),
     ("latest chart", latest_chart),
     ("growing files", growing_files),
+    ("forgotten", forget.check),
 )
 
 

@@ -76,6 +76,11 @@ class RunFolder:
         return self.path / "tokenizer"
 
     @property
+    def forgotten(self) -> Path:
+        """The certificate of `forget`, where documents were forgotten."""
+        return self.path / "forgotten.json"
+
+    @property
     def viz(self) -> Path:
         return self.path / "training_viz"
 
@@ -201,7 +206,7 @@ def _written(folder: RunFolder, links: bool = False) -> list[Path]:
     made += [
         folder.viz, folder.path / "_index", folder.path / "tensorboard", folder.ledger, folder.surprisals,
         *(folder.path / name for name in GROWING), folder.record, folder.config, folder.report,
-        folder.path / MARK, folder.tokenizer,
+        folder.path / MARK, folder.tokenizer, folder.forgotten,
     ]  # fmt: skip
     return [path for path in made if path.exists() or (links and path.is_symlink())]
 
