@@ -70,7 +70,7 @@ def run(argv: list[str]) -> Trial:
         command = [
             sys.executable, str(SCRIPT), *argv, "--output_dir", str(folder.path), "--no-checkpoint",
             "--push_to_hub", "false", "--watch", "false", "--resume_from_checkpoint", "false",
-            "--viz_interval", "1000000000", "--display_samples", "1000000000",
+            "--viz_interval", "0", "--display_samples", "0",
         ]  # fmt: skip
         with open(Path(temporary) / "screen.txt", "w+", encoding="utf-8") as said:
             began = time.monotonic()

@@ -28,10 +28,6 @@ SCRIPT = ROOT / "run_clm_slimpajama.py"
 #: Keys of run_config.yaml that a replay leaves out: they cost time or reach the outside, and do not touch a step.
 _NOT_REPLAYED = re.compile(r"output_dir|eval_steps|eval_on_start|report_to|run_name|trackio_.*|push_to_hub|hub_.*")
 
-#: An interval that never comes.
-_NEVER = "1000000000"
-
-
 # ---- replay ----
 
 
@@ -138,10 +134,10 @@ def _lay_out(run: Run, start: int, again: Path) -> None:
 
 
 #: Flags of a replay: nothing but its ledger matters.
-_SEEN_BY_NOBODY = ("--no-checkpoint", "--viz_interval", _NEVER, "--display_samples", _NEVER)
+_SEEN_BY_NOBODY = ("--no-checkpoint", "--viz_interval", "0", "--display_samples", "0")
 
 #: Likewise, and its end is kept.
-SAVED_AT_ITS_END = ("--save_steps", _NEVER, "--viz_interval", _NEVER, "--display_samples", _NEVER)
+SAVED_AT_ITS_END = ("--save_steps", "1000000000", "--viz_interval", "0", "--display_samples", "0")
 
 
 def train_again(

@@ -122,6 +122,8 @@ def _what_to_look_at(settings: Settings, folder: RunFolder) -> str:
     """Where there is something to look at, and when."""
     if settings.run.lr_find:
         return f"{folder.path / range_test_result.CHART}, at the end; no samples, checkpoints and held-out scores"
+    if not settings.run.viz_interval:
+        return f"nothing (--viz_interval 0); to draw what the ledger has: python -m slimpajama_hf views {folder.path}"
     return f"{folder.report} and {folder.latest_chart}{_when_drawn(settings)}"
 
 

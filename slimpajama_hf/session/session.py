@@ -159,7 +159,7 @@ class Session:
         gaps, skipped = (stream.gaps_at_end, stream.skipped_at_end) if ended else ([], {})
         trainer.skipped_records.update(skipped)
         self._note_in_record({"gaps_after_last_step": gaps, "skipped_after_last_step": skipped})
-        if not self.settings.run.lr_find:
+        if watchers.draws:
             with screen.Waiting("drawing the last chart and the report"):
                 drawn = views.finish(steps)
             if not drawn:

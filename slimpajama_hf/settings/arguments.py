@@ -154,9 +154,10 @@ class RunArguments:
     """What is shown and kept"""
 
     viz_interval: int = _knob(
-        50, "steps between charts; unless typed, the first at once, and as many as 5 % of the run allow"
+        50,
+        "steps between charts; unless typed, the first at once, as many as 5 % of the run allow; 0: none, nor a report",
     )
-    display_samples: int = _knob(5, "steps between generated samples; unless typed, as many as the 5 % allow")
+    display_samples: int = _knob(5, "steps between generated samples; unless typed, as many as the 5 % allow; 0: none")
     no_checkpoint: bool = _knob(False, "save nothing but metrics")
     overwrite_output_dir: bool = _knob(False, "start anew in a folder that holds a run, deleting that run")
     allow_changes: str | None = _knob(None, "what a resume may change, by name, as learning_rate,seed")
@@ -174,8 +175,8 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         for name in ("viz_interval", "display_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: expected a number of steps, 1 or more")
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected a number of steps, or 0 for none")
         if not self.hub_patience >= 0:
             raise ValueError(f"--hub_patience {self.hub_patience}: expected seconds, 0 or more")
 

@@ -44,7 +44,8 @@ class Watchers:
     ) -> None:
         run, typed = settings.run, settings.typed
         # Of a range test there is nothing to be seen but its curve.
-        self._asks = not devices.is_sharded() and not run.lr_find
+        self._asks = not devices.is_sharded() and run.display_samples > 0
+        self.draws = run.viz_interval > 0
         self.progress = ShowProgress(has_bar=not notebook.is_here())
         self.notebook = [NotebookDisplay(folder)] if notebook.is_here() else []
         self.samples = GenerateSamples(
@@ -66,7 +67,8 @@ class Watchers:
         """In the order in which they look at a step."""
         # A sharded model computes with all processes or not at all: the first alone cannot ask it.
         asking = [self.passports, self.prompts, self.samples] if self._asks else []
-        return [*asking, self.drawing, self.trackers, self.progress, *self.notebook, *self.arithmetic]
+        drawing = [self.drawing] if self.draws else []
+        return [*asking, *drawing, self.trackers, self.progress, *self.notebook, *self.arithmetic]
 
     def listen_to(self, recorder: StepRecorder) -> None:
         """Have the rows of the ledger from now on."""
