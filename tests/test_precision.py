@@ -17,7 +17,7 @@ from tests.conftest import ROOT, environment, run_script
 
 #: Two steps, a sample and a passport at step 0, held-out scores after the second.
 SHORT = [
-    "--max_steps", "2", "--display_samples", "1", "--viz_interval", "1000000", "--max_seq_length", "32",
+    "--max_steps", "2", "--display_samples", "1", "--viz_interval", "0", "--max_seq_length", "32",
     "--no-checkpoint", "--eval_steps", "2", "--eval_documents", "2", "--tokenizer", "builtin",
 ]  # fmt: skip
 GPT2 = ["--model", "tiny", "--config_overrides", "n_layer=1,n_embd=32,n_head=2,n_positions=64"]

@@ -12,7 +12,7 @@ from slimpajama_hf.errors import UsageError, UserError
 from slimpajama_hf.lookback import checks, forget, side_by_side
 from slimpajama_hf.lookback.run import Run
 from slimpajama_hf.record import surprisals
-from tests.conftest import NANO, read_ledger, run_command, run_script
+from tests.conftest import NANO_UNSEEN, read_ledger, run_command, run_script
 
 #: Steps of the finished run whose documents are to be forgotten: the first lies behind checkpoint-20.
 STEPS = (23, 27, 28, 36)
@@ -38,7 +38,7 @@ def test_ledger_and_weights_are_those_of_a_run_that_has_never_read_them(finished
     names = list(json.loads((run / "forgotten.json").read_text())["documents"])
     never = tmp_path / "never"
     done = run_script(
-        *NANO, "--dataset", f"{shards}/*.jsonl.zst", "--max_steps", "36", "--save_steps", "10", "--warmup_steps", "20",
+        *NANO_UNSEEN, "--dataset", f"{shards}/*.jsonl.zst", "--max_steps", "36", "--save_steps", "10", "--warmup_steps", "20",
         "--output_dir", str(never), "--precision", "float32", "--leave_out", *names,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from tests.conftest import NANO, read_ledger, run_command, run_script
 
 def flags_of(shards: Path, run: Path, steps: int, *more: str) -> list[str]:
     return [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--max_steps", str(steps), "--output_dir", str(run),
-            "--precision", "float32", "--display_samples", "100000", "--viz_interval", "100000", "--warmup_steps", "5",
+            "--precision", "float32", "--display_samples", "0", "--viz_interval", "0", "--warmup_steps", "5",
             "--save_steps", "1", "--average_weights", "20", *more]  # fmt: skip
 
 

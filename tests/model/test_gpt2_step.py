@@ -15,7 +15,7 @@ from slimpajama_hf.model.gpt2_likeness import unsupported
 from slimpajama_hf.model.gpt2_step import GPT2Step
 from slimpajama_hf.model.products import Weights, square
 from slimpajama_hf.samples.tokenizer import load_tokenizer
-from tests.conftest import NANO, read_ledger, run_script
+from tests.conftest import NANO_UNSEEN, read_ledger, run_script
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_a_run_with_it_goes_as_a_run_without(shards, tmp_path):
     for backward in ("auto", "autograd"):
         run = tmp_path / backward
         done = run_script(
-            *NANO, "--dataset", f"{shards}/*.jsonl.zst", "--max_steps", "40", "--warmup_steps", "5", "--output_dir", str(run),
+            *NANO_UNSEEN, "--dataset", f"{shards}/*.jsonl.zst", "--max_steps", "40", "--warmup_steps", "5", "--output_dir", str(run),
             "--no-checkpoint", "--precision", "float32", "--backward", backward, "--max_grad_norm", "0.5",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ import torch
 from slimpajama_hf.record import columns, surprisals
 from slimpajama_hf.record.ledger import Kept
 from slimpajama_hf.record.surprisals import Surprisals
-from tests.conftest import NANO, read_ledger, run_script
+from tests.conftest import NANO_UNSEEN, read_ledger, run_script
 
 
 def test_each_step_has_the_surprisal_of_each_token_it_predicted(finished):
@@ -89,7 +89,7 @@ def test_values_that_do_not_have_the_loss_as_their_mean_become_unknown(tmp_path)
 
 def test_an_old_run_without_the_file_goes_on_with_one(shards, tmp_path):
     run = tmp_path / "run"
-    flags = [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--save_steps", "4", "--output_dir", str(run)]
+    flags = [*NANO_UNSEEN, "--dataset", f"{shards}/*.jsonl.zst", "--save_steps", "4", "--output_dir", str(run)]
     assert run_script(*flags, "--max_steps", "4").returncode == 0
     (run / surprisals.FILE_NAME).unlink()
     done = run_script(*flags, "--max_steps", "8", "--resume_from_checkpoint", "true")

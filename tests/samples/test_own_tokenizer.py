@@ -9,7 +9,7 @@ import pytest
 from slimpajama_hf.lookback import checks
 from slimpajama_hf.record import ledger
 from slimpajama_hf.samples.tokenizer import load_tokenizer
-from tests.conftest import NANO, read_ledger, run_command, run_script
+from tests.conftest import NANO_UNSEEN, read_ledger, run_command, run_script
 
 SIZE = 500
 
@@ -20,7 +20,7 @@ def rows(run):
 
 def flags(shards, run, *more):
     return [
-        *NANO[:4], "--dataset", f"{shards}/*.jsonl.zst", "--tokenizer", f"corpus:{SIZE}", "--precision", "float32",
+        *NANO_UNSEEN, "--dataset", f"{shards}/*.jsonl.zst", "--tokenizer", f"corpus:{SIZE}", "--precision", "float32",
         "--max_steps", "12", "--save_steps", "6", "--warmup_steps", "4", "--output_dir", str(run), *more,
     ]  # fmt: skip
 
@@ -101,7 +101,7 @@ def test_two_processes_have_the_one_tokenizer(whole, shards, tmp_path):
     ],
 )
 def test_a_number_that_cannot_be_is_a_sentence_that_says_what_to_type(shards, tmp_path, asked, words):
-    done = run_script(*NANO[:4], "--dataset", f"{shards}/*.jsonl.zst", "--tokenizer", asked, "--max_steps", "2",
+    done = run_script(*NANO_UNSEEN, "--dataset", f"{shards}/*.jsonl.zst", "--tokenizer", asked, "--max_steps", "2",
                       "--output_dir", str(tmp_path / "run"))  # fmt: skip
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert words in done.stderr and "--vocab_size" not in done.stderr and "corpus:" in done.stderr

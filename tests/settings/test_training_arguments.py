@@ -12,7 +12,7 @@ from slimpajama_hf.session import command_line
 from slimpajama_hf.settings.arguments import TRAINING_DEFAULTS
 from slimpajama_hf.settings.training_arguments import PASSED_ON, REFUSED
 from slimpajama_hf.settings.what_matters import ALSO_DECIDES, WHAT_MATTERS
-from tests.conftest import NANO, read_ledger, run_script
+from tests.conftest import NANO_UNSEEN, read_ledger, run_script
 
 
 def test_every_field_of_this_version_has_been_decided_on():
@@ -91,7 +91,7 @@ def test_a_share_of_warm_up_is_a_number_from_the_start():
 
 def test_more_steps_do_not_warm_up_again(tmp_path, shards):
     run = tmp_path / "run"
-    flags = [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--output_dir", str(run), "--precision", "float32"]
+    flags = [*NANO_UNSEEN, "--dataset", f"{shards}/*.jsonl.zst", "--output_dir", str(run), "--precision", "float32"]
     assert run_script(*flags, "--max_steps", "8", "--warmup_steps", "0.5").returncode == 0
     more = run_script("--output_dir", str(run), "--resume_from_checkpoint", "true", "--max_steps", "16")
     assert more.returncode == 0, more.stderr
@@ -102,7 +102,7 @@ def test_more_steps_do_not_warm_up_again(tmp_path, shards):
 def test_a_run_of_an_older_version_goes_on_and_what_is_not_taken_is_said(tmp_path, shards):
     """It has no mark that says whose it is: only what decides its numbers counts, and its corpus is named again."""
     run = tmp_path / "run"
-    flags = [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--output_dir", str(run), "--precision", "float32"]
+    flags = [*NANO_UNSEEN, "--dataset", f"{shards}/*.jsonl.zst", "--output_dir", str(run), "--precision", "float32"]
     assert run_script(*flags, "--max_steps", "4").returncode == 0
     config = run / "run_config.yaml"
     config.write_text(config.read_text() + "logging_steps: 10\nnum_train_epochs: 5\n")
@@ -119,7 +119,7 @@ def test_a_run_of_an_older_version_goes_on_and_what_is_not_taken_is_said(tmp_pat
 
 def test_a_checkpoint_of_the_model_alone_is_refused_by_name(tmp_path, shards):
     run = tmp_path / "run"
-    flags = [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--output_dir", str(run), "--precision", "float32"]
+    flags = [*NANO_UNSEEN, "--dataset", f"{shards}/*.jsonl.zst", "--output_dir", str(run), "--precision", "float32"]
     begun = run_script(*flags, "--max_steps", "4", "--save_only_model", "true")
     assert begun.returncode == 0, begun.stderr
     assert "saves  the model alone" in begun.stderr

@@ -12,7 +12,7 @@ from slimpajama_hf.corpus import opening
 from slimpajama_hf.corpus.documents import Cursor
 from slimpajama_hf.record import columns
 from slimpajama_hf.training import evaluation
-from tests.conftest import NANO, make_records, run_command, run_script, write_records
+from tests.conftest import NANO_UNSEEN, make_records, run_command, run_script, write_records
 
 
 def test_scores_equal_a_recomputation_by_domain(finished, tmp_path, encoder):
@@ -61,7 +61,7 @@ def test_accuracy_is_an_evaluate_metric_that_needs_no_network():
 def test_eval_steps_scores_the_held_out_part_of_the_embedded_corpus(tmp_path, cache):
     run = tmp_path / "run"
     done = run_script(
-        "--test", *NANO, "--max_steps", "6", "--eval_steps", "3", "--eval_documents", "15", "--output_dir", str(run),
+        "--test", *NANO_UNSEEN, "--max_steps", "6", "--eval_steps", "3", "--eval_documents", "15", "--output_dir", str(run),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     entries = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]

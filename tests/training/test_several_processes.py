@@ -56,7 +56,7 @@ def corpus(tmp_path_factory) -> Path:
 
 def flags_of(corpus: Path, run: Path, steps: int, *more: str) -> list[str]:
     return [*NANO, "--dataset", f"{corpus}/*.jsonl.zst", "--max_steps", str(steps), "--output_dir", str(run),
-            "--precision", "float32", "--display_samples", "5", "--viz_interval", "100000", "--warmup_steps", "10",
+            "--precision", "float32", "--display_samples", "5", "--viz_interval", "0", "--warmup_steps", "10",
             "--save_steps", "10", "--max_seq_length", "64", *more]  # fmt: skip
 
 
