@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,6 +38,7 @@ WARM_UP = 10
 ROWS = {
     "floor": "products and AdamW at the machine's own rates",
     "bare loop": "forward, backward, clip, AdamW; nothing else",
+    "bare loop, compiled": "the same with torch.compile (a C++ compiler is needed on a CPU); compiling is not counted",
     "litgpt": "its model, tied, compiled, and the step of its pretrain command, in its own environment (make bench)",
     "stock Trainer": "transformers.Trainer, logging every step to nothing",
     "stock Trainer, plain callbacks": "figure every 50 steps, generate every 5, JSON rewritten every step",
@@ -112,7 +114,7 @@ def floor(options: argparse.Namespace) -> list[float]:
     return [step * number for number in range(1, options.steps + 1)]
 
 
-def bare_loop(options: argparse.Namespace) -> list[float]:
+def bare_loop(options: argparse.Namespace, compiled: bool = False) -> list[float]:
     """The least that a training loop can be; returns the time at which each step ended, seconds."""
     import contextlib
 
@@ -125,6 +127,8 @@ def bare_loop(options: argparse.Namespace) -> list[float]:
         torch.autocast(device.type, torch.bfloat16) if options.precision == "bfloat16" else contextlib.nullcontext()
     )
     network.train()
+    if compiled:
+        network.compile()
     ended = []
     for ids in samples(options.steps):
         input_ids = torch.tensor([ids], device=device)  # (1, 256)
@@ -296,6 +300,7 @@ def measure(options: argparse.Namespace, started: float) -> dict[str, float]:
     functions = {
         "floor": lambda: floor(options),
         "bare loop": lambda: bare_loop(options),
+        "bare loop, compiled": lambda: bare_loop(options, compiled=True),
         "litgpt": lambda: litgpt(options),
         "stock Trainer": lambda: stock_trainer(options, plain_callbacks=False),
         "stock Trainer, plain callbacks": lambda: stock_trainer(options, plain_callbacks=True),
@@ -369,6 +374,9 @@ def main() -> None:
         return
     interpreters = dict.fromkeys(ROWS, sys.executable) | {"litgpt": str(ROOT / ".venv" / "litgpt" / "bin" / "python")}
     there = [row for row in options.rows if Path(interpreters[row]).exists()]
+    if not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        print("left out: the compiled row, which needs a C++ compiler", file=sys.stderr)
+        there = [row for row in there if row != "bare loop, compiled"]
     if options.history or not two_devices():
         there = [row for row in there if row not in PROCESSES]
     found: dict[str, list[dict[str, float]]] = {row: [] for row in there}
