@@ -1,0 +1,72 @@
+"""How much each of some documents moved the loss of a text, estimated from gradients: cheap, to choose which of them to
+leave out in earnest (`commands/influence.py`).
+
+To first order an update by a document's gradient g changes the text's loss by -rate * h · P g, where h is the gradient
+of the text and P what the optimizer makes of a gradient. Here P is taken from the documents themselves: by element the
+root of the mean squared gradient, as AdamW has it; of the hidden matrices that Muon learns, the inverse root of the
+mean of g gᵀ, which is what makes an average of such gradients orthogonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from slimpajama_hf.model.optimization import UPDATE_RMS, hidden_matrices
+
+#: Directions in which documents hardly ever point count no more than one of so much of the largest.
+_FLOOR = 1e-3
+
+
+def estimate(
+    model: Any,
+    text: list[int],
+    documents: Sequence[list[int]],
+    hidden_optim: str,
+    hidden_rate: float,
+    max_grad_norm: float,
+    done: Callable[[int], None] = lambda count: None,
+) -> list[float]:
+    """Of each document (token ids), by how much it lowered the loss of `text`, in units of its own: only their order
+    and their signs mean something. `done` is told how many of the 2 passes over the documents are made."""
+    model.train(False)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    by_muon = {id(each) for each in hidden_matrices(model)} if hidden_optim == "muon" else set()
+
+    def gradient(ids: list[int]) -> list[torch.Tensor]:
+        tokens = torch.tensor([ids], device=model.device)
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        found = torch.autograd.grad(loss, parameters)
+        norm = torch.stack([each.norm() for each in found]).norm().item()
+        # As the step clips it.
+        scale = min(1.0, max_grad_norm / norm) if max_grad_norm and norm else 1.0
+        return [each * scale for each in found]
+
+    squares = [
+        torch.zeros(each.shape[0], each.shape[0]) if id(each) in by_muon else torch.zeros_like(each, device="cpu")
+        for each in parameters
+    ]
+    for number, ids in enumerate(documents, 1):
+        for parameter, square, found in zip(parameters, squares, gradient(ids), strict=True):
+            own = found.float().cpu()
+            square += own @ own.T if id(parameter) in by_muon else own.square()
+        done(number)
+    steered = []
+    for parameter, square, found in zip(parameters, squares, gradient(text), strict=True):
+        own, mean = found.float().cpu(), square / len(documents)
+        if id(parameter) in by_muon:
+            values, vectors = torch.linalg.eigh(mean)
+            root = (values.clamp(min=0) + _FLOOR * values.max() + 1e-20).rsqrt()
+            # An orthogonal matrix of this shape has elements of 1/sqrt(longer side).
+            length = hidden_rate * UPDATE_RMS * max(parameter.shape) ** 0.5
+            steered.append(vectors @ (root[:, None] * (vectors.T @ own)) * length)
+        else:
+            steered.append(own / (mean.sqrt() + 1e-8))
+    estimates = []
+    for number, ids in enumerate(documents, 1):
+        pairs = zip(gradient(ids), steered, strict=True)
+        estimates.append(sum(float((found.float().cpu() * each).sum()) for found, each in pairs))
+        done(len(documents) + number)
+    return estimates
