@@ -73,7 +73,7 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
         lambda: run_record.record_run(settings, folder, corpus, tokenizer_name, tokenizer, gpt, chosen, point)
     )
     signals = StopSignals()
-    stream = resume.stream_of(settings, corpus, encoder, team, point, signals)
+    stream = resume.stream_of(settings, record, corpus, encoder, team, point, signals)
     recorder = run_record.recorder_of_run(folder, point, presets.vocabulary(tokenizer), team)
 
     with signals:

@@ -211,9 +211,15 @@ def corpus_of(settings: Settings, folder: RunFolder, waiting: Callable[[str], No
 
 
 def stream_of(
-    settings: Settings, corpus: Corpus, encoder: Encoder, team: Processes, point: ResumePoint, signals: StopSignals
+    settings: Settings,
+    record: dict[str, Any],
+    corpus: Corpus,
+    encoder: Encoder,
+    team: Processes,
+    point: ResumePoint,
+    signals: StopSignals,
 ) -> SampleStream:
-    """The samples of a run from where it begins or goes on."""
+    """The samples of a run from where it begins or goes on. `record`: its `run.json`."""
     from slimpajama_hf.samples.stream import SampleStream
 
     training, data = settings.training, settings.data
@@ -231,6 +237,7 @@ def stream_of(
         skip_broken_shards=data.skip_broken_shards,
         patience_seconds=data.stream_patience,
         leave_out=data.leave_out or (),
+        short_text_characters=record.get("short_text_characters"),
         start=point.cursor,
         stop=lambda: signals.received is not None and team.world_size == 1,
     )

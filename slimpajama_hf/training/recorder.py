@@ -52,10 +52,8 @@ class StepRecorder:
         vocab_size: int,
         remembered: Sequence[dict[str, Any]] = (),
         surprisals: Surprisals | None = None,
-        world_size: int = 1,
     ) -> None:
         self._ledger = ledger
-        self._world_size = world_size
         self._surprisals = surprisals
         self._uniform_nats = math.log(vocab_size)
         self._waiting: deque[tuple[Step, Reading]] = deque()
@@ -150,13 +148,13 @@ class StepRecorder:
     def _samples(self, together: list[Sample], losses: list[float], correct: list[float]) -> list[dict[str, Any]]:
         return [
             {
-                "rank": place % self._world_size,
+                "rank": each.rank,
                 "shard": each.document.shard,
                 "row": each.document.row,
                 "text_sha1": each.document.sha1,
                 "domain": each.document.domain,
                 "part": each.part,
-                "tokens": len(each.input_ids),
+                "tokens": each.tokens,
                 "text_bytes": each.text_bytes,
                 "tokens_cut": each.tokens_cut,
                 "loss": shortest(losses[place]),
