@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimpajama_hf import files, screen
+from slimpajama_hf import devices, files, screen
 from slimpajama_hf.corpus import opening, unchanged
 from slimpajama_hf.corpus.documents import Cursor
 from slimpajama_hf.errors import UserError
@@ -143,16 +143,18 @@ def _cursor(folder: Path) -> Cursor:
     return cursor
 
 
-def flags_of_run(config: Mapping[str, Any], path: str) -> list[str]:
-    """What a run was begun with, as flags, from its `run_config.yaml` at `path`.
+def flags_of_run(config: Mapping[str, Any], folder: RunFolder) -> list[str]:
+    """What a run was begun with, as flags, from what its `run_config.yaml` says.
 
-    A run of an older version may say nothing of a flag that it had not yet.
+    A run of an older version may say nothing of a flag that it had not yet; and whatever it says of `--hidden_optim`,
+    sharded matrices learned by AdamW.
     """
     from slimpajama_hf.settings.flags import config_to_argv
 
-    flags = config_to_argv(dict(config), path)
+    flags = config_to_argv(dict(config), str(folder.config))
     if "hidden_optim" in config:
-        return flags
+        by_adamw = devices.is_sharded() and "muon_on_shards" not in folder.read_record()
+        return [*flags, "--hidden_optim", "adamw"] if by_adamw else flags
     return ["--hidden_optim", "adamw", *([] if "hidden_rate" in config else ["--hidden_rate", "1"]), *flags]
 
 

@@ -64,6 +64,8 @@ def new_record(corpus: dict[str, Any]) -> dict[str, Any]:
         "corpus": corpus,
         # Which documents of a step each process looks at (`SampleStream`).
         "short_text_characters": SHORT_TEXT_CHARACTERS,
+        # Sharded matrices learn as `--hidden_optim` says.
+        "muon_on_shards": True,
     }
 
 

@@ -136,7 +136,7 @@ class SlimPajamaTrainer(Trainer):
             # Else it would be float32 there, without a word.
             self.accelerator.scaler, self.accelerator.native_amp = loss_scale.for_a_cpu(), True
         self.hidden_optim, self.hidden_rate = optimization.of_hidden_matrices(
-            self.args.optim, self.is_fsdp_enabled, hidden_optim, hidden_rate
+            self.args.optim, hidden_optim, hidden_rate
         )
         self.remove_callback(PrinterCallback)  # the bar and the lines are ours
         self.run_path = Path(str(self.args.output_dir))
@@ -186,6 +186,7 @@ class SlimPajamaTrainer(Trainer):
             self.hidden_rate,
             torch.bfloat16 if fast == "bfloat16" else torch.float32,
             self.args.world_size * self.args.gradient_accumulation_steps,
+            self.args.world_size,
         )
         return self.optimizer
 
