@@ -96,6 +96,7 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
         # What watches, and what uploads; of several processes the first does.
         watchers = Watchers(trainer, settings, folder, encoder, record)
         uploads = background.Uploads(folder, destination, point.step, settings.run.hub_patience, trainer.clock)
+        trainer.saving.listeners.append(uploads.saved)
         for callback in [*([*watchers.callbacks, uploads] if team.is_first else []), StopOnSignal(signals)]:
             trainer.add_callback(callback)
         return session.Session(

@@ -195,15 +195,19 @@ class StepRecorder:
             screen.say(f"{self._ledger.path} is whole again: {before:,} rows were written")
         return record
 
-    def sync(self) -> None:
-        """Write and force to the disk what a checkpoint counts on. Raises OSError when the disk does not take it."""
+    def write_all(self) -> None:
+        """Write what a checkpoint counts on. Raises OSError when the disk does not take it."""
         self.flush()
         if self._ledger is not None:
             self._drain()
             if self._unwritten:
                 raise OSError(28, f"{len(self._unwritten):,} rows of the ledger are not on the disk")
-            if self._surprisals is not None:
-                self._surprisals.sync()
+
+    def sync(self) -> None:
+        """Force what was written to the disk. Raises OSError when the disk does not take it."""
+        if self._surprisals is not None:
+            self._surprisals.sync()
+        if self._ledger is not None:
             self._ledger.sync()
 
     def close(self) -> None:

@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
-from slimpajama_hf import precision, screen
+from slimpajama_hf import precision
 from slimpajama_hf.errors import SaidByTheFirst, UserError
 from slimpajama_hf.model import averaging, memory, optimization
-from slimpajama_hf.record import checkpoints, noise
-from slimpajama_hf.training import loss_scale, range_test, saved_model, schedule, step_numbers, stopping
+from slimpajama_hf.record import noise
+from slimpajama_hf.training import loss_scale, range_test, schedule, step_numbers, stopping
 from slimpajama_hf.training.backward import why_autograd, write_out
 from slimpajama_hf.training.batches import Batches, collate
+from slimpajama_hf.training.checkpointing import Checkpointing
 from slimpajama_hf.training.clock import TrainingClock
 from slimpajama_hf.training.loss_scale import LossScale
 from slimpajama_hf.training.measuring import Measuring
@@ -49,10 +50,11 @@ PRIVATE_HOOKS = {
     "_load_scaler": "(self, checkpoint)",
     "_save": "(self, output_dir=None, state_dict=None)",
     "_save_checkpoint": "(self, model, trial)",
+    "_save_optimizer_and_scheduler": "(self, output_dir)",
 }
 
 
-class SlimPajamaTrainer(Trainer):
+class SlimPajamaTrainer(Checkpointing):
     """A Trainer whose optimizer step is one streamed document.
 
     Beside what `transformers.Trainer` does: the loss is the mean over the predicted tokens (5.23 alone under-scales
@@ -353,6 +355,7 @@ class SlimPajamaTrainer(Trainer):
         """Hand the finished step to the recorder; False when the run has to stop."""
         assert self.sample is not None
         self.cursor = self.sample.after
+        self.saving.look()
         self.steps_of_session += 1
         step = self.state.global_step - 1
         self.measuring.after(step, self.sample, self.update.not_finite)
@@ -409,43 +412,3 @@ class SlimPajamaTrainer(Trainer):
             metrics = scores() if self.is_fsdp_enabled else self.team.first_does(scores if must else scores_if_they_fit)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    # ---- checkpoints ----
-
-    def _get_output_dir(self, trial: Any) -> str:
-        staging = self.saving.staging
-        return str(staging) if staging is not None else super()._get_output_dir(trial)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        # Of a run that began in float16 and goes on in another precision there is one in the checkpoint, and none here.
-        if self.accelerator.scaler is not None:
-            super()._load_scaler(checkpoint)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Stage, write, add the manifest, rename. The ledger is on the disk before the checkpoint that counts on it."""
-        self.tell_now()
-
-        def write(folder: Path) -> None:
-            super(SlimPajamaTrainer, self)._save_checkpoint(model, trial)
-            if self.average is not None and self.average.is_there:
-                self.average.save(folder, self.processing_class)
-
-        with self.clock.paused("saving"), screen.Waiting(f"saving checkpoint-{self.state.global_step}"):
-            self.saving.save(self.state.global_step, self.cursor, write)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Weights, configuration and tokenizer. Loaded elsewhere, the model shall generate with a cache."""
-        with saved_model.with_a_cache(self.accelerator.unwrap_model(self.model).config):
-            super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            # A pickle of all arguments, the Hub token among them; run_config.yaml says the same without it.
-            (Path(output_dir or self.run_path) / "training_args.bin").unlink(missing_ok=True)
-
-    def save_now(self) -> None:
-        """Save the state after the last finished step, unless its checkpoint is there already, or the weights are no
-        longer those of it."""
-        step = self.state.global_step
-        if step == 0 or self.args.save_strategy == "no" or self._updating:
-            return
-        if not self.team.first_does(checkpoints.path_of(self.run_path, step).exists):
-            self._save_checkpoint(self.model, trial=None)
