@@ -71,7 +71,7 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
         lambda: run_record.record_run(settings, folder, corpus, tokenizer_name, tokenizer, gpt, chosen, point)
     )
     signals = StopSignals()
-    stream = resume.stream_of(settings, corpus, encoder, team, point, signals)
+    stream = resume.stream_of(settings, record, corpus, encoder, team, point, signals)
     recorder = run_record.recorder_of_run(folder, point, presets.vocabulary(tokenizer), team)
 
     with signals:
@@ -94,6 +94,7 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
         # What watches, and what uploads; of several processes the first does.
         watchers = Watchers(trainer, settings, folder, encoder, record)
         uploads = background.Uploads(folder, destination, point.step, settings.run.hub_patience, trainer.clock)
+        trainer.saving.listeners.append(uploads.saved)
         for callback in [*([*watchers.callbacks, uploads] if team.is_first else []), StopOnSignal(signals)]:
             trainer.add_callback(callback)
         return session.Session(

@@ -1,18 +1,141 @@
-"""What a step costs with N processes, computed: gradients against links, documents against their readers.
+"""Many processes: their readers simulated, and what a step costs with N of them computed.
 
-    python benchmarks/scaling.py --parameters 124e6 --step_ms 2.5
+    python benchmarks/scaling.py --simulate 'train/*.jsonl.zst'
+    python benchmarks/scaling.py --documents_s 22000 --parameters 124e6 --step_ms 2.5
 
+The simulation opens the real reader of each rank of 64 processes, then of 48 from where they stopped, then of 100, then
+of some of 1,024, over the corpus again and again. What they learn together is compared with what one process reads. The
+table goes into a JSON file under benchmarks/results/.
+
+The other table is computed: gradients against links, documents against their readers.
 DDP sends the gradients (float32, 4 bytes a parameter) while the backward is still on; a step is as long as the slower
 of the two. An all-reduce moves 2 (n - 1) / n times its bytes through each member's link: inside a machine over its
 GPUs' own links, between machines over one network card a GPU, each with its share of the gradients (NCCL's rings over
-all cards), plus a latency for each hop of a tree of machines. Every process also reads and cuts into tokens the
-documents of all N (`samples.SampleStream`), which must keep up with the steps.
+all cards), plus a latency for each hop of a tree of machines. Every process also reads the documents of all N
+(`samples.SampleStream`), which must keep up with the steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
+import json
 import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+#: Processes, steps, and which of them are simulated (None: all).
+PHASES: Sequence[tuple[int, int, Sequence[int] | None]] = (
+    (64, 20, None),
+    (48, 20, None),
+    (100, 20, None),
+    (1024, 10, (0, 1, 2, 255, 511, 512, 767, 1022, 1023)),
+)
+
+
+def simulate(
+    dataset: str, phases: Sequence[tuple[int, int, Sequence[int] | None]] = PHASES, max_length: int = 256
+) -> list[dict[str, Any]]:
+    """One line for each phase; each goes on where the one before stopped. Raises AssertionError where the documents of
+    all ranks are not those of one process, each in its place."""
+    from slimpajama_hf.corpus import opening
+    from slimpajama_hf.corpus.documents import Cursor
+    from slimpajama_hf.samples.encoder import Encoder
+    from slimpajama_hf.samples.stream import SampleStream
+    from slimpajama_hf.samples.tokenizer import load_tokenizer
+
+    corpus, encoder = opening.open_corpus(dataset), Encoder(load_tokenizer("builtin"))
+
+    def stream(world_size: int, rank: int, start: Cursor) -> SampleStream:
+        more: dict[str, Any] = {"epochs": 1_000_000, "read_ahead": 0, "start": start}
+        return SampleStream(corpus, encoder, "truncate", max_length, world_size, rank, **more)
+
+    alone = iter(stream(1, 0, Cursor()))
+    start, lines = Cursor(), []
+    for world_size, steps, sampled in phases:
+        expected = [_hash_of(sample) for sample in itertools.islice(alone, world_size * steps)]
+        assert len(set(expected)) == len(expected), "one process reads a document twice"
+        ranks = range(world_size) if sampled is None else sampled
+        found: dict[int, str] = {}
+        bytes_read, seconds, ends = [], [], set()
+        for rank in ranks:
+            before, began = _bytes_read(), time.process_time()
+            own = list(itertools.islice(stream(world_size, rank, start), steps))
+            seconds.append(time.process_time() - began)
+            bytes_read.append(_bytes_read() - before)
+            ends.add(own[-1].after)
+            for step, sample in enumerate(own):
+                assert not sample.only_fills
+                found[step * world_size + rank] = _hash_of(sample)
+        assert all(expected[place] == sha256 for place, sha256 in found.items()), "not the documents of one process"
+        assert len(set(found.values())) == len(found) == len(ranks) * steps, "a document was learned twice"
+        (start,) = ends
+        median = sorted(seconds)[len(seconds) // 2]
+        lines.append(
+            {
+                "processes": world_size,
+                "simulated": len(ranks),
+                "steps": steps,
+                "documents": world_size * steps,
+                "learned_by_the_simulated": len(found),
+                "sha256_of_all": hashlib.sha256("".join(map(found.__getitem__, sorted(found))).encode()).hexdigest(),
+                "documents_s_of_a_process": round(world_size * steps / median),
+                "documents_s_of_the_first": round(world_size * steps / seconds[0]),
+                "own_documents_tokenized": steps,
+                "mb_read_by_a_process": round(sum(bytes_read) / len(bytes_read) / 1e6, 2),
+                "mb_read_by_a_node_of_8": round(8 * sum(bytes_read) / len(bytes_read) / 1e6, 2),
+            }
+        )
+    return lines
+
+
+def _hash_of(sample: Any) -> str:
+    """Of a document in its pass, and its tokens."""
+    document = sample.document
+    place = f"{document.here.epoch} {document.shard} {document.row} {document.sha1} {sample.input_ids}"
+    return hashlib.sha256(place.encode()).hexdigest()
+
+
+def _bytes_read() -> int:
+    """Bytes that this process has read from files so far."""
+    words = Path("/proc/self/io").read_text().split()
+    return int(words[words.index("rchar:") + 1])
+
+
+def show_simulation(dataset: str) -> None:
+    """Simulate, print the table, and keep it."""
+    from benchmarks.steps import commit, machine
+
+    lines = simulate(dataset)
+    where = machine()
+    print(f"{where['processor']}, commit {commit()}, load {os.getloadavg()[0]:.1f}")
+    head = {
+        "processes": "processes", "simulated": "simulated", "documents": "documents read by each",
+        "documents_s_of_a_process": "documents/s of a process", "documents_s_of_the_first": "of the first",
+        "mb_read_by_a_process": "MB read by a process", "mb_read_by_a_node_of_8": "by a node of 8",
+    }  # fmt: skip
+    print("| " + " | ".join(head.values()) + " |\n" + "|" + "---|" * len(head))
+    for line in lines:
+        print("| " + " | ".join(f"{line[name]:,}" for name in head) + " |")
+    name = f"ranks-{time.strftime('%Y-%m-%d')}-{commit().rstrip('+')}.json"
+    result = {
+        "machine": where,
+        "commit": commit(),
+        "load": os.getloadavg(),
+        "dataset": Path(dataset).name,
+        "phases": lines,
+    }
+    path = ROOT / "benchmarks" / "results" / name
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path.relative_to(ROOT))
 
 
 def communication_ms(parameters: float, processes: int, options: argparse.Namespace) -> float:
@@ -48,9 +171,15 @@ def main() -> None:
     parser.add_argument("--inside_gb", type=float, default=450, help="GB/s of its links in a machine, each way [450]")
     parser.add_argument("--between_gb", type=float, default=50, help="GB/s of its network card, each way [50]")
     parser.add_argument("--hop_us", type=float, default=5, help="latency of a hop between machines [5]")
-    parser.add_argument("--documents_s", type=float, required=True, help="documents a second that one process reads")
+    parser.add_argument("--documents_s", type=float, help="documents a second that one process reads")
     parser.add_argument("--accumulated", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--simulate", metavar="DATASET", help="simulate the readers of this corpus instead")
     options = parser.parse_args()
+    if options.simulate:
+        show_simulation(options.simulate)
+        return
+    if options.documents_s is None:
+        parser.error("--documents_s is missing: documents a second that one process reads (or --simulate DATASET)")
     head = ["GPUs", "gradients, ms"]
     for accumulated in options.accumulated:
         head += [f"step of {accumulated} each, ms", "tokens/s", "efficiency", "waits for"]

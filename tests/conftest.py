@@ -150,6 +150,20 @@ def encoder() -> Any:
     return Encoder(load_tokenizer("builtin"))
 
 
+def a_token_for_each_word() -> Any:
+    """A tokenizer to which a text is as many tokens as it has words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(
+        models.WordLevel(
+            {word: index for index, word in enumerate(["<unk>", "<|endoftext|>", *_WORDS])}, unk_token="<unk>"
+        )
+    )
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="<|endoftext|>")
+
+
 #: A model that takes milliseconds a step.
 NANO = ["--model", "tiny", "--config_overrides", "n_layer=1,n_embd=32,n_head=2", "--tokenizer", "builtin"]
 #: Of which nothing is drawn and no sample written: half of what a short run costs.

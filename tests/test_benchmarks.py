@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu_check, growth, steps
+from benchmarks import gpu_check, growth, scaling, steps
 from slimpajama_hf.record import columns
 from slimpajama_hf.record.columns import read_columns
 from slimpajama_hf.views import charts
@@ -92,3 +92,12 @@ def test_a_row_of_the_table_of_steps_is_measured(row):
         capture_output=True, text=True, timeout=200, env=environment(), cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_simulated_processes_learn_what_one_learns_each_document_in_its_place(shards):
+    """A small version of `benchmarks/scaling.py --simulate`, which raises where they do not."""
+    lines = scaling.simulate(
+        f"{shards}/*.jsonl.zst", ((6, 2, None), (4, 2, None), (9, 2, None), (200, 1, (0, 7, 199))), 32
+    )
+    assert [line["learned_by_the_simulated"] for line in lines] == [12, 8, 18, 3]
+    assert all(line["mb_read_by_a_process"] > 0 for line in lines)

@@ -101,19 +101,22 @@ class Corpus:
             try:
                 for row, record in read_shard(shard, first, self.reading, patience):
                     broken_in_a_row = 0
-                    here, after = dataclasses.replace(start, row=row), dataclasses.replace(start, row=row + 1)
+                    # Made, not copied from `start`: a third of the time of reading was `dataclasses.replace`.
+                    here, after = Cursor(start.epoch, shard.name, row), Cursor(start.epoch, shard.name, row + 1)
                     found: Document | Unusable
                     if isinstance(record, str):
-                        found = Unusable(record, shard.name, row)
+                        found = Unusable(record, shard.name, row, here, after)
                     else:
-                        found = documents.to_document(record, self.text_column, self.mirror, shard.name, row)
+                        found = documents.to_document(
+                            record, self.text_column, self.mirror, shard.name, row, here, after
+                        )
                     if self.held_out_fraction and isinstance(found, Document):
                         held_out = documents.is_held_out(found.sha1, self.held_out_fraction)
                         if self.gives_held_out and not held_out:
                             continue
                         if held_out and not self.gives_held_out:
-                            found = Unusable(HELD_OUT, shard.name, row)
-                    yield dataclasses.replace(found, here=here, after=after)
+                            found = Unusable(HELD_OUT, shard.name, row, here, after)
+                    yield found
             except BrokenShard as error:
                 if not skip_broken_shards:
                     raise

@@ -18,6 +18,9 @@ UNKNOWN_DOMAIN = "unknown"
 #: Reason of documents that are kept for evaluation (`--eval_fraction`).
 HELD_OUT = "held out"
 
+#: Reason of documents of which nothing can be predicted.
+TOO_SHORT = "fewer than 2 tokens"
+
 #: Fields of a record without text that are looked at, to say what there is instead.
 _MOST_FIELDS = 20
 
@@ -135,8 +138,23 @@ def in_words(passed_over: Mapping[str, int], fields: Mapping[str, int], text_col
     return words + (f"; try --text_column {longest}" if elsewhere else "")
 
 
-def to_document(record: Any, text_column: str, mirror: str, shard: str, row: int) -> Document | Unusable:
+def to_document(
+    record: Any, text_column: str, mirror: str, shard: str, row: int, here: Cursor = Cursor(), after: Cursor = Cursor()
+) -> Document | Unusable:
     """A record as a document, or the reason why it is none. The tokenizer may still find it too short."""
+    if isinstance(record, dict):
+        text = record.get(text_column)
+        if isinstance(text, str) and text and not text.isspace():
+            try:
+                data = text.encode("utf-8")
+            except UnicodeEncodeError:
+                return Unusable("lone surrogate", shard, row, here, after)
+            sha1 = hashlib.sha1(data).hexdigest()
+            return Document(text, domain_of(record), mirror, shard, row, sha1, len(data), here, after)
+    return dataclasses.replace(_unusable(record, text_column, shard, row), here=here, after=after)
+
+
+def _unusable(record: Any, text_column: str, shard: str, row: int) -> Unusable:
     if not isinstance(record, dict):
         return Unusable("not a record", shard, row)
     if text_column not in record:
@@ -148,12 +166,4 @@ def to_document(record: Any, text_column: str, mirror: str, shard: str, row: int
     text = record[text_column]
     if not isinstance(text, str):
         return Unusable("text is null" if text is None else f"text is a {type(text).__name__}", shard, row)
-    if not text:
-        return Unusable("empty", shard, row)
-    if text.isspace():
-        return Unusable("blank", shard, row)
-    try:
-        data = text.encode("utf-8")
-    except UnicodeEncodeError:
-        return Unusable("lone surrogate", shard, row)
-    return Document(text, domain_of(record), mirror, shard, row, hashlib.sha1(data).hexdigest(), len(data))
+    return Unusable("blank" if text else "empty", shard, row)

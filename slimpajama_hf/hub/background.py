@@ -71,10 +71,11 @@ class Uploads(TrainerCallback):
                 self._outbox.keep_up_to(self._begins_at)
             self._start()
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def saved(self, step: int) -> None:
+        """The checkpoint of a step is there now."""
         if self._destination is not None and self._destination.strategy != "end":
             with self._clock.paused():
-                self._lay(state.global_step)
+                self._lay(step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._child is not None and not self._child.answers.empty():

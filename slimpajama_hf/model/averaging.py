@@ -93,6 +93,15 @@ class WeightAverage:
             weight.copy_(average)
             average.copy_(own)
 
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """The averaged weights, in the order of the model's parameters."""
+        return self._average
+
+    def save_age(self, folder: Path) -> None:
+        """What `load` needs beside the weights, into their folder."""
+        (folder / _STATE).write_text(json.dumps({"touches": self._touches}) + "\n", encoding="utf-8")
+
     def save(self, checkpoint: Path, tokenizer: Any) -> None:
         """Into the folder `averaged` of a checkpoint: model, configuration, tokenizer, and how old it is."""
         folder = checkpoint / FOLDER
@@ -106,7 +115,7 @@ class WeightAverage:
             config.use_cache = cache
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
-        (folder / _STATE).write_text(json.dumps({"touches": self._touches}) + "\n", encoding="utf-8")
+        self.save_age(folder)
 
     def load(self, checkpoint: Path) -> bool:
         """Go on with the average of a checkpoint; False where it has none, and a new one begins."""

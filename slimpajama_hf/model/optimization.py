@@ -13,12 +13,14 @@ the second moment of Adam costs that it does without. docs/recipe.md has the fig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from slimpajama_hf.model import shared_turns
 from slimpajama_hf.settings.arguments import HIDDEN_RATES
 
 #: What the gradients so far weigh in their average after another document: a half-life of 69 documents.
@@ -80,24 +82,28 @@ def set_apart(optimizer: torch.optim.Optimizer, which: list[nn.Parameter], rate:
             optimizer.add_param_group(same | options | {"params": moved, "lr": group["lr"] * rate})
 
 
-def of_hidden_matrices(optim: str, is_sharded: bool, hidden_optim: str, rate: float | None) -> tuple[str, float]:
+def of_hidden_matrices(optim: str, hidden_optim: str, rate: float | None) -> tuple[str, float]:
     """What the hidden matrices learn with (`muon`, `adamw`, or whatever else `--optim` is), and their rate as a share
     of the learning rate. `hidden_optim` and `rate` as asked for; None: the usual one."""
     if optim not in ("adamw_torch", "adamw_torch_fused"):
         return optim, 1.0
-    # Orthogonal is a matrix as a whole, which no process has of a sharded model.
-    chosen = "adamw" if is_sharded else hidden_optim
-    return chosen, HIDDEN_RATES[chosen] if rate is None else rate
+    return hidden_optim, HIDDEN_RATES[hidden_optim] if rate is None else rate
 
 
 def with_hidden_matrices(
-    optimizer: Any, model: nn.Module, hidden_optim: str, rate: float, product_dtype: torch.dtype, documents: int
+    optimizer: Any,
+    model: nn.Module,
+    hidden_optim: str,
+    rate: float,
+    product_dtype: torch.dtype,
+    documents: int,
+    processes: int,
 ) -> Any:
     """An `optimizer` that has made no step, by which the hidden matrices of `model` learn as `--hidden_optim` says, at
-    `rate` times its rate. `product_dtype` and `documents` as for `AdamWWithMuon`."""
+    `rate` times its rate. `product_dtype`, `documents` and `processes` as for `AdamWWithMuon`."""
     if hidden_optim == "muon":
         assert isinstance(optimizer, torch.optim.AdamW)
-        return AdamWWithMuon.of(optimizer, model, rate, product_dtype, documents)
+        return AdamWWithMuon.of(optimizer, model, rate, product_dtype, documents, processes)
     if hidden_optim == "adamw" and rate != 1.0:
         set_apart(optimizer, hidden_matrices(model), rate)
     return optimizer
@@ -109,7 +115,9 @@ class AdamWWithMuon(torch.optim.AdamW):
     Each matrix keeps the exponential average of its gradients (4 bytes a parameter where AdamW keeps 8), and every
     `steps_between` steps moves by it, made orthogonal, so far that it comes to `UPDATE_RMS` of the group's rate a step;
     the matrices take turns. `product_dtype`: what the orthogonal matrix is computed in; `documents`: those of a step.
-    With `fused`, `grad_scale` and `found_inf` are obeyed as AdamW does, and the device is not waited for.
+    Of several `processes`, whose gradients are the same or shards of the same, each makes a part of the orthogonal
+    matrices (`shared_turns.py`). With `fused`, `grad_scale` and `found_inf` are obeyed as AdamW does, and the device is
+    not waited for.
     """
 
     def __init__(
@@ -117,21 +125,28 @@ class AdamWWithMuon(torch.optim.AdamW):
         groups: list[dict[str, Any]],
         product_dtype: torch.dtype = torch.bfloat16,
         documents: int = 1,
+        processes: int = 1,
         **adamw: Any,
     ) -> None:
         super().__init__(groups, **adamw)
         self._product_dtype = product_dtype
-        self._documents = documents
+        self._documents, self._processes = documents, processes
 
     @classmethod
     def of(
-        cls, adamw: torch.optim.AdamW, model: nn.Module, rate: float, product_dtype: torch.dtype, documents: int = 1
+        cls,
+        adamw: torch.optim.AdamW,
+        model: nn.Module,
+        rate: float,
+        product_dtype: torch.dtype,
+        documents: int = 1,
+        processes: int = 1,
     ) -> AdamWWithMuon:
         """In place of an `adamw` that has made no step: the hidden matrices of `model` by Muon at `rate` times its
         rate, everything else as it was."""
         # Of Adam's defaults the one that makes it AdamW, which its constructor does not take.
         options = {name: value for name, value in adamw.defaults.items() if name != "decoupled_weight_decay"}
-        optimizer = cls(adamw.param_groups, product_dtype, documents, **options)
+        optimizer = cls(adamw.param_groups, product_dtype, documents, processes, **options)
         hidden = hidden_matrices(model)
         set_apart(optimizer, [each for each in hidden if each.ndim == 2], rate, muon=True, steps=0)
         # What holds the matrices of several experts stays with AdamW.
@@ -172,22 +187,44 @@ class AdamWWithMuon(torch.optim.AdamW):
         if not matrices:
             return
         averages = [self._average_of(matrix) for matrix in matrices]
-        self._take_in(averages, [matrix.grad for matrix in matrices], 1.0 - MOMENTUM**self._documents)
+        gradients = [_local(matrix.grad) for matrix in matrices]
+        self._take_in([_local(average) for average in averages], gradients, 1.0 - MOMENTUM**self._documents)
         found_inf = self._told("found_inf")
         # 0 where the step is to be skipped: on the device, which is not read.
         made = 1.0 if found_inf is None else 1.0 - found_inf
+
+        def update_of(average: torch.Tensor) -> torch.Tensor:
+            update = orthogonal(average, self._product_dtype)
+            # Of nothing nothing: no gradient has come so far.
+            return update * (made / update.square().mean().sqrt().clamp(min=1e-6))
+
+        due: list[tuple[torch.Tensor, ...]] = []
+        lengths: list[float] = []
         for place, (matrix, average) in enumerate(zip(matrices, averages, strict=True)):
             between = steps_between(matrix, self._documents)
             if (group["steps"] + place) % between:
                 continue
             if group["weight_decay"]:
-                matrix.mul_(1.0 - made * (group["lr"] * group["weight_decay"] * between))
-            length = -UPDATE_RMS * group["lr"] * between
-            for part, of_part in _squarer(matrix, average):
-                update = orthogonal(of_part, self._product_dtype)
-                # Of nothing nothing: no gradient has come so far.
-                rms = update.square().mean().sqrt().clamp(min=1e-6)
-                part.add_(update * (made / rms), alpha=length)
+                _local(matrix).mul_(1.0 - made * (group["lr"] * group["weight_decay"] * between))
+            parts = [(matrix, average)] if isinstance(matrix, DTensor) else list(_squarer(matrix, average))
+            due += parts
+            lengths += [-UPDATE_RMS * group["lr"] * between] * len(parts)
+        updates = self._updates([average for _, average in due], update_of)
+        for (matrix, _), length, update in zip(due, lengths, updates, strict=True):
+            _local(matrix).add_(update, alpha=length)
+
+    def _updates(self, averages: list[torch.Tensor], update_of: shared_turns.Make) -> Iterable[torch.Tensor]:
+        """The update of each, in one process one after the other; this process' rows of it where it is sharded."""
+        shards = [average for average in averages if isinstance(average, DTensor)]
+        if shards:
+
+            def of_whole(average: torch.Tensor) -> torch.Tensor:
+                return torch.cat([update_of(part) for (part,) in _squarer(average)], dim=1)
+
+            return shared_turns.of_shards(shards, of_whole, self._product_dtype)
+        if self._processes > 1:
+            return shared_turns.of_copies(averages, update_of, self._product_dtype)
+        return map(update_of, averages)
 
     def _told(self, name: str) -> torch.Tensor | None:
         """`grad_scale` or `found_inf`, where the trainer has set it."""
@@ -218,6 +255,12 @@ class AdamWWithMuon(torch.optim.AdamW):
 def steps_between(matrix: torch.Tensor, documents: int = 1) -> int:
     """Steps of so many documents from one update of a matrix to its next, at least 1."""
     return max(1, max(DOCUMENTS_BETWEEN, min(matrix.shape) // 16) // documents)
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    """The rows of a sharded matrix that this process has, or a matrix that is not sharded; changed in place, it is
+    changed."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _squarer(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

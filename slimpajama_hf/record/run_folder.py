@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -300,9 +301,14 @@ def cut_to(source: RunFolder, target: RunFolder, steps: int) -> ledger.Kept:
     return kept
 
 
-def sums(folder: RunFolder) -> dict[str, dict[str, Any]]:
-    """For the manifest of a checkpoint: of each file of `GROWING` how long it is, and the SHA-256 of that."""
-    return {name: checkpoints.sum_of(folder.path / name) for name in GROWING if (folder.path / name).is_file()}
+def lengths(folder: RunFolder) -> dict[str, int]:
+    """How long each file of `GROWING` is, in bytes."""
+    return {name: (folder.path / name).stat().st_size for name in GROWING if (folder.path / name).is_file()}
+
+
+def sums(folder: RunFolder, first_bytes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """For the manifest of a checkpoint: how long each file of `GROWING` was, and the SHA-256 of that."""
+    return {name: checkpoints.sum_of(folder.path / name, size) for name, size in first_bytes.items()}
 
 
 def not_as_saved(folder: RunFolder, manifest: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from slimpajama_hf.corpus.documents import Document, Unusable
+from slimpajama_hf.corpus.documents import TOO_SHORT, Document, Unusable
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.samples.sample import Sample
 
@@ -36,7 +36,7 @@ def truncate(example: dict[str, Any], encoder: Encoder, max_length: int) -> dict
         return {"sample": record}
     opening = encoder.opening(record.text, max_length)
     if len(opening.ids) < 2:
-        return {"sample": Unusable("fewer than 2 tokens", record.shard, record.row)}
+        return {"sample": Unusable(TOO_SHORT, record.shard, record.row)}
     exact = opening.total_tokens is not None
     covered = record.size if opening.end >= len(record.text) else len(record.text[: opening.end].encode("utf-8"))
     if opening.total_tokens is not None:
@@ -144,7 +144,7 @@ def windows(
             end = len(record.text) if last else end
             sample_ids = ids if len(ids) > 1 else before + ids
             if len(sample_ids) < 2:
-                yield Unusable("fewer than 2 tokens", record.shard, record.row)
+                yield Unusable(TOO_SHORT, record.shard, record.row)
             elif taken > resumed:
                 after = record.after if last else dataclasses.replace(record.here, token=taken)
                 size_bytes = len(record.text[covered_to:end].encode("utf-8"))

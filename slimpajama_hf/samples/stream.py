@@ -9,21 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 from slimpajama_hf import screen
 from slimpajama_hf.corpus import documents, patience
-from slimpajama_hf.corpus.documents import HELD_OUT, Cursor, Gap, Unusable
+from slimpajama_hf.corpus.documents import HELD_OUT, TOO_SHORT, Cursor, Document, Gap, Unusable
 from slimpajama_hf.corpus.patience import Patience
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.samples.cutting import packed, truncate, windows
 from slimpajama_hf.samples.passes import Passes, stream
 from slimpajama_hf.samples.read_ahead import read_ahead
+from slimpajama_hf.samples.sample import Sample
 
 if TYPE_CHECKING:
     from slimpajama_hf.corpus.corpus import Corpus
     from slimpajama_hf.samples.encoder import Encoder
-    from slimpajama_hf.samples.sample import Sample
 
 
 #: So many unusable records in a row mean that the source itself is wrong.
 MOST_UNUSABLE_IN_A_ROW = 1000
+
+#: Reason of documents that this run must not learn.
+LEFT_OUT = "left out"
+
+#: Of several processes each looks itself whether a text of so many characters has 2 tokens; a longer one is taken to
+#: have them by all but the process that learns it. The longest token of GPT-2 has 128.
+SHORT_TEXT_CHARACTERS = 128
 
 
 class SampleStream:
@@ -33,9 +40,12 @@ class SampleStream:
     when asked for). A step has `world_size * accumulated` samples: each process opens the same stream, in the one order
     that a single process reads, and takes of every `world_size` samples in a row the one at its `rank`. `after` is then
     that of the last sample of the step, equal on every rank, so that any number of processes goes on exactly from it;
-    so is what was passed over. At the end of the stream places may stay empty: `Sample.weight`. Raises UserError after
-    1,000 unusable records in a row, at a shard that is broken (unless `skip_broken_shards`) and when the Hub failed
-    for `patience_seconds`; patience.StopRequested when `stop()` is true while it waits.
+    so is what was passed over. In `truncate` a process tokenizes its own documents alone, and looks at the beginning of
+    the short ones (`SHORT_TEXT_CHARACTERS`) and of the first of each step, which therefore always has 2 tokens. Places
+    may stay empty (`Sample.only_fills`): at the end of the stream, and where a long text turns out to have fewer than
+    2 tokens. Raises UserError after 1,000 unusable records in a row, at a shard that is broken (unless
+    `skip_broken_shards`) and when the Hub failed for `patience_seconds`; patience.StopRequested when `stop()` is true
+    while it waits.
     """
 
     def __init__(
@@ -55,14 +65,18 @@ class SampleStream:
         read_ahead: int = 8,
         leave_out: Iterable[str] = (),
         accumulated: int = 1,
+        short_text_characters: int | None = SHORT_TEXT_CHARACTERS,
         start: Cursor | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`stop`: whether the run is to stop; asked while waiting, from this thread and from another."""
+        """`stop`: whether the run is to stop; asked while waiting, from this thread and from another.
+        `short_text_characters`: None for a run of a version in which all processes looked at every document."""
         self.corpus, self.encoder, self.mode, self.max_length = corpus, encoder, mode, max_length
         self.passes = Passes(corpus, epochs, shuffle_buffer, seed, skip_broken_shards)
         self.world_size, self.rank, self.accumulated = world_size, rank, accumulated
         self.patience_seconds, self.read_ahead = patience_seconds, read_ahead
+        self._size = world_size * accumulated
+        self._short = short_text_characters
         self.leave_out = frozenset(leave_out)
         """`shard#row`: documents that are never trained; `shard#row.part`: that sample of one alone."""
         self.start = start if start is not None else Cursor()
@@ -92,71 +106,99 @@ class SampleStream:
         records = stream(self.passes, start, patience)
         samples: Iterable[Sample | Unusable | Gap]
         if self.mode == "truncate":
-            # The streaming map of `datasets`: one record in, its first tokens out.
-            mapped = records.map(
-                truncate,
-                fn_kwargs={"encoder": self.encoder, "max_length": self.max_length},
-                remove_columns=["record"],
-            )
+            # The streaming map of `datasets`: one record in, its first tokens out. Of several processes, who is to
+            # tokenize a record is known when it has its place.
+            if self.world_size > 1:
+                mapped = records.map(untokenized, remove_columns=["record"])
+            else:
+                mapped = records.map(
+                    truncate,
+                    fn_kwargs={"encoder": self.encoder, "max_length": self.max_length},
+                    remove_columns=["record"],
+                )
             samples = (example["sample"] for example in mapped)
         else:
             make = windows if self.mode == "window" else packed
             samples = make((example["record"] for example in records), self.encoder, self.max_length, start)
         whole = self._with_what_was_passed_over(samples)
-        yield from whole if self.world_size * self.accumulated == 1 else self._steps(whole)
+        yield from whole if self._size == 1 else self._steps(whole)
 
     def _steps(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         """This rank's samples of each step."""
-        size = self.world_size * self.accumulated
         step: list[Sample] = []
         for sample in samples:
             step.append(sample)
-            if len(step) == size:
+            if len(step) == self._size:
                 yield from self._own(step)
                 step = []
         if step:
             yield from self._own(step)
 
     def _own(self, step: list[Sample]) -> Iterator[Sample]:
-        size = self.world_size * self.accumulated
-        predicted = sum(sample.predicted for sample in step)
         skipped: Counter[str] = Counter()
         for sample in step:
-            skipped.update(sample.skipped)
+            if sample.skipped:
+                skipped.update(sample.skipped)
         gaps = [gap for sample in step for gap in sample.gaps]
-        for place in range(self.rank, size, self.world_size):
-            sample = step[place] if place < len(step) else step[0]
-            weight = sample.predicted * size / predicted if place < len(step) else 0.0
+        together = [self._without_text(place, sample) for place, sample in enumerate(step)] if self.rank == 0 else []
+        for place in range(self.rank, self._size, self.world_size):
+            sample = self._tokenized(step[place]) if place < len(step) else _filler(step[0].document)
             yield dataclasses.replace(
-                sample, after=step[-1].after, skipped=dict(skipped), gaps=gaps, together=step, weight=weight
+                sample, after=step[-1].after, skipped=dict(skipped), gaps=gaps, together=together, rank=self.rank
             )
+
+    def _without_text(self, place: int, sample: Sample) -> Sample:
+        of = sample.document
+        # Made, not copied: of a thousand processes the first would read a fifth slower.
+        document = Document("", of.domain, of.mirror, of.shard, of.row, of.sha1, of.size)
+        return Sample(
+            sample.input_ids, document, sample.after, sample.text_bytes, sample.part, sample.tokens_cut,
+            sample.tokens_cut_exact, documents=sample.documents, rank=place % self.world_size,
+        )  # fmt: skip
+
+    def _tokenized(self, sample: Sample) -> Sample:
+        """The same with its tokens, where it has none yet."""
+        if sample.input_ids:
+            return sample
+        found = truncate({"record": sample.document}, self.encoder, self.max_length)["sample"]
+        return found if isinstance(found, Sample) else _filler(sample.document)
+
+    def _is_too_short(self, sample: Sample, opens_step: bool) -> bool:
+        """Whether all processes know of a sample that is not tokenized that it has fewer than 2 tokens."""
+        text = sample.document.text
+        looked_at = opens_step or self._short is None or len(text) <= self._short
+        return looked_at and len(self.encoder.opening(text, 2).ids) < 2
 
     def _with_what_was_passed_over(self, samples: Iterable[Sample | Unusable | Gap]) -> Iterator[Sample]:
         """Pass usable samples on; what was passed over before one rides with it."""
         skipped: Counter[str] = Counter()
         gaps: list[dict[str, Any]] = []
-        in_a_row = 0
+        in_a_row = passed_on = 0
         try:
             for sample in samples:
+                if isinstance(sample, Sample):
+                    if self.leave_out and not self.leave_out.isdisjoint(names_of(sample)):
+                        sample = Unusable(LEFT_OUT, sample.document.shard, sample.document.row)
+                    elif not sample.input_ids and self._is_too_short(sample, opens_step=passed_on % self._size == 0):
+                        sample = Unusable(TOO_SHORT, sample.document.shard, sample.document.row)
                 if isinstance(sample, Gap):
                     gaps.append({"shard": sample.shard, "row": sample.row, "reason": sample.reason})
                     screen.say(f"{sample.shard}: {sample.reason}; set aside from row {sample.row:,} on")
                 elif isinstance(sample, Unusable):
                     skipped[sample.reason] += 1
                     self.fields.update(dict(sample.fields))
-                    # What is held out is no fault of the source.
-                    in_a_row += sample.reason != HELD_OUT
+                    # What is held or left out is no fault of the source.
+                    in_a_row += sample.reason not in (HELD_OUT, LEFT_OUT)
                     if in_a_row == MOST_UNUSABLE_IN_A_ROW:
                         raise UserError(
                             f"{self.corpus.name} ({self.corpus.mirror}): {in_a_row:,} records in a row are unusable, "
                             f"the last at {sample.shard} row {sample.row} ({self.in_words(skipped)}); check --dataset "
                             "and --text_column"
                         )
-                elif self.leave_out and not self.leave_out.isdisjoint(names_of(sample)):
-                    skipped["left out"] += 1
                 else:
                     sample.skipped, sample.gaps = dict(skipped), gaps
                     skipped, gaps, in_a_row = Counter(), [], 0
+                    passed_on += 1
                     yield sample
         except Exception as error:
             self.error, self.gaps_at_end, self.skipped_at_end = error, gaps, dict(skipped)
@@ -170,6 +212,17 @@ class SampleStream:
     def why_nothing(self) -> str:
         """Behind "no document": why a stream that has ended gave none; "" where nothing was passed over."""
         return f": {self.in_words(self.skipped_at_end)}" if self.skipped_at_end else ""
+
+
+def untokenized(example: dict[str, Any]) -> dict[str, Any]:
+    """{"record": Document} -> {"sample": Sample} without its tokens; a function for `map`."""
+    record = example["record"]
+    return {"sample": Sample([], record, record.after, 0) if isinstance(record, Document) else record}
+
+
+def _filler(document: Document) -> Sample:
+    """What stands in a place without a document: any two tokens, which do not count."""
+    return Sample([0, 0], document, document.after, 0, only_fills=True)
 
 
 def names_of(sample: Sample) -> tuple[str, str]:

@@ -55,7 +55,7 @@ def parse(argv: Sequence[str]) -> Settings:
         named = typed.data.dataset if "dataset" in typed.typed else None
         newest = checkpoints.newest_good(run)[0] if str(asked).lower() == "true" else checkpoint or Path(str(asked))
         config, found = stranger.look_at(folder, config, newest, named)
-    begun_with = resume.flags_of_run(config, str(folder.config))
+    begun_with = resume.flags_of_run(config, folder)
     recorded = read_flags(begun_with)
     settings = read_flags([*begun_with, f"--warmup_steps={recorded.training.warmup_steps}", *argv])
     settings = dataclasses.replace(settings, stranger=found)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimpajama_hf import files, screen
+from slimpajama_hf import devices, files, screen
 from slimpajama_hf.corpus import opening, unchanged
 from slimpajama_hf.corpus.documents import Cursor
 from slimpajama_hf.errors import UserError
@@ -143,16 +143,18 @@ def cursor_of(folder: Path) -> Cursor:
     return cursor
 
 
-def flags_of_run(config: Mapping[str, Any], path: str) -> list[str]:
-    """What a run was begun with, as flags, from its `run_config.yaml` at `path`.
+def flags_of_run(config: Mapping[str, Any], folder: RunFolder) -> list[str]:
+    """What a run was begun with, as flags, from what its `run_config.yaml` says.
 
-    A run of an older version may say nothing of a flag that it had not yet.
+    A run of an older version may say nothing of a flag that it had not yet; and whatever it says of `--hidden_optim`,
+    sharded matrices learned by AdamW.
     """
     from slimpajama_hf.settings.flags import config_to_argv
 
-    flags = config_to_argv(dict(config), path)
+    flags = config_to_argv(dict(config), str(folder.config))
     if "hidden_optim" in config:
-        return flags
+        by_adamw = devices.is_sharded() and "muon_on_shards" not in folder.read_record()
+        return [*flags, "--hidden_optim", "adamw"] if by_adamw else flags
     return ["--hidden_optim", "adamw", *([] if "hidden_rate" in config else ["--hidden_rate", "1"]), *flags]
 
 
@@ -211,9 +213,15 @@ def corpus_of(settings: Settings, folder: RunFolder, waiting: Callable[[str], No
 
 
 def stream_of(
-    settings: Settings, corpus: Corpus, encoder: Encoder, team: Processes, point: ResumePoint, signals: StopSignals
+    settings: Settings,
+    record: dict[str, Any],
+    corpus: Corpus,
+    encoder: Encoder,
+    team: Processes,
+    point: ResumePoint,
+    signals: StopSignals,
 ) -> SampleStream:
-    """The samples of a run from where it begins or goes on."""
+    """The samples of a run from where it begins or goes on. `record`: its `run.json`."""
     from slimpajama_hf.samples.stream import SampleStream
 
     training, data = settings.training, settings.data
@@ -231,6 +239,7 @@ def stream_of(
         skip_broken_shards=data.skip_broken_shards,
         patience_seconds=data.stream_patience,
         leave_out=data.leave_out or (),
+        short_text_characters=record.get("short_text_characters"),
         start=point.cursor,
         stop=lambda: signals.received is not None and team.world_size == 1,
     )

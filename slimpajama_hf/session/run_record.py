@@ -23,6 +23,7 @@ from slimpajama_hf.model.presets import checkpoint_bytes, vocabulary
 from slimpajama_hf.record import ownership
 from slimpajama_hf.record.ledger import Ledger
 from slimpajama_hf.record.surprisals import Surprisals
+from slimpajama_hf.samples.stream import SHORT_TEXT_CHARACTERS
 from slimpajama_hf.screen import redacted
 from slimpajama_hf.session import own_tokenizer
 from slimpajama_hf.session.resume import is_asked
@@ -41,9 +42,9 @@ if TYPE_CHECKING:
 def recorder_of_run(folder: RunFolder, point: ResumePoint, vocab_size: int, team: Processes) -> StepRecorder:
     """The recorder of a run that begins or goes on at `point`; of several processes the first has the files."""
     if not team.is_first:
-        return StepRecorder(None, vocab_size, point.rows, None, team.world_size)
+        return StepRecorder(None, vocab_size, point.rows)
     surprisals = Surprisals(folder.surprisals, point.predicted)
-    return StepRecorder(Ledger(folder.ledger, point.chain), vocab_size, point.rows, surprisals, team.world_size)
+    return StepRecorder(Ledger(folder.ledger, point.chain), vocab_size, point.rows, surprisals)
 
 
 def new_record(corpus: dict[str, Any]) -> dict[str, Any]:
@@ -62,6 +63,10 @@ def new_record(corpus: dict[str, Any]) -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "corpus": corpus,
+        # Which documents of a step each process looks at (`SampleStream`).
+        "short_text_characters": SHORT_TEXT_CHARACTERS,
+        # Sharded matrices learn as `--hidden_optim` says.
+        "muon_on_shards": True,
     }
 
 

@@ -105,6 +105,7 @@ class Session:
             return self._finish(None)
         trainer.recorder.listeners.append(self._on_first_row)
         failure = self._train()
+        trainer.saving.wait()
         trainer.recorder.flush()
         self.watchers.progress.close()
         return self._finish(failure)

@@ -1,7 +1,8 @@
 """Several processes of one run: what the first does for all, and what they tell each other between steps.
 
-Which documents are whose needs no talk: each process reads the same stream (`samples.SampleStream`). What is told, the
-losses of each and whether somebody was asked to stop, is told about twice a second instead of at every step.
+Which documents are whose needs no talk: each process reads the same stream (`samples.SampleStream`). How many tokens a
+step has is one number, summed beside the gradients. What else is told, the losses of each and whether somebody was
+asked to stop, is told about twice a second instead of at every step.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import dataclasses
 import signal
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,12 +20,16 @@ import torch
 import torch.distributed as dist
 
 from slimpajama_hf import devices, screen
+from slimpajama_hf.corpus.documents import TOO_SHORT
 from slimpajama_hf.errors import SaidByTheFirst, UserError
-from slimpajama_hf.training.step_numbers import SampleNumbers, split
+from slimpajama_hf.training.step_numbers import SampleNumbers, pack, split
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from slimpajama_hf.samples.sample import Sample
     from slimpajama_hf.training.signals import StopSignals
-    from slimpajama_hf.training.step_numbers import Step
+    from slimpajama_hf.training.step_numbers import Step, StepNumbers
 
 
 T = TypeVar("T")
@@ -170,27 +176,29 @@ class News:
     """What the processes tell each other between steps: losses to the first, and who was asked to stop or to save."""
 
     def __init__(self, team: Processes, accumulated: int, signals: StopSignals) -> None:
-        self.team, self._accumulated, self._signals = team, accumulated, signals
-        self._steps: list[tuple[Step, torch.Tensor]] = []
+        self.team, self.accumulated, self._signals = team, accumulated, signals
+        self._steps: list[tuple[Step, list[Sample], torch.Tensor]] = []
         self._interval = 1
         self.failing = False
         """Set by a process that cannot go on, and told with the next news."""
         self.failed = False
         """Whether one of them cannot: all stop after this step."""
 
-    def add(self, step: Step, values: torch.Tensor) -> list[Step]:
-        """One more finished step with what this process knows of its numbers (`step_numbers.pack`), filled places left
-        out; the steps that are known in full now, where it was time for news."""
-        self._steps.append((step, values))
+    def add(self, step: Step, own: list[tuple[Sample, torch.Tensor]], numbers: StepNumbers) -> list[Step]:
+        """One more finished step with this process's samples of it, the numbers of each (`SampleNumbers.pack`) and its
+        own; the steps that are known in full now, where it was time for news."""
+        packed = pack(numbers, [values for sample, values in own if not sample.only_fills])
+        self._steps.append((step, [sample for sample, _ in own], packed))
         return self.tell() if len(self._steps) >= self._interval else []
 
     def tell(self) -> list[Step]:
         """Tell and be told now, all processes at the same step; the first has the steps since the last time."""
-        steps, self._steps = self._steps, []
-        signals = self._signals
-        seconds = sum(step.seconds for step, _ in steps) / max(len(steps), 1)
-        stop, save, failed, slowest = self.team.most(
-            [float(signals.received or 0), float(signals.save_requested), float(self.failing), seconds]
+        steps = [_Told(step, samples, *split(packed.cpu().numpy())) for step, samples, packed in self._steps]
+        self._steps, signals = [], self._signals
+        seconds = sum(told.step.seconds for told in steps) / max(len(steps), 1)
+        width = sum(len(told.values) for told in steps)
+        stop, save, failed, slowest, width_of_all = self.team.most(
+            [float(signals.received or 0), float(signals.save_requested), float(self.failing), seconds, float(width)]
         )
         # Everybody's from here on, so that all do the same between the same steps.
         signals.agreed = signal.Signals(int(stop)) if stop else None
@@ -199,39 +207,82 @@ class News:
         self.failed = bool(failed)
         if slowest and self.team.world_size > 1:
             self._interval = min(NEWS_STEPS, max(1, int(NEWS_SECONDS / slowest)))
-        return self._shared(steps)
+        return self._shared(steps, int(width_of_all))
 
-    def _places(self, step: Step, rank: int) -> list[int]:
-        """Which samples of the step are those of `rank`."""
-        size = self.team.world_size * self._accumulated
-        return [p for p in range(rank, size, self.team.world_size) if p < len(step.sample.together)]
-
-    def _shared(self, steps: list[tuple[Step, torch.Tensor]]) -> list[Step]:
+    def _shared(self, steps: list[_Told], width: int) -> list[Step]:
+        """The steps with the numbers of all their samples, in the first process. `width`: the most that any process has
+        to tell of them."""
         if not steps:
             return []
-        ranks = range(self.team.world_size)
-        widths = [
-            max(sum(2 + step.sample.together[place].predicted for place in self._places(step, rank)) for rank in ranks)
-            for step, _ in steps
+        own = torch.cat([torch.from_numpy(told.values) for told in steps])
+        own = torch.nn.functional.pad(own, (0, width - len(own)))
+        # What only the process that tokenized it knows of a sample; 0 tokens where a place stands empty.
+        cuts = [
+            [0, 0, 0, 0] if each.only_fills else [each.tokens, each.text_bytes, each.tokens_cut, each.tokens_cut_exact]
+            for told in steps
+            for each in told.samples
         ]
-        own, numbers, begin = torch.zeros(sum(widths)), [], 0
-        for (_, values), width in zip(steps, widths, strict=True):
-            of_step, of_samples = split(values.cpu().numpy())
-            numbers.append(of_step)
-            own[begin : begin + len(of_samples)] = torch.from_numpy(of_samples)
-            begin += width
-        everybodys = [values.numpy() for values in self.team.to_first(own)]
+        everybodys_cuts = self.team.to_first(torch.tensor(cuts, dtype=torch.int64).view(len(steps), -1, 4))
+        everybodys = self.team.to_first(own)
         if not self.team.is_first:
             return []
-        told, begin = [], 0
-        for (step, _), of_step, width in zip(steps, numbers, widths, strict=True):
-            found: dict[int, SampleNumbers] = {}
-            for rank in ranks:
-                at = begin
-                for place in self._places(step, rank):
-                    end = at + 2 + step.sample.together[place].predicted
-                    found[place] = SampleNumbers.unpack(everybodys[rank][at:end])
-                    at = end
-            told.append(dataclasses.replace(step, numbers=of_step, samples=[found[place] for place in sorted(found)]))
-            begin += width
-        return told
+        begins = [0] * self.team.world_size
+        shared = []
+        for number, told in enumerate(steps):
+            together, found, late = [], [], 0
+            for place, sample in enumerate(told.step.sample.together):
+                turn, rank = divmod(place, self.team.world_size)
+                tokens, text_bytes, tokens_cut, exact = everybodys_cuts[rank][number, turn].tolist()
+                if not tokens:
+                    late += 1
+                    continue
+                end = begins[rank] + 1 + tokens
+                found.append(SampleNumbers.unpack(everybodys[rank][begins[rank] : end].numpy()))
+                begins[rank] = end
+                cut: dict[str, Any] = {"tokens_cut": tokens_cut, "tokens_cut_exact": bool(exact)}
+                together.append(dataclasses.replace(sample, tokens=tokens, text_bytes=text_bytes, **cut))
+            skipped = Counter(told.step.sample.skipped)
+            if late:
+                skipped[TOO_SHORT] += late
+            sample = dataclasses.replace(told.step.sample, together=together, skipped=dict(skipped))
+            shared.append(dataclasses.replace(told.step, sample=sample, numbers=told.numbers, samples=found))
+        return shared
+
+
+@dataclasses.dataclass
+class _Told:
+    """A step as this process knows it."""
+
+    step: Step
+    samples: list[Sample]
+    """Its own."""
+    numbers: StepNumbers
+    values: np.ndarray
+    """The numbers of those of its samples that do not only fill a place, one after the other, float32."""
+
+
+class Weights:
+    """What the mean loss of each sample is multiplied by, so that the mean over the samples of a step is that over its
+    tokens. The tokens of all processes are one number, summed on `device` while the step begins; nobody knows more."""
+
+    def __init__(self, team: Processes, accumulated: int, device: torch.device) -> None:
+        self._several, self._size = team.world_size > 1, team.world_size * accumulated
+        self._predicted = torch.zeros((), device=device)
+        self._work: Any = None
+
+    def begin(self, samples: list[Sample]) -> None:
+        """A step begins, whose samples in this process are these."""
+        self._predicted.fill_(sum(sample.predicted for sample in samples if not sample.only_fills))
+        if self._several:
+            with others_lost():
+                self._work = dist.all_reduce(self._predicted, async_op=True)
+
+    def of(self, sample: Sample) -> torch.Tensor:
+        """The weight of a sample of the step, (), on the device; 1 on average. Raises OthersLost."""
+        if self._work is not None:
+            with others_lost():
+                self._work.wait()
+            self._work = None
+        if sample.only_fills:
+            return torch.zeros_like(self._predicted)
+        return sample.predicted * self._size / self._predicted

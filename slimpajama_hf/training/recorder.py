@@ -52,10 +52,8 @@ class StepRecorder:
         vocab_size: int,
         remembered: Sequence[dict[str, Any]] = (),
         surprisals: Surprisals | None = None,
-        world_size: int = 1,
     ) -> None:
         self._ledger = ledger
-        self._world_size = world_size
         self._surprisals = surprisals
         self._uniform_nats = math.log(vocab_size)
         self._waiting: deque[tuple[Step, Reading]] = deque()
@@ -150,13 +148,13 @@ class StepRecorder:
     def _samples(self, together: list[Sample], losses: list[float], correct: list[float]) -> list[dict[str, Any]]:
         return [
             {
-                "rank": place % self._world_size,
+                "rank": each.rank,
                 "shard": each.document.shard,
                 "row": each.document.row,
                 "text_sha1": each.document.sha1,
                 "domain": each.document.domain,
                 "part": each.part,
-                "tokens": len(each.input_ids),
+                "tokens": each.tokens,
                 "text_bytes": each.text_bytes,
                 "tokens_cut": each.tokens_cut,
                 "loss": shortest(losses[place]),
@@ -197,15 +195,19 @@ class StepRecorder:
             screen.say(f"{self._ledger.path} is whole again: {before:,} rows were written")
         return record
 
-    def sync(self) -> None:
-        """Write and force to the disk what a checkpoint counts on. Raises OSError when the disk does not take it."""
+    def write_all(self) -> None:
+        """Write what a checkpoint counts on. Raises OSError when the disk does not take it."""
         self.flush()
         if self._ledger is not None:
             self._drain()
             if self._unwritten:
                 raise OSError(28, f"{len(self._unwritten):,} rows of the ledger are not on the disk")
-            if self._surprisals is not None:
-                self._surprisals.sync()
+
+    def sync(self) -> None:
+        """Force what was written to the disk. Raises OSError when the disk does not take it."""
+        if self._surprisals is not None:
+            self._surprisals.sync()
+        if self._ledger is not None:
             self._ledger.sync()
 
     def close(self) -> None:

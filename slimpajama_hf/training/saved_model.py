@@ -6,10 +6,13 @@ Converters to other formats ask config.json for `n_ctx`; a batch needs a pad tok
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from slimpajama_hf.samples import portable_tokenizer
 
@@ -24,6 +27,27 @@ def with_a_cache(config: Any) -> Iterator[None]:
         yield
     finally:
         config.use_cache = cache
+
+
+def like(model: Any, weights: list[torch.Tensor]) -> Callable[[], Any]:
+    """What makes a model like `model` that has `weights`, in the order of its parameters, and will generate with a
+    cache; it may be called in another thread while `model` trains."""
+    config = copy.deepcopy(model.config)
+    config.use_cache = True
+    # Without memory, and without a draw of the generators that training goes on with.
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        made = type(model)(config)
+    names = [name for name, _ in model.named_parameters()]
+    generation = copy.deepcopy(getattr(model, "generation_config", None))
+
+    def filled() -> Any:
+        made.load_state_dict(dict(zip(names, weights, strict=True)), strict=False, assign=True)
+        made.tie_weights()
+        if generation is not None:
+            made.generation_config = generation
+        return made
+
+    return filled
 
 
 def files_for(folder: Path) -> dict[str, bytes]:

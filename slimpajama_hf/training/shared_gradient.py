@@ -39,10 +39,10 @@ class SharedGradient:
         if gradients.device.type == "cpu":
             step.filled = self._filled
 
-    def __call__(self, input_ids: torch.Tensor, weight: float) -> Result:
-        """The step on one sample, (T,). `weight`: that of the sample (`Sample.weight`), 1 on average over processes.
+    def __call__(self, input_ids: torch.Tensor, weight: torch.Tensor) -> Result:
+        """The step on one sample, (T,). `weight`: that of the sample, () (`Weights.of`), 1 on average over processes.
         Raises OthersLost where another process is gone, torch.OutOfMemoryError."""
-        self._weight.fill_(weight / dist.get_world_size())
+        torch.div(weight, dist.get_world_size(), out=self._weight)
         self._under_way, self._whole = [], None
         result = self._step(input_ids)
         # What is left: the embeddings, which are filled last, the last norm, and the smallest pieces.

@@ -13,19 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
-from slimpajama_hf import precision, screen
+from slimpajama_hf import precision
 from slimpajama_hf.errors import SaidByTheFirst, UserError
 from slimpajama_hf.model import averaging, memory, optimization
-from slimpajama_hf.record import checkpoints, noise
-from slimpajama_hf.training import loss_scale, range_test, saved_model, schedule, step_numbers, stopping
+from slimpajama_hf.record import noise
+from slimpajama_hf.training import loss_scale, range_test, schedule, step_numbers, stopping
 from slimpajama_hf.training.backward import why_autograd, write_out
 from slimpajama_hf.training.batches import Batches, collate
+from slimpajama_hf.training.checkpointing import Checkpointing
 from slimpajama_hf.training.clock import TrainingClock
 from slimpajama_hf.training.loss_scale import LossScale
 from slimpajama_hf.training.measuring import Measuring
-from slimpajama_hf.training.processes import Processes
+from slimpajama_hf.training.processes import Processes, Weights
 from slimpajama_hf.training.recorder import AfterEachStep
 from slimpajama_hf.training.saving import Saving
 from slimpajama_hf.training.step_numbers import SampleNumbers, Step
@@ -49,10 +50,11 @@ PRIVATE_HOOKS = {
     "_load_scaler": "(self, checkpoint)",
     "_save": "(self, output_dir=None, state_dict=None)",
     "_save_checkpoint": "(self, model, trial)",
+    "_save_optimizer_and_scheduler": "(self, output_dir)",
 }
 
 
-class SlimPajamaTrainer(Trainer):
+class SlimPajamaTrainer(Checkpointing):
     """A Trainer whose optimizer step is one streamed document.
 
     Beside what `transformers.Trainer` does: the loss is the mean over the predicted tokens (5.23 alone under-scales
@@ -96,10 +98,10 @@ class SlimPajamaTrainer(Trainer):
         self._held_out = held_out
         self._correct = self._loss = torch.tensor(0.0)
         self._nats = torch.zeros(0)
-        self._weight = 1.0
-        """Of the sample that is on, in the loss of its step."""
-        self._own: list[torch.Tensor] = []
-        """Packed numbers of each sample of the step that this process had, where a step has several."""
+        self._weight: Any = None
+        """Of the sample that is on, in the loss of its step, where that has several."""
+        self._own: list[tuple[Sample, torch.Tensor]] = []
+        """Each sample of the step that this process had, and its packed numbers, where a step has several."""
         self._backward, self._reduce_dtype = backward, reduce_dtype
         self._written_out: GPT2Step | None = None
         self._shared: SharedGradient | None = None
@@ -131,14 +133,14 @@ class SlimPajamaTrainer(Trainer):
                 callbacks=[after_each_step, *(callbacks or [])],
                 **trainer_arguments,
             )
+        self._weights = Weights(self.team, news.accumulated, self.args.device) if news is not None else None
         if self.args.fp16 and self.args.device.type == "cpu" and self.accelerator.scaler is None:
             # Else it would be float32 there, without a word.
             self.accelerator.scaler, self.accelerator.native_amp = loss_scale.for_a_cpu(), True
         self.hidden_optim, self.hidden_rate = optimization.of_hidden_matrices(
-            self.args.optim, self.is_fsdp_enabled, hidden_optim, hidden_rate
+            self.args.optim, hidden_optim, hidden_rate
         )
-        # The bar and the lines are ours; the dictionary that this one prints is noise.
-        self.remove_callback(PrinterCallback)
+        self.remove_callback(PrinterCallback)  # the bar and the lines are ours
         self.run_path = Path(str(self.args.output_dir))
         self._parameters: int = self.accelerator.unwrap_model(self.model).num_parameters(exclude_embeddings=True)
         self.saving = Saving(self.run_path, recorder, self.team, about, self.args.save_total_limit, self._parameters)
@@ -164,6 +166,8 @@ class SlimPajamaTrainer(Trainer):
                 self.stream_ended = True
                 self.control.should_training_stop = True
                 break
+        if self._weights is not None and batches:
+            self._weights.begin([batch["sample"] for batch in batches])
         return batches, None
 
     # ---- the step ----
@@ -184,6 +188,7 @@ class SlimPajamaTrainer(Trainer):
             self.hidden_rate,
             torch.bfloat16 if fast == "bfloat16" else torch.float32,
             self.args.world_size * self.args.gradient_accumulation_steps,
+            self.args.world_size,
         )
         return self.optimizer
 
@@ -268,7 +273,7 @@ class SlimPajamaTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward on one sample; returns its loss, nats per token, on the device."""
         sample: Sample = inputs.pop("sample")
-        self._weight = sample.weight
+        self._weight = self._weights.of(sample) if self._weights is not None else None
         self._update_skipped = ""
         self.measuring.forget()
         out_of_memory = False
@@ -276,7 +281,7 @@ class SlimPajamaTrainer(Trainer):
             if self._written_out is not None:
                 # From the host: the step sends what it needs, and the labels are the ids.
                 ids, step, shared = inputs["input_ids"][0], self.state.global_step, self._shared
-                result = shared(ids, sample.weight) if shared else self.measuring.gradient(step, ids)
+                result = shared(ids, self._weight) if shared else self.measuring.gradient(step, ids)
                 self._loss, self._correct, self._nats = result.loss, result.correct, result.nats
             else:
                 super().training_step(model, inputs, num_items_in_batch)
@@ -287,8 +292,8 @@ class SlimPajamaTrainer(Trainer):
         if out_of_memory:
             # Here the exception is gone, and with it what it referred to.
             self._loss = self._without_memory(sample)
-        if sample.together:
-            self._own.append(self._of_sample(sample))
+        if self.news is not None:
+            self._own.append((sample, self._of_sample(sample)))
             if len(self._own) > 1:
                 # Who looks at the step sees its first sample.
                 return self._loss
@@ -320,7 +325,7 @@ class SlimPajamaTrainer(Trainer):
         with torch.no_grad():
             self._loss, self._nats = loss.detach(), nats.detach()
             self._correct = (logits.argmax(dim=-1) == targets).sum()
-        if self._weight != 1.0:
+        if self._weight is not None:
             loss = loss * self._weight
         return (loss, outputs) if return_outputs else loss
 
@@ -343,15 +348,15 @@ class SlimPajamaTrainer(Trainer):
     def accuracy_now(self) -> float:
         """Next-token accuracy of the step that is on (of its first sample), a fraction; waits for the device."""
         assert self.sample is not None
-        correct = self._own[0][1] if self._own else self._correct
+        correct = self._own[0][1][1] if self._own else self._correct
         return correct.item() / self.sample.predicted
 
     def _record_step(self) -> bool:
         """Hand the finished step to the recorder; False when the run has to stop."""
         assert self.sample is not None
         self.cursor = self.sample.after
+        self.saving.look()
         self.steps_of_session += 1
-        self.skipped_records.update(self.sample.skipped)
         step = self.state.global_step - 1
         self.measuring.after(step, self.sample, self.update.not_finite)
         if self.average is not None:
@@ -362,13 +367,12 @@ class SlimPajamaTrainer(Trainer):
             numbers.measure(self.accelerator.unwrap_model(self.model))
         finished = Step(step, self.sample, self.update.rate, self.clock.lap(), self._update_skipped)
         if self.news is not None:
-            places = range(self.team.rank, len(self.sample.together), self.team.world_size)
-            # What only filled a place is another's.
-            own, self._own = self._own[: len(places)], []
-            self._take_in(self.news.add(finished, step_numbers.pack(numbers, own)))
+            self._take_in(self.news.add(finished, self._own, numbers))
+            self._own = []
             return not self.news.failed
-        own = [self._of_sample(self.sample)]
-        self.recorder.add(finished, step_numbers.pack(numbers, own, self.measuring.noise_by_parameter))
+        self.skipped_records.update(self.sample.skipped)
+        own = self._of_sample(self.sample)
+        self.recorder.add(finished, step_numbers.pack(numbers, [own], self.measuring.noise_by_parameter))
         self._look_at_what_is_not_finite()
         return self.failure is None
 
@@ -379,6 +383,7 @@ class SlimPajamaTrainer(Trainer):
 
     def _take_in(self, told: list[Step]) -> None:
         for step in told:
+            self.skipped_records.update(step.sample.skipped)
             self.recorder.record(step)
         self._look_at_what_is_not_finite()
         assert self.news is not None
@@ -407,43 +412,3 @@ class SlimPajamaTrainer(Trainer):
             metrics = scores() if self.is_fsdp_enabled else self.team.first_does(scores if must else scores_if_they_fit)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    # ---- checkpoints ----
-
-    def _get_output_dir(self, trial: Any) -> str:
-        staging = self.saving.staging
-        return str(staging) if staging is not None else super()._get_output_dir(trial)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        # Of a run that began in float16 and goes on in another precision there is one in the checkpoint, and none here.
-        if self.accelerator.scaler is not None:
-            super()._load_scaler(checkpoint)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Stage, write, add the manifest, rename. The ledger is on the disk before the checkpoint that counts on it."""
-        self.tell_now()
-
-        def write(folder: Path) -> None:
-            super(SlimPajamaTrainer, self)._save_checkpoint(model, trial)
-            if self.average is not None and self.average.is_there:
-                self.average.save(folder, self.processing_class)
-
-        with self.clock.paused("saving"), screen.Waiting(f"saving checkpoint-{self.state.global_step}"):
-            self.saving.save(self.state.global_step, self.cursor, write)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Weights, configuration and tokenizer. Loaded elsewhere, the model shall generate with a cache."""
-        with saved_model.with_a_cache(self.accelerator.unwrap_model(self.model).config):
-            super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            # A pickle of all arguments, the Hub token among them; run_config.yaml says the same without it.
-            (Path(output_dir or self.run_path) / "training_args.bin").unlink(missing_ok=True)
-
-    def save_now(self) -> None:
-        """Save the state after the last finished step, unless its checkpoint is there already, or the weights are no
-        longer those of it."""
-        step = self.state.global_step
-        if step == 0 or self.args.save_strategy == "no" or self._updating:
-            return
-        if not self.team.first_does(checkpoints.path_of(self.run_path, step).exists):
-            self._save_checkpoint(self.model, trial=None)

@@ -8,7 +8,9 @@ import pytest
 
 from slimpajama_hf.corpus import opening
 from slimpajama_hf.corpus.documents import Cursor
-from slimpajama_hf.samples.stream import SampleStream
+from slimpajama_hf.samples.encoder import Encoder
+from slimpajama_hf.samples.stream import SHORT_TEXT_CHARACTERS, SampleStream
+from tests.conftest import a_token_for_each_word, make_text, write_records
 
 if TYPE_CHECKING:
     from slimpajama_hf.samples.sample import Sample
@@ -39,8 +41,12 @@ def names(samples) -> list[tuple]:
 
 
 def flat(steps) -> list[Sample]:
-    """What is learned: what only fills a place has no weight."""
-    return [sample for step in steps for sample in step if sample.weight]
+    """What is learned."""
+    return [sample for step in steps for sample in step if not sample.only_fills]
+
+
+def places(samples) -> list[tuple]:
+    return [(s.document.shard, s.document.row, s.part) for s in samples]
 
 
 @pytest.mark.parametrize("more", [{}, {"shuffle_buffer": 7, "seed": 3, "epochs": 2}], ids=["in order", "shuffled"])
@@ -55,16 +61,9 @@ def test_all_ranks_together_read_what_one_process_reads(shards, encoder, mode, w
         here = single[number * size : (number + 1) * size]
         assert len(step) == size
         assert {sample.after for sample in step} == {here[-1].after}
-        assert all(names(sample.together) == names(here) for sample in step)
-
-
-@pytest.mark.parametrize(("world_size", "accumulated"), [(2, 1), (3, 2)])
-def test_weights_make_the_mean_over_a_step_that_over_its_tokens(shards, encoder, world_size, accumulated):
-    for step in read(shards, encoder, "truncate", world_size, accumulated):
-        real = [sample for sample in step if sample.weight]
-        predicted = sum(sample.predicted for sample in real)
-        for sample in real:
-            assert sample.weight / len(step) == pytest.approx(sample.predicted / predicted)
+        for place, sample in enumerate(step):
+            assert sample.rank == place % world_size
+            assert places(sample.together) == (places(here) if sample.rank == 0 else [])
 
 
 @pytest.mark.parametrize("more", [{}, {"shuffle_buffer": 7, "seed": 3}], ids=["in order", "shuffled"])
@@ -79,10 +78,50 @@ def test_another_number_of_processes_goes_on_with_the_next_sample(shards, encode
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_was_passed_over_is_told_to_every_rank_and_once(tmp_path, encoder, rank):
-    from tests.conftest import make_text, write_records
-
     texts = ["", make_text(1, 30), "", make_text(2, 30), make_text(3, 30), "", make_text(4, 30)]
     write_records(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     corpus = opening.open_corpus(str(tmp_path / "a.jsonl"))
     made = list(SampleStream(corpus, encoder, "truncate", 64, 2, rank))
     assert [sum(sample.skipped.values()) for sample in made] == [2, 1]
+
+
+@pytest.fixture(scope="module")
+def words() -> Encoder:
+    """A tokenizer to which any text without a space is one token."""
+    return Encoder(a_token_for_each_word())
+
+
+ONE_WORD = "x" * (SHORT_TEXT_CHARACTERS + 1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_a_long_text_of_one_token_takes_an_empty_place_unless_it_opens_a_step(tmp_path, words, world_size):
+    texts = ["a b c", ONE_WORD, "d e", ONE_WORD, ONE_WORD, "short", "f g", "h i", ONE_WORD, "j k"]
+    write_records(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    steps = read(tmp_path, words, "truncate", world_size)
+    learned = flat(steps)
+    assert [sample.document.row for sample in learned] == [0, 2, 6, 7, 9]
+    # What is short and what opens a step is passed over as one process does it; the others stand in their places.
+    late = sum(
+        len(step[0].together) - sum(not sample.only_fills for sample in step) for step in steps if world_size > 1
+    )
+    passed_over = sum(sum(step[0].skipped.values()) for step in steps)
+    assert passed_over + late == 5 and (late > 0) == (world_size > 1)
+    assert not any(step[0].only_fills for step in steps)
+    # A run of an older version passes all of them over.
+    before = read(tmp_path, words, "truncate", world_size, short_text_characters=None)
+    assert names(flat(before)) == names(learned)
+    assert sum(step[0].skipped["fewer than 2 tokens"] for step in before if step[0].skipped) == 5
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_a_process_tokenizes_its_own_documents_alone(shards, encoder, rank, monkeypatch):
+    lengths = []
+    opening_of = Encoder.opening
+    monkeypatch.setattr(
+        Encoder, "opening", lambda self, text, most: lengths.append(most) or opening_of(self, text, most)
+    )
+    made = list(SampleStream(opening.open_corpus(f"{shards}/*"), encoder, "truncate", 64, 10, rank, read_ahead=0))
+    short = sum(len(d.text) <= SHORT_TEXT_CHARACTERS for d in opening.open_corpus(f"{shards}/*").records(Cursor()))
+    assert lengths.count(64) == len(made) == 9
+    assert len(lengths) <= 9 + 9 + short < 60

@@ -20,8 +20,18 @@ from safetensors.torch import load_file
 
 from slimpajama_hf.corpus import opening
 from slimpajama_hf.record import checkpoints, ledger
-from slimpajama_hf.samples.stream import SampleStream
-from tests.conftest import NANO, ROOT, environment, make_records, make_text, read_ledger, run_command, write_records
+from slimpajama_hf.samples.stream import SHORT_TEXT_CHARACTERS, SampleStream
+from tests.conftest import (
+    NANO,
+    ROOT,
+    a_token_for_each_word,
+    environment,
+    make_records,
+    make_text,
+    read_ledger,
+    run_command,
+    write_records,
+)  # fmt: skip
 
 CLOCK = {"throughput", "step_seconds", "chain"}
 ACCELERATE = [
@@ -130,6 +140,31 @@ def test_every_document_is_learned_once_by_one_of_them(corpus, encoder, tmp_path
     assert_verified(run)
 
 
+@pytest.mark.slow
+def test_a_long_text_of_one_token_takes_an_empty_place_that_is_counted(tmp_path):
+    """Its owner alone finds out: read and passed over are together what was written, whoever goes on with it."""
+    texts = [make_text(number, 12) for number in range(30)]
+    one_word = "x" * (SHORT_TEXT_CHARACTERS + 1)
+    for place in (1, 7, 13, 14, 15, 22):
+        texts[place] = one_word
+    write_records(tmp_path / "a.jsonl", [{"text": text} for text in [*texts, ""]])
+    a_token_for_each_word().save_pretrained(tmp_path / "words")
+    run = tmp_path / "run"
+    flags = [*flags_of(tmp_path, run, 100), "--tokenizer", str(tmp_path / "words"), "--dataset", f"{tmp_path}/a.jsonl"]
+    launch(torchrun(3), [*flags, "--max_steps", "3"])
+    said = launch(torchrun(2), [*flags, "--resume_from_checkpoint", "true"])
+    rows = read_ledger(run)
+    assert [each["row"] for row in rows for each in row["samples"]] == [
+        number for number, text in enumerate(texts) if text is not one_word
+    ]
+    passed_over = sum(row["skipped"].get("fewer than 2 tokens", 0) for row in rows)
+    assert passed_over == 6 and any(len(row["samples"]) < 3 for row in rows[:3])
+    record = json.loads((run / "run.json").read_text())
+    assert record["skipped_after_last_step"] == {"empty": 1} and record["short_text_characters"] == 128
+    assert "1 empty" in said and "fewer than 2 tokens" in said
+    assert_verified(run)
+
+
 @pytest.fixture(scope="module")
 def two(corpus, tmp_path_factory) -> Path:
     """A run of two processes, 30 steps."""
@@ -144,11 +179,13 @@ def test_two_processes_learn_what_one_learns_from_two_documents_a_step(corpus, t
     assert "arXiv 2507.07101" in said
     assert documents(run) == documents(two)
     for left, right in zip(read_ledger(run), read_ledger(two), strict=True):
-        for name in ("loss", "grad_norm", "accuracy"):
+        for name in ("loss", "grad_norm"):
             assert left[name] == pytest.approx(right[name], rel=2e-4, abs=1e-6), (left["step"], name)
+        # Of two logits that are as good as equal either may be the greatest.
+        assert abs(left["accuracy"] - right["accuracy"]) * (left["tokens"] - 2) < 1.5
     weights = [load_file(each / "checkpoint-30/model.safetensors") for each in (run, two)]
     for name, weight in weights[0].items():
-        torch.testing.assert_close(weight, weights[1][name], rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-3, atol=1e-4)
     assert_verified(run)
 
 
