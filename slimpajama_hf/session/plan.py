@@ -9,7 +9,7 @@ import numpy as np
 from slimpajama_hf import devices, files, screen
 from slimpajama_hf import precision as precisions
 from slimpajama_hf.model import memory
-from slimpajama_hf.model.presets import vocabulary
+from slimpajama_hf.model.presets import checkpoint_bytes, vocabulary
 from slimpajama_hf.record import checkpoints, noise, teaching
 from slimpajama_hf.record.columns import LAST_STEPS, mean_of_last, read_columns
 from slimpajama_hf.session import range_test_result
@@ -53,7 +53,7 @@ def show(
         "model": f"{settings.model.model}, {need.parameters / 1e6:.1f}M parameters"
         + (f", its vocabulary padded to {rows_of_model:,}" if rows_of_model != tokens else ""),
         "device": f"{trainer.args.device}, {precision}{_emulated(precision, trainer.args.device)}, about "
-        f"{screen.format_bytes(need.total_bytes)} of memory",
+        f"{screen.format_bytes(need.total_bytes)} of memory" + _copied(settings, model, trainer),
         "steps": f"{training.max_steps:,}, {_documents(trainer)}; learning rate {_rate(settings)}{_matrices(trainer)}",
         **({"shards": _SHARDED} if devices.is_sharded() else {}),
         "backward": f"autograd's ({why})" if why else "written out for GPT-2" + _summed(settings, training.world_size),
@@ -82,6 +82,14 @@ def _held_out(corpus: Corpus, trainer: SlimPajamaTrainer) -> str:
     return f"about {corpus.held_out_fraction:.2%} of the documents, by a hash of their text: never trained on" + (
         f"; the first {scored:,} of them are scored" if scored else ""
     )
+
+
+def _copied(settings: Settings, model: Any, trainer: SlimPajamaTrainer) -> str:
+    """What a checkpoint takes while it is written beside training."""
+    if trainer.args.save_strategy == "no" or trainer.args.save_only_model or devices.is_sharded():
+        return ""
+    copies = checkpoint_bytes(model, settings.model.average_weights > 0, trainer.hidden_optim)
+    return f", and {screen.format_bytes(copies)} of the machine's while a checkpoint is written"
 
 
 def _summed(settings: Settings, processes: int) -> str:

@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer
 
 from slimpajama_hf import screen
-from slimpajama_hf.model import averaging, memory, optimization
+from slimpajama_hf.model import averaging, memory, presets
 from slimpajama_hf.record import checkpoints
 from slimpajama_hf.training import saved_model
 
@@ -78,9 +78,7 @@ class Checkpointing(Trainer):
             return False
         if self._copies_fit is None:
             model = self.accelerator.unwrap_model(self.model)
-            copies = 4 * model.num_parameters() * (2 if self.average is not None else 1)
-            if not self.args.save_only_model:
-                copies += optimization.moments_bytes(model, getattr(self, "hidden_optim", ""))
+            copies = presets.checkpoint_bytes(model, self.average is not None, getattr(self, "hidden_optim", ""))
             free = memory.free_bytes(torch.device("cpu"))
             self._copies_fit = free is None or free > 1.25 * copies
             if not self._copies_fit:
