@@ -164,6 +164,19 @@ def a_token_for_each_word() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="<|endoftext|>")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a sweep that is marked `first(n)` all but the first n are slow."""
+    seen: dict[str, int] = {}
+    for item in items:
+        mark = item.get_closest_marker("first")
+        if mark is not None:
+            name = item.nodeid.partition("[")[0]
+            seen[name] = seen.get(name, 0) + 1
+            if seen[name] > mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+
+
 #: A model that takes milliseconds a step.
 NANO = ["--model", "tiny", "--config_overrides", "n_layer=1,n_embd=32,n_head=2", "--tokenizer", "builtin"]
 #: Of which nothing is drawn and no sample written: half of what a short run costs.

@@ -190,6 +190,7 @@ def test_many_damaged_repositories(pushed, finished, tmp_path, fault_table):
 # ---- a folder ----
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("part", range(4))
 def test_some_mutations(part, half, finished, tmp_path):
     failures = []

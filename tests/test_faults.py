@@ -133,6 +133,7 @@ def test_killed_fifty_times_it_is_the_run_that_was_never_stopped(corpus, unbroke
     fault_table("kill -9 in the middle of a save", counts["in a save"], bit_equal=True)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     "damage",
     ["torn weights", "flipped bit", "no optimizer", "no manifest", "empty state"],
@@ -195,6 +196,7 @@ def test_sigusr1_saves_and_goes_on_and_a_second_ctrl_c_exits_at_once(corpus, tmp
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.slow
 def test_a_terminal_that_goes_away_ends_the_run_with_everything_saved(corpus, tmp_path):
     run = tmp_path / "run"
     process = start(*flags_of(corpus, run, 230))
@@ -302,6 +304,7 @@ def test_a_full_disk_stops_the_saving_and_not_the_training(corpus, unbroken, sma
     fault_table("disk full while it trains, then room again", 1, checkpoints=len(missed), bit_equal=True)
 
 
+@pytest.mark.slow
 def test_a_folder_that_becomes_read_only_is_said_and_the_exit_code_is_honest(corpus, small_disk):
     run = small_disk / "run"
     process = start(*flags_of(corpus, run, 120))
@@ -323,6 +326,7 @@ def test_a_folder_that_becomes_read_only_is_said_and_the_exit_code_is_honest(cor
     assert "go on from the last checkpoint" in stderr.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_for_one_checkpoint_is_refused_before_step_0(corpus, small_disk):
     flags = flags_of(corpus, small_disk / "run", 5)
     flags[flags.index("--config_overrides") + 1] = "n_layer=2,n_embd=128,n_head=2"
@@ -335,6 +339,7 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused_before_step_0(corpus,
 # ---- what may not change -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("learning_rate", "0.5"), ("seed", "7"), ("max_seq_length", "32"), ("model", "small"), ("sample_mode", "pack")],
@@ -361,6 +366,7 @@ def test_a_change_that_is_allowed_and_more_steps_go_on(corpus, unbroken, tmp_pat
     assert rows[199]["learning_rate"] == 1e-3 and rows[200]["learning_rate"] == 0.0005
 
 
+@pytest.mark.slow
 def test_a_longer_run_begins_as_the_shorter_one_went(corpus, unbroken, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(unbroken, run)
@@ -424,6 +430,7 @@ def poison(trainer: Any, steps: set[int]) -> None:
     trainer.add_callback(Poison())
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("backward", ["auto", "autograd"])
 def test_a_step_that_is_no_number_changes_nothing_and_is_shown(corpus, tmp_path, fault_table, backward):
     trainer = make_trainer(corpus, tmp_path / "run", 30, backward)
@@ -464,6 +471,7 @@ def test_ten_in_a_row_stop_the_run_and_name_the_documents_and_the_good_checkpoin
     fault_table("ten losses in a row that are no number: resumable stop", 10, bit_equal=None)
 
 
+@pytest.mark.slow
 def test_the_count_in_a_row_survives_a_resume(corpus, tmp_path):
     from slimpajama_hf.training.recorder import StepRecorder
 
@@ -475,6 +483,7 @@ def test_the_count_in_a_row_survives_a_resume(corpus, tmp_path):
     assert [row["step"] for row in again.not_finite] == [15, 16, 17, 18, 19]
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("backward", ["auto", "autograd"])
 def test_out_of_memory_is_skipped_once_and_then_stops_the_run(
     corpus, tmp_path, fault_table, backward, monkeypatch, capsys
@@ -519,6 +528,7 @@ def test_a_loss_that_stands_out_is_marked_with_its_document():
     assert again.score(100.0) is None, "too few to say what is ordinary"
 
 
+@pytest.mark.slow
 def test_a_sample_that_fails_is_recorded_as_failed_and_training_goes_on(
     corpus, tmp_path, encoder, fault_table, monkeypatch
 ):
@@ -550,6 +560,7 @@ def test_a_sample_that_fails_is_recorded_as_failed_and_training_goes_on(
 # ---- safety --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_token_in_anything_that_a_run_writes_or_says(corpus, tmp_path):
     token = "hf_" + "FaKeToKeN0123456789abcdefABCDEF"
     run = tmp_path / "run"

@@ -102,6 +102,7 @@ def test_a_run_is_not_deleted_by_one_that_makes_no_step(run, tmp_path):
     assert content(run) == before
 
 
+@pytest.mark.first(6)
 @pytest.mark.parametrize("overwrite", [True, False])
 @pytest.mark.parametrize("killed", ["half aside", "aside", "new run begun", "half back", "half deleted"])
 def test_a_start_that_was_killed_while_it_replaced_a_run(run, killed, overwrite, capfd):
@@ -130,6 +131,7 @@ def test_a_start_that_was_killed_while_it_replaced_a_run(run, killed, overwrite,
     assert not [path.name for path in run.iterdir() if path.name.startswith("_replac")]
 
 
+@pytest.mark.slow
 def test_a_full_disk_counts_what_the_replaced_run_frees(run, monkeypatch):
     folder = run_folder.RunFolder(run)
     held = sum(map(len, content(run).values()))

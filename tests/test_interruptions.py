@@ -161,6 +161,7 @@ def test_a_hub_that_fails_in_every_way_during_training(hub, undisturbed, tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_sigterm_while_it_waits_for_the_hub(hub, undisturbed, tmp_path, fault_table):
     run = tmp_path / "run"
     hub.faults.append(Fault("train-1", 503, seconds=600))
@@ -182,6 +183,7 @@ def test_sigterm_while_it_waits_for_the_hub(hub, undisturbed, tmp_path, fault_ta
     fault_table("SIGTERM while it waits for a 503", 1, lost=lost, repeated=repeated, bit_equal=True)
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_gone_stops_the_run_and_can_be_left_out(hub, tmp_path, fault_table):
     run = tmp_path / "run"
     hub.refuse["train-1"] = 404

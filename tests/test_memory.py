@@ -256,6 +256,7 @@ def failing(trainer, where):
     return (gpt2_step.GPT2Step, "loss_alone", raiser) if where == "teaching" else measuring
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("where", ["sum", "document", "step", "compare", "teaching"])
 def test_what_is_only_measured_is_left_out_and_training_does_not_know(
     corpus, tmp_path, monkeypatch, unmeasured, where, capsys

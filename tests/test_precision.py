@@ -58,6 +58,7 @@ def flags(model: list[str], shards: Path, run: Path, asked: str) -> list[str]:
             "--precision", asked]  # fmt: skip
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("path", "more"),
     [
@@ -110,6 +111,7 @@ def _check_two(shards: Path, tmp_path: Path, asked: str, fsdp: bool, wanted: str
     assert record["model"]["computed_in"] == wanted
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
 def test_two_processes_compute_in_bfloat16(fsdp, shards, tmp_path):
     _check_two(shards, tmp_path, "bfloat16", fsdp, "bfloat16")
@@ -130,6 +132,7 @@ def test_two_processes_obey_their_launcher(fsdp, shards, tmp_path):
     _check_two(shards, tmp_path, "auto", fsdp, "bfloat16", ACCELERATE_MIXED_PRECISION="bf16")
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_the_launchers_precision_is_obeyed_where_no_flag_says_otherwise(model, shards, tmp_path, llama):
     run = flags(llama if model == "llama" else GPT2, shards, tmp_path, "auto")
@@ -178,6 +181,7 @@ def test_wishes_that_contradict_each_other_are_refused(flag, flags, launcher, sa
         precision.asked(flag, flags, {precision.LAUNCHER: launcher})
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [

@@ -296,6 +296,7 @@ def test_no_checkpoint_saves_nothing_but_metrics_and_nan_stays_visible(tmp_path)
     assert "loss=nan" in done.stderr
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [

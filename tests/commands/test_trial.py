@@ -10,6 +10,7 @@ from slimpajama_hf.commands import plan
 from tests.conftest import NANO, read_ledger, run_command, run_script
 
 
+@pytest.mark.slow
 def test_time_and_memory_are_those_of_the_run(shards, tmp_path, monkeypatch):
     """A short trial of a run, and the run; the bound is wide because the two cores are shared by the suite."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

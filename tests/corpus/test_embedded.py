@@ -228,6 +228,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         embedded.build(tmp_path / "file" / "cache")
 
 
+@pytest.mark.slow
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SLIMPAJAMA_HF_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))

@@ -221,6 +221,7 @@ def break_shard(path: Path, how: str) -> None:
         path.write_bytes(data[:middle] + bytes(255 - byte for byte in data[middle : middle + 40]) + data[middle + 40 :])
 
 
+@pytest.mark.first(20)
 @pytest.mark.parametrize("mode", ["truncate", "window", "pack"])
 @pytest.mark.parametrize("buffer", [0, 25])
 @pytest.mark.parametrize(

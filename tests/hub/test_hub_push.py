@@ -149,6 +149,7 @@ def test_a_branch_holds_the_run_and_main_stays_as_it_is(hub, shards, tmp_path):
 # ---- what a user can get wrong ----
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     "account, token, said",
     [(Account(), None, "there is no Hub token on this machine"),
@@ -167,6 +168,7 @@ def test_a_token_that_may_not_is_said_before_anything_is_opened(hub, shards, tmp
 # ---- what the Hub can get wrong ----
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     "fault, said",
     [slow(Push("/commit/", status=503), "HTTP 503"), slow(Push("/commit/", status=403), "HTTP 403"),
@@ -280,6 +282,7 @@ def test_a_run_goes_on_from_the_hub_in_another_folder_bit_for_bit(pushed, shards
     same(elsewhere, never)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("where, said", [("me/nothing", "me/nothing"), ("me/run@0123456789abcdef", "0123456789abcdef")])
 def test_a_repository_that_is_not_there_is_one_sentence(pushed, tmp_path, where, said):
     server, _, _ = pushed

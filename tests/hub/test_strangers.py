@@ -91,6 +91,7 @@ def test_where_a_strangers_run_pushes_and_what_it_reads_is_not_its_to_say(evil, 
     assert TOKEN not in said and not (evil / "tensorboard").exists()
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     "url", ["SECRET", "hf://datasets/mallory/other@main/a.jsonl", "hf://datasets/me/data@main/../x"]
 )
@@ -136,6 +137,7 @@ def test_a_fetched_run_pushes_nowhere_by_itself(hub, shards, tmp_path, secret):
     assert "not taken" in done.stderr and not (tmp_path / "here" / "tensorboard").exists()
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("way", ["absolute", "upwards", "link", "link to a folder"])
 def test_an_outbox_of_somebody_else_holds_files_of_a_checkpoint_or_nothing(evil, secret, hub, way):
     entry = evil / "_outbox" / "step-40"
@@ -157,6 +159,7 @@ def test_an_outbox_of_somebody_else_holds_files_of_a_checkpoint_or_nothing(evil,
     assert SECRET[:30].encode() not in left_the_machine(hub), done.stderr
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize(
     "name", ["_lock", "ledger.jsonl", "surprisals.f32", "samples.jsonl", "run.json", "training_viz"]
 )
@@ -180,6 +183,7 @@ def test_a_link_in_a_run_folder_is_named_and_what_it_leads_to_is_left_alone(evil
     assert secret.read_bytes() == before and list(secret.parent.iterdir()) == [secret]
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite_output_dir"]])
 @pytest.mark.parametrize(
     "name", ["checkpoint-500/weights", "tensorboard/events", "samples.jsonl", "ledger.jsonl", "run.json"]
@@ -255,6 +259,7 @@ class _Payload:
         return os.system, ("touch /tmp/slimpajama_hf-was-here",)
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("damage", ["pickle", "types", "name", "cursor"])
 def test_a_checkpoint_that_is_none_is_set_aside_and_the_one_before_is_used(finished, tmp_path, damage):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
@@ -281,6 +286,7 @@ def test_a_checkpoint_that_is_none_is_set_aside_and_the_one_before_is_used(finis
     assert read_ledger(run)[:40] and [row["step"] for row in read_ledger(run)] == list(range(41))
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("name", ["samples.jsonl", "passports.jsonl", "prompts.jsonl"])
 @pytest.mark.parametrize("damage", ["flip", "zeros", "types"])
 def test_a_damaged_line_is_left_out_and_said_and_the_run_goes_on(finished, tmp_path, name, damage):
@@ -300,6 +306,7 @@ def test_a_damaged_line_is_left_out_and_said_and_the_run_goes_on(finished, tmp_p
         json.loads(line)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("damage", ["value", "row gone", "types", "chain"])
 def test_a_damaged_ledger_is_no_ledger_to_go_on_with(finished, tmp_path, damage):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
@@ -322,6 +329,7 @@ def test_a_damaged_ledger_is_no_ledger_to_go_on_with(finished, tmp_path, damage)
     assert weights[0] == weights[1], "and what was damaged is learned again, to the bit"
 
 
+@pytest.mark.slow
 def test_surprisals_that_are_not_of_their_loss_are_said_and_unknown_from_then_on(finished, tmp_path):
     import numpy as np
 
@@ -345,6 +353,7 @@ def test_a_configuration_that_is_none_is_one_sentence(tmp_path, text):
     assert done.returncode in (1, 2) and "Traceback" not in done.stderr and "c.yaml" in done.stderr
 
 
+@pytest.mark.first(6)
 @pytest.mark.parametrize(
     "text", ["[]", '{"run_id": NaN}', "{", "[" * 20_000, '{"corpus": 3, "model": [], "sessions": "x"}']
 )

@@ -93,6 +93,7 @@ def test_what_follows_is_compared_document_by_document(finished, without):
     assert found["after"]["1"]["mean"] == differences[0] and found["after"].keys() == {"1", "10"}
 
 
+@pytest.mark.slow
 def test_a_rewound_run_is_a_run_that_goes_on_without_the_document(finished, without, tmp_path):
     folder = Path(shutil.copytree(without[1], tmp_path / "run"))
     assert checks.verify(folder).ok, checks.verify(folder).lines

@@ -132,6 +132,7 @@ def test_training_does_not_know_of_it(shards, every_step, tmp_path):
     assert not (run / "checkpoint-30/averaged").exists()
 
 
+@pytest.mark.slow
 def test_it_goes_on_exactly(shards, every_step, tmp_path):
     run = tmp_path / "run"
     run_of(*flags_of(shards, run, 13, "--save_steps", "13"))

@@ -259,6 +259,7 @@ def test_matrices_learn_by_muon_in_a_real_run(tokenizer, shards, tmp_path):
 ADAMW = ["--hidden_optim", "adamw"]
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(("flags", "share"), [(ADAMW, 0.1), ([*ADAMW, "--hidden_rate", "1"], 1.0)])
 def test_the_first_update_of_a_real_run_moves_them_by_their_rate(tokenizer, shards, tmp_path, flags, share):
     """Adam's first update is the rate, whatever the gradient: at step 0 of 10 of warm-up 1e-3/10, and its share."""
@@ -275,6 +276,7 @@ def test_the_first_update_of_a_real_run_moves_them_by_their_rate(tokenizer, shar
         assert distance == pytest.approx(1e-4 * (share if hidden else 1), rel=1e-2), name
 
 
+@pytest.mark.slow
 def test_it_goes_on_exactly_and_cannot_change_by_accident(shards, tmp_path):
     flags = [*WIDE, "--dataset", f"{shards}/*.jsonl.zst", "--warmup_steps", "5", "--save_steps", "20", "--display_samples",
              "0", "--viz_interval", "0", "--precision", "float32"]  # fmt: skip

@@ -139,6 +139,7 @@ def test_columns_grow_past_their_first_size(tmp_path):
     assert columns.first(10).throughput.tolist() == [100.0 + step for step in range(10)]
 
 
+@pytest.mark.slow
 def test_rows_can_be_read_from_any_line_on(tmp_path):
     fill(tmp_path / "ledger.jsonl", 5)
     assert [each["row"] for each in ledger.rows(tmp_path / "ledger.jsonl")] == list(range(5))

@@ -67,6 +67,7 @@ def test_cutting_back_leaves_exactly_what_the_ledger_predicted(tmp_path, before)
     assert path.stat().st_size == 0
 
 
+@pytest.mark.slow
 def test_values_that_do_not_have_the_loss_as_their_mean_become_unknown(tmp_path):
     path = tmp_path / "surprisals.f32"
     draw = np.random.default_rng(0)

@@ -70,6 +70,7 @@ def test_the_ledger_has_what_the_weights_before_and_after_say(run, corpus, encod
     assert rows[70]["loss"] == pytest.approx(loss_at(run, 70, documents[70]), abs=1e-5), "after the update of step 69"
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_forward_alone_is_the_steps_own_to_the_bit(corpus, tmp_path, precision):
     step = GPT2Step(make_trainer(corpus, tmp_path / "run", 1).model, precision, 64)
@@ -137,6 +138,7 @@ def test_where_autograd_computes_nobody_looks(corpus, tmp_path):
     assert all(row["loss_after"] is row["next_loss"] is None for row in read_ledger(tmp_path / "run"))
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("mode", ["window", "pack"])
 def test_a_later_part_of_the_same_document_is_not_held_out(corpus, tmp_path, monkeypatch, mode):
     trainer = make_trainer(corpus, tmp_path / "run", 70)

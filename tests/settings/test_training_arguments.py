@@ -151,6 +151,7 @@ def test_the_ledger_has_the_rate_of_the_optimizer(tmp_path, shards):
     assert [row["learning_rate"] for row in read_ledger(tmp_path / "run")][5:] == [rate, rate, 0.5 * rate, rate]
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(("flag", "value"), [("weight_decay", 0.5), ("learning_rate", 0.0005), ("adam_beta1", 0.5)])
 def test_a_change_that_a_resume_is_allowed_reaches_the_optimizer(tmp_path, finished, flag, value):
     """A checkpoint has the options of its optimizer too, and loading it puts them back."""

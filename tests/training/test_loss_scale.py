@@ -166,6 +166,7 @@ def test_noise_and_teaching_are_those_of_unscaled_gradients(runs):
     assert sum(row["loss_after"] is not None for row in low) == 3
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("backward", ["auto", "autograd"])
 def test_it_goes_on_to_the_bit_with_its_scale(runs, tmp_path, backward):
     whole, rows = runs[backward]

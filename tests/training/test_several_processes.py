@@ -192,6 +192,7 @@ def test_two_processes_learn_what_one_learns_from_two_documents_a_step(corpus, t
     assert_verified(run)
 
 
+@pytest.mark.slow
 def test_gradients_in_bfloat16_are_nearly_the_same_and_refused_where_none_are_sent(corpus, two, tmp_path):
     run = tmp_path / "run"
     said = launch(torchrun(2), flags_of(corpus, run, 30, "--reduce_dtype", "bfloat16"))
@@ -256,6 +257,7 @@ def ranks_of(run: Path) -> list[int]:
     return [pid for _, pid in sorted(found)]
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_stops_all_after_the_same_step_and_it_goes_on_exactly(corpus, tmp_path):
     run, unbroken = tmp_path / "run", tmp_path / "unbroken"
     more = ["--epochs", "10", "--shuffle_buffer", "20", "--save_steps", "100000"]

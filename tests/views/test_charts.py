@@ -486,6 +486,7 @@ def test_the_backend_of_a_notebook_stops_no_chart(finished, tmp_path, backend):
     assert (run / "training_viz/training_latest.png").is_file() and (tmp_path / "both.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_draws_under_a_foreign_backend_and_the_summary_names_what_is_there_alone(shards, tmp_path):
     flags = [
         *NANO,

@@ -113,6 +113,7 @@ def test_it_is_cut_back_like_the_samples(run, tmp_path):
         assert (copy / name).read_bytes() == b"".join(line for line in kept if json.loads(line)["step"] < 20)
 
 
+@pytest.mark.slow
 def test_without_an_interval_it_keeps_to_its_budget(corpus, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(passports, "PASSPORTS_AHEAD_SECONDS", 0.0)
     monkeypatch.setattr(prompts, "PROMPTS_AHEAD_SECONDS", 0.0)
@@ -142,6 +143,7 @@ def test_a_failure_is_said_once_and_training_goes_on(corpus, encoder, tmp_path, 
     assert trainer.state.global_step == 12 and not (tmp_path / "run" / passports.PASSPORTS).exists()
 
 
+@pytest.mark.slow
 def test_unusual_documents_are_kept_with_their_score(corpus, encoder, tmp_path):
     trained(corpus, tmp_path / "run", encoder, steps=90)
     rows = read_ledger(tmp_path / "run")

@@ -70,6 +70,7 @@ def test_its_files_are_deleted_with_the_run(run, shards):
     assert not (run / "tensorboard").exists()
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     "asked, said",
     [("wandb", "--report_to wandb: the package is not installed; pip install wandb"),
