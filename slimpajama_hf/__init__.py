@@ -1,6 +1,16 @@
-"""Pre-train a GPT-2-style model on SlimPajama, one document per step, everything visible."""
+"""Pre-train a GPT-2-style model on SlimPajama, one document per step, everything visible.
+
+What other scripts import: `from slimpajama_hf import ExactStream, RunRecord` (docs/two-lines.md). Everything that is not
+in `__all__` is private.
+"""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slimpajama_hf.anywhere.exact_checkpoints import ExactCheckpoints as ExactCheckpoints
+    from slimpajama_hf.anywhere.exact_stream import ExactStream as ExactStream
+    from slimpajama_hf.anywhere.run_record import RunRecord as RunRecord
 
 __version__ = "0.1.0"
 
@@ -12,3 +22,24 @@ CONFIGS = next(path for path in (Path(__file__).parent / "configs", ROOT / "conf
 
 #: What `accelerate launch` is given to train with.
 TRAINING_PROGRAM = "run_clm_slimpajama.py" if CONFIGS.parent == ROOT else "-m run_clm_slimpajama"
+
+#: The public face: each name and its module, which is imported when the name is first asked for.
+_PUBLIC = {
+    "ExactCheckpoints": "exact_checkpoints",
+    "ExactStream": "exact_stream",
+    "RunRecord": "run_record",
+}
+
+__all__ = ["ExactCheckpoints", "ExactStream", "RunRecord", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.anywhere.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
