@@ -1,7 +1,7 @@
 """Pre-train a GPT-2-style model on SlimPajama, one document per step, everything visible.
 
-What other scripts import: `from slimpajama_hf import ExactStream, RunRecord` (docs/two-lines.md). Everything that is not
-in `__all__` is private.
+What other scripts import: `from slimpajama_hf import ExactStream, RunRecord` (docs/two-lines.md). Everything that is
+not in `__all__` is private.
 """
 
 from pathlib import Path

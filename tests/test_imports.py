@@ -163,7 +163,6 @@ def test_a_late_import_is_seen(tmp_path, late):
     assert [line.partition(": ")[2] for line in broken_laws(package)] == ["record.ledger imports training.trainer"]
 
 
-@pytest.mark.parametrize("wing", WITHOUT_THE_TRAINER)
 def test_nothing_of_the_program_stands_on_its_public_face():
     """`anywhere` gives what is there to scripts of others; the program itself needs none of it."""
     users = {name for name, others in graph().items() for other in others if other.startswith("anywhere")}
@@ -184,6 +183,7 @@ def test_the_public_face_is_imported_when_it_is_asked_for():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("wing", WITHOUT_THE_TRAINER)
 def test_below_training_nothing_knows_the_trainer(wing):
     for path in (PACKAGE / wing).glob("**/*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

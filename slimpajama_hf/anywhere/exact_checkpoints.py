@@ -66,8 +66,8 @@ class StagedSaves:
         if self._output_dir is None:
             # Asked for by a callback that comes behind this one.
             raise UserError(
-                "a callback behind this one asked for a checkpoint, which then is not staged; put it before this one in "
-                "callbacks=[...]"
+                "a callback behind this one asked for a checkpoint, which then is not staged; put it before this one "
+                "in callbacks=[...]"
             )
         run, folder = Path(self._output_dir), checkpoints.path_of(Path(args.output_dir), step)
         self._put_back(args)
@@ -124,9 +124,9 @@ class ExactCheckpoints(TrainerCallback):
         trainer = Trainer(model, args, train_dataset=data, callbacks=[ExactCheckpoints()])
         trainer.train(resume_from_checkpoint=ExactCheckpoints.newest(args.output_dir))
 
-    Each is written beside its place, synced, given a manifest with the SHA-256 of every file, and renamed. They are kept
-    by step number (`save_total_limit`), never by the clock. Callbacks that ask for checkpoints, or write into them, come
-    before it. Raises UserError for `hub_strategy` other than `end`: a push would take what is not whole.
+    Each is written beside its place, synced, given a manifest with the SHA-256 of every file, and renamed. They are
+    kept by step number (`save_total_limit`), never by the clock. Callbacks that ask for checkpoints, or write into
+    them, come before it. Raises UserError for `hub_strategy` other than `end`: a push would take what is not whole.
     """
 
     newest = staticmethod(newest)

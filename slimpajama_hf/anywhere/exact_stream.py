@@ -47,17 +47,20 @@ class ExactStream(IterableDataset):
         stream = ExactStream("slimpajama", tokenizer, max_length=256, shuffle_buffer=10_000)
 
     Each item is `{"input_ids": [...], "labels": [...]}`, lists of 2 to `max_length` ids; `labels=False` leaves the
-    second out, for collators that make their own (`DataCollatorForLanguageModeling`). `collate` is a collator that pads.
+    second out, for collators that make their own (`DataCollatorForLanguageModeling`). `collate` is a collator that
+    pads.
 
-    `dataset`: what `--dataset` takes: `slimpajama`, `embedded`, files, a folder, a glob, an id on the Hub; or a `Corpus`.
-    `tokenizer`: a tokenizer of transformers, or what `--tokenizer` takes. `mode`: `truncate` (a sample is the beginning
-    of a document), `window` (documents in consecutive samples) or `pack` (documents joined by EOS, samples of
-    `max_length`). `shuffle_buffer`: documents that are shuffled at a time, 0 for none. `epochs`: passes over the corpus.
+    `dataset`: what `--dataset` takes: `slimpajama`, `embedded`, files, a folder, a glob, an id on the Hub; or a
+    `Corpus`. `tokenizer`: a tokenizer of transformers, or what `--tokenizer` takes. `mode`: `truncate` (a sample is the
+    beginning of a document), `window` (documents in consecutive samples) or `pack` (documents joined by EOS, samples of
+    `max_length`). `shuffle_buffer`: documents that are shuffled at a time, 0 for none. `epochs`: passes over the
+    corpus.
 
-    With `RunRecord` it knows what training has taken. Alone it is `Stateful` as torchdata understands it: `state_dict()`
-    is the place behind what was given out by the iterator of this process, and `load_state_dict` goes on there. A loader
-    with workers needs `batch_size` (`RunRecord` sets it): worker w of W makes the batches w, w + W, ..., so that the
-    order is that of no workers. Each worker reads the corpus whole; one thread of the process reads ahead anyway.
+    With `RunRecord` it knows what training has taken. Alone it is `Stateful` as torchdata understands it:
+    `state_dict()` is the place behind what was given out by the iterator of this process, and `load_state_dict` goes on
+    there. A loader with workers needs `batch_size` (`RunRecord` sets it): worker w of W makes the batches w, w + W,
+    ..., so that the order is that of no workers. Each worker reads the corpus whole; one thread of the process reads
+    ahead anyway.
 
     `rank` and `world_size`: this process' share of each batch, where nobody else (accelerate) shares it out. Raises
     UserError where the corpus or the tokenizer cannot be had, UsageError for a setting that cannot be.
@@ -138,7 +141,8 @@ class ExactStream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """From the place that was taken or loaded on. Raises UserError where several workers would not know which
         samples are theirs, and as `SampleStream` does."""
-        number, workers, notes = 0, 1, self._notes
+        number, workers = 0, 1
+        notes: Any = self._notes
         worker = get_worker_info()
         if worker is not None:
             self._worked_on[0] = 1
@@ -146,8 +150,8 @@ class ExactStream(IterableDataset):
             notes = WrittenNotes(self._folder, number) if self._folder is not None else None
             if workers > 1 and self._samples_of_a_batch is None:
                 raise UserError(
-                    f"ExactStream: {workers} workers, and the size of a batch is not known, so that their samples would "
-                    "come in another order; say ExactStream(..., batch_size=N), the batch_size of the loader"
+                    f"ExactStream: {workers} workers, and the size of a batch is not known, so that their samples "
+                    "would come in another order; say ExactStream(..., batch_size=N), the batch_size of the loader"
                 )
         elif self._notes is not None:
             # Read anew from what was taken: what was given out before and not taken is given out again.
@@ -225,13 +229,13 @@ class ExactStream(IterableDataset):
     # ---- where it stands ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the iterator of this process stands: behind the last item that it gave out, or, with `RunRecord`, behind
-        the last sample that training has taken. Raises UserError where workers have the iterators."""
+        """Where the iterator of this process stands: behind the last item that it gave out, or, with `RunRecord`,
+        behind the last sample that training has taken. Raises UserError where workers have the iterators."""
         tracked = self._notes is not None
         if not tracked and get_worker_info() is None and self._worked_on[0]:
             raise UserError(
-                "ExactStream.state_dict(): the workers of the loader know how far they are, this process does not; take "
-                "the state of torchdata's StatefulDataLoader, add RunRecord, or use num_workers=0"
+                "ExactStream.state_dict(): the workers of the loader know how far they are, this process does not; "
+                "take the state of torchdata's StatefulDataLoader, add RunRecord, or use num_workers=0"
             )
         return dataclasses.asdict(self._start if tracked else self._given)
 

@@ -78,8 +78,8 @@ def _refuse(loader: Any, stream: ExactStream) -> None:
         )
     if stream.world_size > 1 and shared_by_accelerate and world > 1:
         raise UserError(
-            f"ExactStream(world_size={stream.world_size}) shares out its samples, and accelerate would share out those; "
-            "leave rank and world_size away"
+            f"ExactStream(world_size={stream.world_size}) shares out its samples, and accelerate would share out "
+            "those; leave rank and world_size away"
         )
 
 

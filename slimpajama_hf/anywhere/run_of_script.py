@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 def open_folder(path: Path, at_end: contextlib.ExitStack, step: int) -> RunFolder:
-    """The run folder, tried and locked, of a run that is at `step`. Raises UserError where a run lies there that this one
-    does not go on with, or another is on."""
+    """The run folder, tried and locked, of a run that is at `step`. Raises UserError where a run lies there that this
+    one does not go on with, or another is on."""
     folder = RunFolder(path)
     if step == 0 and folder.path.is_dir() and checkpoints.steps(folder.path):
         raise UserError(
@@ -71,8 +71,8 @@ def _same_stream(folder: RunFolder, stream: ExactStream) -> None:
     for name, value in now.items():
         if name in before and before[name] != value:
             raise UserError(
-                f"{folder.path}: this run was begun with ExactStream({name}={before[name]!r}), not {value!r}; bring that "
-                "back, or name another folder"
+                f"{folder.path}: this run was begun with ExactStream({name}={before[name]!r}), not {value!r}; bring "
+                "that back, or name another folder"
             )
     if vocabulary_sha256(stream.tokenizer) != record["tokenizer_sha256"]:
         raise UserError(
@@ -101,8 +101,8 @@ def record_run(
         before = record.get("torch_threads")
         if before not in (None, torch.get_num_threads()) and not torch.cuda.is_available():
             screen.say(
-                f"{torch.get_num_threads()} threads where the run had {before}: it goes on exactly, but not bit for bit; "
-                f"for that set OMP_NUM_THREADS={before}"
+                f"{torch.get_num_threads()} threads where the run had {before}: it goes on exactly, but not bit for "
+                f"bit; for that set OMP_NUM_THREADS={before}"
             )
     else:
         record = new_record(stream.corpus.describe()) | {"made_by": OF_A_SCRIPT, "stream": settings_of(stream)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from slimpajama_hf import screen
+from slimpajama_hf import files, screen
 from slimpajama_hf.anywhere import loaders, run_of_script
 from slimpajama_hf.anywhere.exact_checkpoints import StagedSaves
 from slimpajama_hf.anywhere.exact_stream import ExactStream
@@ -23,7 +24,6 @@ from slimpajama_hf.model.presets import vocabulary
 from slimpajama_hf.record import checkpoints
 from slimpajama_hf.record.ledger import Ledger
 from slimpajama_hf.record.run_folder import GROWING, RunFolder, sums
-from slimpajama_hf import files
 from slimpajama_hf.session.resume import ResumePoint
 from slimpajama_hf.training.clock import TrainingClock
 from slimpajama_hf.training.recorder import StepRecorder
@@ -40,10 +40,10 @@ class RunRecord(TrainerCallback):
         trainer = Trainer(model, args, train_dataset=stream, callbacks=[RunRecord("runs/mine", stream)])
         trainer.train(resume_from_checkpoint=RunRecord.newest("runs/mine"))
 
-    `folder` is the `output_dir` of the Trainer. Checkpoints are staged, given a manifest and renamed, and hold the place
-    behind the last document that was learned; a Trainer that resumes begins there, without reading what it has read
-    (`ignore_data_skip`). At the end the charts and the report are drawn (`report=False` leaves them out). The commands
-    `report`, `views`, `verify`, `inspect` and `compare` take the folder.
+    `folder` is the `output_dir` of the Trainer. Checkpoints are staged, given a manifest and renamed, and hold the
+    place behind the last document that was learned; a Trainer that resumes begins there, without reading what it has
+    read (`ignore_data_skip`). At the end the charts and the report are drawn (`report=False` leaves them out). The
+    commands `report`, `views`, `verify`, `inspect` and `compare` take the folder.
 
     A row's loss and accuracy are means over the tokens that the step predicted, taken where the model returns them; its
     `samples` have the documents of the batch. What a step teaches, noise, passports and surprisals need the step of
@@ -156,8 +156,8 @@ class RunRecord(TrainerCallback):
         self._saves.nothing_saved(args)
         if self._batches:
             screen.say(
-                f"the stream ended inside a step: its last {self._batches:,} batches were read and not learned, and are "
-                "not in the ledger"
+                f"the stream ended inside a step: its last {self._batches:,} batches were read and not learned, and "
+                "are not in the ledger"
             )
             self._batches = 0
         # An epoch of a Trainer is the stream, or max_steps of it: a second one would begin it anew.
@@ -209,7 +209,7 @@ class RunRecord(TrainerCallback):
     ) -> None:
         """A step of the optimizer was made with the batches since the last one. `loss`: mean over the predicted tokens,
         nats; a tensor is not waited for. `skipped`: why the weights were left as they were, if they were."""
-        values = [loss, 1.0, math_nan if accuracy is None else accuracy, math_nan if grad_norm is None else grad_norm]
+        values = [loss, 1.0, math.nan if accuracy is None else accuracy, math.nan if grad_norm is None else grad_norm]
         tensors = [each for each in values if isinstance(each, torch.Tensor)]
         device = tensors[0].device if tensors else self._device
         packed = [torch.as_tensor(each, dtype=torch.float32, device=device).detach().reshape(()) for each in values]
@@ -270,7 +270,7 @@ class RunRecord(TrainerCallback):
             self._folder, self._record = folder, folder.read_record()
             ledger = Ledger(folder.ledger, point.chain)
             self._recorder = StepRecorder(ledger, vocabulary(self.stream.tokenizer), point.rows, None, world)
-        told = [point.cursor, self.stream.corpus]
+        told: list[Any] = [point.cursor, self.stream.corpus]
         if world > 1:
             torch.distributed.broadcast_object_list(told)
         cursor, self.stream.corpus = told
@@ -331,9 +331,6 @@ class RunRecord(TrainerCallback):
             files.write_json(self._folder.record, record, indent=1)
 
 
-math_nan = float("nan")
-
-
 def _generators() -> dict[str, Any]:
     """The states of the generators that dropout and the rest draw from."""
     states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.random.get_rng_state()}
@@ -357,5 +354,5 @@ def _load_generators(path: Path) -> None:
 
 def _of_numpy() -> list[Any]:
     """What of numpy stands in a saved state of its generator."""
-    core = np._core if hasattr(np, "_core") else np.core  # type: ignore[attr-defined]
+    core = np._core if hasattr(np, "_core") else np.core
     return [core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]

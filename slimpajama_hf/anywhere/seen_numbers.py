@@ -1,7 +1,7 @@
 """What a step of another's trainer gives: its loss, how many tokens were right, and the norm of its gradient.
 
-Seen, not computed again: a hook at the model takes the loss that it returns and looks at its logits, and the norm is the
-one that the trainer clips by. Nothing waits for the device.
+Seen, not computed again: a hook at the model takes the loss that it returns and looks at its logits, and the norm is
+the one that the trainer clips by. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -77,8 +77,10 @@ class SeenNumbers:
         loss, logits = (_of(outputs, name) for name in ("loss", "logits"))
         labels = kwargs.get("labels")
         if loss is None or labels is None:
-            self._say("the model returns no loss (or is given no labels), as with label smoothing or a loss function of "
-                      "your own: the ledger has no losses")  # fmt: skip
+            self._say(
+                "the model returns no loss (or is given no labels), as with label smoothing or a loss function of your "
+                "own: the ledger has no losses"
+            )
             return
         targets = labels[..., 1:]
         predicted = targets != IGNORED

@@ -101,8 +101,8 @@ def refuse_of_a_script(path: Path, record: dict[str, Any], what: str) -> None:
     """Raise UserError where only the script that made a run could do `what`."""
     if record.get("made_by") == OF_A_SCRIPT:
         raise UserError(
-            f"{path}: a script of its own trained this run (RunRecord), so {what} needs that script: start it again with "
-            "resume_from_checkpoint, on a copy of the folder if this one shall stay as it is"
+            f"{path}: a script of its own trained this run (RunRecord), so {what} needs that script: start it again "
+            "with resume_from_checkpoint, on a copy of the folder if this one shall stay as it is"
         )
 
 
@@ -266,8 +266,8 @@ def _bytes_of(folder: Path) -> int:
 
 
 def resume_command(folder: Path, record: dict[str, Any]) -> str:
-    """What goes on with a run, with the threads of its `run.json` (`record`): accelerate gives a CPU one by itself. Of a
-    script of somebody else's, that script."""
+    """What goes on with a run, with the threads of its `run.json` (`record`): accelerate gives a CPU one by itself. Of
+    a script of somebody else's, that script."""
     if record.get("made_by") == OF_A_SCRIPT:
         return " ".join(["python", *record.get("command", [])])
     threads = record.get("torch_threads")

@@ -59,8 +59,8 @@ class SampleStream:
         stop: Callable[[], bool] = lambda: False,
         in_worker: bool = False,
     ) -> None:
-        """`stop`: whether the run is to stop; asked while waiting, from this thread and from another. `in_worker`: one of
-        the workers of a loader reads, to whom `datasets` would give nothing unless it is the first."""
+        """`stop`: whether the run is to stop; asked while waiting, from this thread and from another. `in_worker`: one
+        of the workers of a loader reads, to whom `datasets` would give nothing unless it is the first."""
         self.corpus, self.encoder, self.mode, self.max_length = corpus, encoder, mode, max_length
         self.passes = Passes(corpus, epochs, shuffle_buffer, seed, skip_broken_shards)
         self.world_size, self.rank, self.accumulated = world_size, rank, accumulated
