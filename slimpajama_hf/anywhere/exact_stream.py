@@ -169,22 +169,27 @@ class ExactStream(IterableDataset):
         samples = self.samples(start.cursor)
         block = self._samples_of_a_batch or self.world_size
         share = block // self.world_size
-        position = start.samples
-        for sample in samples:
+        own: list[tuple[Sample, Place]] = []
+        for position, sample in enumerate(samples, start.samples):
             batch, place = divmod(position - start.origin, block)
-            position += 1
-            if batch % workers != number:
-                continue
-            if notes is not None:
-                notes.add(sample)
-            if place // share != self.rank and self.world_size > 1:
-                continue
-            self._given = Place(sample.after, position, start.origin)
-            yield self._item(sample)
+            if batch % workers == number:
+                if notes is not None:
+                    notes.add(sample)
+                if place // share == self.rank:
+                    own.append((sample, Place(sample.after, position + 1, start.origin)))
+            # Of several processes each knows the whole batch before it gives its part of it away.
+            if own and (self.world_size == 1 or place == block - 1):
+                yield from self._given_out(own)
+                own = []
+        yield from self._given_out(own)
         self._ended = samples
         if notes is None:
             # Whoever begins once more begins at the beginning, as with any dataset.
             self._start = self._given = Place()
+
+    def _given_out(self, own: list[tuple[Sample, Place]]) -> Iterator[dict[str, Any]]:
+        for sample, self._given in own:
+            yield self._item(sample)
 
     def samples(self, start: Cursor) -> SampleStream:
         """The samples themselves, from a cursor on."""

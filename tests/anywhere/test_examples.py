@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from slimpajama_hf import report
+from slimpajama_hf.errors import UserError
+from slimpajama_hf.lookback import checks, comparison, inspection, replay, rewind
 from tests.anywhere import scripts
 from tests.anywhere.conftest import STEPS
-from tests.conftest import read_ledger, run_command
+from tests.conftest import read_ledger, run_command, run_script
 
 
 def test_a_strangers_script_needs_two_lines():
@@ -60,15 +64,27 @@ def test_killed_twenty_times_it_leaves_what_it_leaves_unbroken(
 
 
 @pytest.mark.parametrize("name", ["trainer_two_lines", "pytorch_loop"])
-def test_the_commands_know_such_a_run(name, unbroken):
+def test_the_commands_know_such_a_run(name, unbroken, tmp_path):
     """What reads ledgers reads these; what would train again says in a sentence why it does not."""
-    run = str(unbroken(name))
-    assert (Path(run) / "report.html").is_file() and list((Path(run) / "training_viz").glob("*.png"))
-    for words in (["verify", run], ["report", run], ["views", run], ["inspect", run, "--step", "3"],
-                  ["inspect", run, "--find", "river"]):  # fmt: skip
-        done = run_command(*words)
-        assert done.returncode == 0, (words, done.stdout, done.stderr)
-    for words in (["verify", run, "--replay", "1:3"], ["rewind", run, "--to", "1", "--drop", "2"]):
-        done = run_command(*words)
-        assert done.returncode == 1 and "a script of its own trained this run" in done.stderr, (words, done.stderr)
-        assert "Traceback" not in done.stderr
+    run = unbroken(name)
+    assert (run / "report.html").is_file() and list((run / "training_viz").glob("*.png"))
+    assert report.write(run).is_file()
+    verified = checks.verify(run)
+    assert verified.ok, verified.lines
+    step = inspection.inspect(run, 3, sample=1)
+    assert step.tokens and step.documents[0].sha1 == read_ledger(run)[3]["samples"][1]["text_sha1"]
+    other = shutil.copytree(run, tmp_path / "other")
+    (parting,) = comparison.compare([str(run), str(other)]).partings
+    assert parting.same_steps == STEPS and not parting.fields
+    for again in (lambda: replay.replay(run, 1, 3), lambda: rewind.rewind(str(run), 1, 2)):
+        with pytest.raises(UserError, match="a script of its own trained this run"):
+            again()
+
+
+def test_the_command_line_says_it_without_a_traceback(unbroken):
+    run = str(unbroken("pytorch_loop"))
+    done = run_command("inspect", run, "--find", "river")
+    assert done.returncode == 0 and "was read at" in done.stdout, done.stderr
+    done = run_script("--output_dir", run, "--resume_from_checkpoint", "true")
+    assert done.returncode == 1 and "a script of its own trained this run" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
