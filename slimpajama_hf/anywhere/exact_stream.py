@@ -120,6 +120,7 @@ class ExactStream(IterableDataset):
         self._notes: Notes | NotesOfWorkers | None = None
         """What training has not taken yet; None: nobody asks (`track`)."""
         self._folder: Path | None = None
+        self._reading: Any = None
         self._ended: SampleStream | None = None
         """The stream that was read to its end."""
         # Seen by workers that are forked; those that are spawned are seen when this is pickled.
@@ -130,8 +131,8 @@ class ExactStream(IterableDataset):
 
         if get_spawning_popen() is not None:
             self._worked_on[0] = 1
-        left_out = {"_worked_on": None, "_notes": None if self._notes is None else Notes(), "_ended": None}
-        return self.__dict__ | left_out
+        left_out = dict.fromkeys(("_worked_on", "_ended", "_reading"))
+        return self.__dict__ | left_out | {"_notes": None if self._notes is None else Notes()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"_worked_on": mmap.mmap(-1, 1)})
@@ -170,7 +171,8 @@ class ExactStream(IterableDataset):
         block = self._samples_of_a_batch or self.world_size
         share = block // self.world_size
         own: list[tuple[Sample, Place]] = []
-        for position, sample in enumerate(samples, start.samples):
+        self._reading = reading = iter(samples)
+        for position, sample in enumerate(reading, start.samples):
             batch, place = divmod(position - start.origin, block)
             if batch % workers == number:
                 if notes is not None:
@@ -275,6 +277,11 @@ class ExactStream(IterableDataset):
             at = self._start
             self._start = Place(taken[-1].after, at.samples + len(taken), at.origin)
         return taken
+
+    def close(self) -> None:
+        """Read no more: the thread that reads ahead ends."""
+        if self._reading is not None:
+            self._reading.close()
 
     @property
     def cursor(self) -> Cursor:

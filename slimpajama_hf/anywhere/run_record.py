@@ -29,6 +29,9 @@ from slimpajama_hf.training.clock import TrainingClock
 from slimpajama_hf.training.recorder import StepRecorder
 from slimpajama_hf.training.step_numbers import StepNumbers
 
+#: The record of each folder that is on in this process. One that an error ended left its folder locked.
+_ON: dict[Path, RunRecord] = {}
+
 #: Notes of the workers of a loader lie here; the underscore keeps them out of uploads.
 _NOTES = "_notes"
 _RNG = "rng_state_of_loop.pth"
@@ -242,13 +245,20 @@ class RunRecord(TrainerCallback):
 
     def close(self) -> None:
         """The run is over: the ledger is closed, charts and report are drawn."""
+        self.stream.close()
         if self._recorder is not None and self._folder is not None:
             self._recorder.close()
             self._note_the_end()
             if self._report and self.steps:
                 run_of_script.draw(self._folder, self._max_steps or self.steps)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Leave the folder to others, as it is."""
+        self._seen.end()
         self._recorder = None
         self._at_end.close()
+        _ON.pop(self.path.resolve(), None)
 
     # ---- both ----
 
@@ -262,8 +272,11 @@ class RunRecord(TrainerCallback):
     ) -> None:
         rank, world = loaders.processes()
         self.steps, self._max_steps, self._resumed_from = step, max_steps, checkpoint
-        point = ResumePoint()
+        point, place = ResumePoint(), self.path.resolve()
         if rank == 0:
+            if place in _ON:
+                _ON[place].let_go()
+            _ON[place] = self
             folder = run_of_script.open_folder(self.path, self._at_end, step)
             point = run_of_script.go_on(folder, self.stream, checkpoint)
             run_of_script.record_run(folder, self.stream, model, point, max_steps, settings)

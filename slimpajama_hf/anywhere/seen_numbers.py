@@ -78,8 +78,9 @@ class SeenNumbers:
         labels = kwargs.get("labels")
         if loss is None or labels is None:
             self._say(
+                "loss",
                 "the model returns no loss (or is given no labels), as with label smoothing or a loss function of your "
-                "own: the ledger has no losses"
+                "own: the ledger has no losses",
             )
             return
         targets = labels[..., 1:]
@@ -94,20 +95,21 @@ class SeenNumbers:
             own = scores.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
             right = ((own == best) & predicted).sum()
         else:
-            self._say("the model returns no logits: the ledger has no accuracy")
+            self._say("logits", "the model returns no logits: the ledger has no accuracy")
         self._passes.append(torch.stack([nats, count.to(nats), right.to(nats)]))
 
-    def _say(self, what: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
+    def _say(self, of: str, what: str) -> None:
+        if of not in self._said:
+            self._said.add(of)
             screen.say(what)
 
     def say_if_another(self, predicted: int, of_stream: int) -> None:
         """Say once that a collator or a mask leaves out, or adds, tokens of the stream."""
         if predicted != of_stream:
             self._say(
+                "tokens",
                 f"a step predicted {predicted:,} tokens where its samples have {of_stream:,} to predict (a mask, or a "
-                "collator that cuts): losses are means of the former, tokens and bytes of the ledger are the samples'"
+                "collator that cuts): losses are means of the former, tokens and bytes of the ledger are the samples'",
             )
 
     def of_step(self, device: torch.device, together: bool) -> torch.Tensor:

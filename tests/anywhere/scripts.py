@@ -45,9 +45,7 @@ def start(
     return python(str(KILLED), str(run), moment, str(EXAMPLES / f"{name}.py"), *arguments)
 
 
-def until_the_end(
-    name: str, texts: str, tokenizer: Path, run: Path, steps: int, kills: int, seed: int
-) -> list[str]:
+def until_the_end(name: str, texts: str, tokenizer: Path, run: Path, steps: int, kills: int, seed: int) -> list[str]:
     """Start an example again and again until it is through, killed so often at moments drawn by `seed`; those moments."""
     draw, moments = random.Random(seed), []
     for _ in range(kills):

@@ -54,9 +54,7 @@ def test_killed_twice_it_leaves_what_it_leaves_unbroken(name, texts, tokenizer, 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("name", scripts.SCRIPTS)
-def test_killed_twenty_times_it_leaves_what_it_leaves_unbroken(
-    name, texts, tokenizer, tmp_path, unbroken, fault_table
-):
+def test_killed_twenty_times_it_leaves_what_it_leaves_unbroken(name, texts, tokenizer, tmp_path, unbroken, fault_table):
     if not scripts.is_there(name):
         pytest.skip("trl is not installed here; `make test-clients` runs it")
     _killed(name, 20, 2, texts, tokenizer, tmp_path, unbroken(name))
