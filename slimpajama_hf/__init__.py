@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slimpajama_hf.anywhere.exact_checkpoints import ExactCheckpoints as ExactCheckpoints
     from slimpajama_hf.anywhere.exact_stream import ExactStream as ExactStream
+    from slimpajama_hf.anywhere.noise_scale import noise_scale as noise_scale
     from slimpajama_hf.anywhere.run_record import RunRecord as RunRecord
+    from slimpajama_hf.anywhere.step_charts import StepCharts as StepCharts
+    from slimpajama_hf.anywhere.turned_muon import TurnedMuon as TurnedMuon
+    from slimpajama_hf.anywhere.weight_average import WeightAverage as WeightAverage
 
 __version__ = "0.1.0"
 
@@ -28,9 +32,22 @@ _PUBLIC = {
     "ExactCheckpoints": "exact_checkpoints",
     "ExactStream": "exact_stream",
     "RunRecord": "run_record",
+    "StepCharts": "step_charts",
+    "TurnedMuon": "turned_muon",
+    "WeightAverage": "weight_average",
+    "noise_scale": "noise_scale",
 }
 
-__all__ = ["ExactCheckpoints", "ExactStream", "RunRecord", "__version__"]
+__all__ = [
+    "ExactCheckpoints",
+    "ExactStream",
+    "RunRecord",
+    "StepCharts",
+    "TurnedMuon",
+    "WeightAverage",
+    "__version__",
+    "noise_scale",
+]
 
 
 def __getattr__(name: str) -> Any:
