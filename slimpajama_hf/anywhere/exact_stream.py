@@ -119,6 +119,10 @@ class ExactStream(IterableDataset):
         self._start = self._given = Place()
         self._notes: Notes | NotesOfWorkers | None = None
         """What training has not taken yet; None: nobody asks (`track`)."""
+        self.is_over = False
+        """Whether the run is through: then it gives nothing,"""
+        self.fills_a_batch = False
+        """or one item that nobody is to see, where accelerate would not take an empty loader."""
         self._folder: Path | None = None
         self._reading: Any = None
         self._ended: SampleStream | None = None
@@ -166,6 +170,10 @@ class ExactStream(IterableDataset):
         return self.batch_size * self.world_size if self.batch_size else None
 
     def _items(self, number: int, workers: int, notes: Notes | WrittenNotes | Any) -> Iterator[dict[str, Any]]:
+        if self.is_over:
+            if self.fills_a_batch:
+                yield {name: [0, 0] for name in ("input_ids", *(["labels"] * self.labels))}
+            return
         start = self._given = self._start
         samples = self.samples(start.cursor)
         block = self._samples_of_a_batch or self.world_size
@@ -192,6 +200,15 @@ class ExactStream(IterableDataset):
     def _given_out(self, own: list[tuple[Sample, Place]]) -> Iterator[dict[str, Any]]:
         for sample, self._given in own:
             yield self._item(sample)
+
+    def has_more(self) -> bool:
+        """Whether there is a sample behind what was taken."""
+        if self.cursor.size:
+            # Inside of a shuffled block, which would have to be read whole.
+            return True
+        behind = self.samples(self.cursor)
+        behind.passes = dataclasses.replace(behind.passes, shuffle_buffer=0)
+        return next(iter(behind), None) is not None
 
     def samples(self, start: Cursor) -> SampleStream:
         """The samples themselves, from a cursor on."""

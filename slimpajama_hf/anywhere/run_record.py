@@ -113,9 +113,21 @@ class RunRecord(TrainerCallback):
         }  # fmt: skip
         self._begin(kwargs["model"], state.max_steps, checkpoint, state.global_step, settings)
         self._device = args.device
+        self._is_over(state, loader)
         self._begin_reading(loader)
         self._seen.begin(kwargs["model"])
         self.clock.start()
+
+    def _is_over(self, state: Any, loader: Any) -> None:
+        """Of a run that goes on, whether there is nothing to do: a Trainer makes one more step before it looks."""
+        has_steps = state.global_step >= state.max_steps
+        self.stream.is_over = has_steps or (self._resumed_from is not None and not self.stream.has_more())
+        if self.stream.is_over:
+            self.stream.fills_a_batch = hasattr(loader, "skip_batches")
+            if self.stream.fills_a_batch:
+                loader.skip_batches = 1
+            advice = "raise max_steps to go on" if has_steps else "the stream has no more samples"
+            screen.say(f"nothing left to do: the run has its {state.global_step:,} steps; {advice}")
 
     def _refuse(self, args: Any) -> None:
         if not (self._joined or args.ignore_data_skip):

@@ -120,6 +120,30 @@ def test_the_stream_ends_inside_a_step(texts, tmp_path, capfd):
     assert "batches were read and not learned" in capfd.readouterr().err
 
 
+def test_a_run_that_has_its_steps_makes_no_more(texts, tmp_path, capfd):
+    """The Trainer alone would make one step beyond max_steps whenever it is started again."""
+    run = tmp_path / "run"
+    for _ in range(2):
+        trainer = trainer_of(texts, run, max_steps=2)
+        trainer.train(resume_from_checkpoint=RunRecord.newest(run))
+        assert len(read_ledger(run)) == trainer.state.global_step == 2
+    assert "nothing left to do: the run has its 2 steps; raise max_steps" in capfd.readouterr().err
+
+
+def test_a_run_that_has_read_all_goes_on_to_nothing(texts, tmp_path, capfd):
+    """accelerate's loader takes no stream that is empty."""
+    run, file = tmp_path / "run", texts.replace("*", "0")
+    for steps in (10, 11):
+        stream = stream_of(file, mode="window")
+        trainer = trainer_of(
+            file, run, stream=stream, max_steps=1000 * steps, save_steps=1, per_device_train_batch_size=64
+        )
+        trainer.train(resume_from_checkpoint=RunRecord.newest(run))
+    rows = read_ledger(run)
+    assert sum(max(len(row["samples"]), 1) for row in rows) == len(list(stream_of(file, mode="window")))
+    assert "the stream has no more samples" in capfd.readouterr().err
+
+
 def test_a_resume_that_is_not_the_same_run_is_refused(texts, tmp_path):
     run = tmp_path / "run"
     trainer_of(texts, run).train()
