@@ -191,8 +191,10 @@ class ExactStream(IterableDataset):
             if own and (self.world_size == 1 or place == block - 1):
                 yield from self._given_out(own)
                 own = []
-        yield from self._given_out(own)
         self._ended = samples
+        if notes is not None:
+            notes.end()
+        yield from self._given_out(own)
         if notes is None:
             # Whoever begins once more begins at the beginning, as with any dataset.
             self._start = self._given = Place()
@@ -287,9 +289,16 @@ class ExactStream(IterableDataset):
             self._notes = Notes()
 
     def take(self, count: int) -> list[Sample]:
-        """The next `count` samples as taken by training (fewer at the end of the stream), without their texts."""
+        """The next `count` samples as taken by training (fewer at the end of the stream), without their texts. Raises
+        UserError where so many were not given out."""
         assert self._notes is not None
         taken = self._notes.take(count)
+        if len(taken) < count and not self._notes.ended:
+            raise UserError(
+                f"training says that it took {count:,} samples, and the loader has given out {len(taken):,}: its "
+                "batches are not of the size that it says, or a loop called step() without a batch of "
+                "record.batches(loader)"
+            )
         if taken:
             at = self._start
             self._start = Place(taken[-1].after, at.samples + len(taken), at.origin)

@@ -37,9 +37,9 @@ def of_loader(loader: Any, stream: ExactStream) -> Handing:
     from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
 
     _refuse(loader, stream)
-    _, world = processes()
     batch, inner = loader.batch_size or 1, loader.dataset
     if type(loader) is DataLoaderDispatcher:
+        world = loader.state.num_processes
         # The first process reads, and shares out.
         whole = batch if loader.split_batches else batch * world
         return Handing(whole, batch, loader.num_workers, whole // world)
@@ -70,6 +70,13 @@ def _refuse(loader: Any, stream: ExactStream) -> None:
         raise UserError(
             f"{loader.num_workers} workers, and a datasets.IterableDataset of one shard, which one of them alone would "
             "read; use 0 workers or 1, or give the ExactStream itself"
+        )
+    state = getattr(loader, "state", None)
+    prepared_for = getattr(state if state is not None else loader.dataset, "num_processes", world)
+    if shared_by_accelerate and prepared_for != world:
+        raise UserError(
+            f"{world} processes, and accelerate shares out for {prepared_for}, so that each would read every document; "
+            "start them with accelerate launch (on a CPU: --cpu, or Accelerator(cpu=True))"
         )
     if world > 1 and not shared_by_accelerate and stream.world_size != world:
         raise UserError(

@@ -33,13 +33,19 @@ class Notes:
 
     def __init__(self) -> None:
         self._notes: deque[Sample] = deque()
+        self.ended = False
+        """Whether no more will come, for the stream was read to its end."""
+
+    def end(self) -> None:
+        """No more will come."""
+        self.ended = True
 
     def add(self, sample: Sample) -> None:
         """The next one."""
         self._notes.append(note_of(sample))
 
     def take(self, count: int) -> list[Sample]:
-        """The next `count` samples, fewer where the stream has given out no more."""
+        """The next `count` samples, fewer where there are no more."""
         return [self._notes.popleft() for _ in range(min(count, len(self._notes)))]
 
 
@@ -53,13 +59,20 @@ class WrittenNotes:
 
     def add(self, sample: Sample) -> None:
         """The next one of this worker; it can be read as soon as this returns."""
+        data = pickle.dumps(note_of(sample), pickle.HIGHEST_PROTOCOL)
+        self._write(data)
+
+    def end(self) -> None:
+        """No more will come of this worker."""
+        self._write(b"")
+
+    def _write(self, data: bytes) -> None:
         part, place = divmod(self._written, NOTES_A_FILE)
         if place == 0:
             if self._file is not None:
                 self._file.close()
             self._file = open(_path(self._folder, self._number, part), "wb", buffering=0)  # noqa: SIM115
         assert self._file is not None
-        data = pickle.dumps(note_of(sample), pickle.HIGHEST_PROTOCOL)
         self._file.write(_SIZE.pack(len(data)) + data)
         self._written += 1
 
@@ -79,9 +92,11 @@ class NotesOfWorkers:
         self._taken = 0
         self._read = [0] * workers
         self._files: list[BinaryIO | None] = [None] * workers
+        self.ended = False
+        """Whether no more will come, for the worker whose turn it is has read the stream to its end."""
 
     def take(self, count: int) -> list[Sample]:
-        """The next `count` samples, fewer where the stream has given out no more."""
+        """The next `count` samples, fewer where there are no more."""
         found: list[Sample] = []
         while len(found) < count:
             note = self._next_of(self._taken // self._block % self._workers)
@@ -107,6 +122,10 @@ class NotesOfWorkers:
         head = file.read(_SIZE.size)
         data = file.read(_SIZE.unpack(head)[0]) if len(head) == _SIZE.size else b""
         if len(head) < _SIZE.size or len(data) < _SIZE.unpack(head)[0]:
+            file.seek(here)
+            return None
+        if not data:
+            self.ended = True
             file.seek(here)
             return None
         self._read[worker] += 1

@@ -313,12 +313,9 @@ class RunRecord(TrainerCallback):
         if self._recorder is None:
             return
         assert self._handing is not None
-        together = self.stream.take(batches * self._handing.samples)
+        together = self.stream.take(max(batches * self._handing.samples, 1))
         if not together:
-            raise UserError(
-                f"step {step}: no sample of the stream came between the last step and this one; in a loop of your own, "
-                "call step() once for each optimizer step, inside `for batch in record.batches(loader)`"
-            )
+            raise UserError(f"step {step}: no sample of the stream came between the last step and this one")
         skipped_records: dict[str, int] = {}
         for each in together:
             for reason, count in each.skipped.items():

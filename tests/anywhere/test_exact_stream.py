@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, default_data_collator
 
@@ -179,9 +181,22 @@ def test_a_loader_that_every_process_would_read_whole_is_refused(texts, monkeypa
         loaders.of_loader(DataLoader(stream, batch_size=2), stream)
     with pytest.raises(UserError, match="a stream that this loader does not read"):
         loaders.of_loader(DataLoader(stream_of(texts), batch_size=2), stream)
+    for_one = prepare_data_loader(DataLoader(stream, batch_size=2), put_on_device=True, device=torch.device("cpu"))
+    with pytest.raises(UserError, match="accelerate shares out for 1"):
+        loaders.of_loader(for_one, stream)
     out_of_order = DataLoader(stream, batch_size=2, num_workers=2, in_order=False)
     with pytest.raises(UserError, match="in_order"):
         loaders.of_loader(out_of_order, stream)
+
+
+def test_more_than_was_given_out_is_not_taken(texts, tmp_path):
+    """What training says that it took is held against what the loader has given out."""
+    stream = stream_of(texts)
+    stream.track(tmp_path / "notes", 0, 2, True)
+    items = iter(stream)
+    next(items)
+    with pytest.raises(UserError, match="took 3 samples, and the loader has given out 1"):
+        stream.take(3)
 
 
 def test_as_a_dataset_of_datasets_it_gives_the_same(texts, order):

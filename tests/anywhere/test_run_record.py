@@ -200,7 +200,7 @@ def test_a_loop_that_steps_without_a_batch_is_told(texts, tmp_path):
     record.begin(small_model(stream))
     for _ in record.batches(torch.utils.data.DataLoader(stream, batch_size=2, collate_fn=stream.collate)):
         record.step(1.0, learning_rate=0.1)
-        with pytest.raises(UserError, match="once for each optimizer step"):
+        with pytest.raises(UserError, match="without a batch"):
             record.step(1.0, learning_rate=0.1)
         break
     record.close()
