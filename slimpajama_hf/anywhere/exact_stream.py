@@ -171,7 +171,7 @@ class ExactStream(IterableDataset):
 
     def _items(self, number: int, workers: int, notes: Notes | WrittenNotes | Any) -> Iterator[dict[str, Any]]:
         if self.is_over:
-            if self.fills_a_batch:
+            if self.fills_a_batch and number == 0:
                 yield {name: [0, 0] for name in ("input_ids", *(["labels"] * self.labels))}
             return
         start = self._given = self._start

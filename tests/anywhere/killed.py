@@ -6,6 +6,7 @@ written) or `never`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import signal
@@ -33,6 +34,9 @@ def _kill_when(run: Path, moment: str) -> None:
 
 
 if __name__ == "__main__":
+    # A group of its own, so that nobody else is killed with it.
+    with contextlib.suppress(OSError):
+        os.setsid()
     folder, when, script = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     sys.argv = sys.argv[3:]
     if when != "never":

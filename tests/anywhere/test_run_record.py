@@ -120,11 +120,12 @@ def test_the_stream_ends_inside_a_step(texts, tmp_path, capfd):
     assert "batches were read and not learned" in capfd.readouterr().err
 
 
-def test_a_run_that_has_its_steps_makes_no_more(texts, tmp_path, capfd):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_has_its_steps_makes_no_more(texts, tmp_path, capfd, workers):
     """The Trainer alone would make one step beyond max_steps whenever it is started again."""
     run = tmp_path / "run"
     for _ in range(2):
-        trainer = trainer_of(texts, run, max_steps=2)
+        trainer = trainer_of(texts, run, max_steps=2, dataloader_num_workers=workers)
         trainer.train(resume_from_checkpoint=RunRecord.newest(run))
         assert len(read_ledger(run)) == trainer.state.global_step == 2
     assert "nothing left to do: the run has its 2 steps; raise max_steps" in capfd.readouterr().err
