@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from slimpajama_hf import report
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.lookback import checks, comparison, inspection, replay, rewind
+from slimpajama_hf.views import views
 from tests.anywhere import scripts
 from tests.anywhere.conftest import STEPS
 from tests.conftest import read_ledger, run_command, run_script
@@ -61,12 +63,13 @@ def test_killed_twenty_times_it_leaves_what_it_leaves_unbroken(name, texts, toke
     fault_table(f"kill -9 of examples/{name}.py", 20, bit_equal=True)
 
 
-@pytest.mark.parametrize("name", ["trainer_two_lines", "pytorch_loop"])
+@pytest.mark.parametrize("name", ["trainer_two_lines", pytest.param("pytorch_loop", marks=pytest.mark.slow)])
 def test_the_commands_know_such_a_run(name, unbroken, tmp_path):
     """What reads ledgers reads these; what would train again says in a sentence why it does not."""
     run = unbroken(name)
     assert (run / "report.html").is_file() and list((run / "training_viz").glob("*.png"))
     assert report.write(run).is_file()
+    assert "a script of its own" in views.caption_of(json.loads((run / "run.json").read_text()))[1]
     verified = checks.verify(run)
     assert verified.ok, verified.lines
     step = inspection.inspect(run, 3, sample=1)
