@@ -9,7 +9,7 @@ CLIENTS ?= $(VENV)/clients
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: help install test-run test test-faults test-clients test-all check lint types audit bench docs gpu-check train clean
+.PHONY: help install test-run test test-faults test-clients test-all check lint types wheel audit bench docs gpu-check train clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,7 +34,8 @@ test: $(DEV_STAMP) ## the whole test suite; no Hub, no GPU
 	@$(BIN)/python -m pytest
 
 FAULT_TESTS := tests/test_faults.py tests/test_interruptions.py tests/test_limits.py tests/test_every_write.py tests/test_damage.py \
-	tests/corpus/test_stream_faults.py tests/corpus/test_odd_files.py tests/hub/test_hub_push.py tests/training/test_several_processes.py
+	tests/corpus/test_stream_faults.py tests/corpus/test_odd_files.py tests/hub/test_hub_push.py tests/training/test_several_processes.py \
+	tests/anywhere/test_examples.py tests/anywhere/test_exact_stream.py
 test-faults: $(DEV_STAMP) ## the long version of the faults (kills, full disks, broken streams), and their table
 	@rm -f $(VENV)/faults.jsonl
 	@FAULT_TABLE=$(VENV)/faults.jsonl $(BIN)/python -m pytest -m "slow or not slow" $(FAULT_TESTS)
@@ -52,6 +53,9 @@ lint: $(DEV_STAMP) ## style
 
 types: $(DEV_STAMP) ## type checker
 	@$(BIN)/mypy
+
+wheel: $(DEV_STAMP) ## the wheel, installed outside of the repository, and every example run from it
+	@$(BIN)/python -m pytest -m slow -n 0 tests/anywhere/test_wheel.py
 
 audit: $(DEV_STAMP) ## known vulnerabilities of the pinned dependencies, where the package index tells of them
 	@$(BIN)/pip-audit --no-deps --disable-pip --progress-spinner off -r requirements.txt

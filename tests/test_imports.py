@@ -26,7 +26,7 @@ WINGS: dict[str, set[str]] = {
     "training": {"samples", "model", "record", "corpus", "settings"},
     "lookback": {"views", "samples", "record", "corpus", "settings"},
 }
-for _wing in ("hub", "watching", "session", "commands"):
+for _wing in ("hub", "watching", "session", "anywhere", "commands"):
     WINGS[_wing] = set(WINGS)
 
 #: Files on top that begin a program: they stand on the wings, and no wing on them.
@@ -161,6 +161,26 @@ def test_a_late_import_is_seen(tmp_path, late):
     (package / "__init__.py").write_text("")
     assert circles(package) == {"record.ledger", "training.trainer"}
     assert [line.partition(": ")[2] for line in broken_laws(package)] == ["record.ledger imports training.trainer"]
+
+
+def test_nothing_of_the_program_stands_on_its_public_face():
+    """`anywhere` gives what is there to scripts of others; the program itself needs none of it."""
+    users = {name for name, others in graph().items() for other in others if other.startswith("anywhere")}
+    assert all(name.startswith("anywhere") or name == "" for name in users), users
+
+
+def test_the_public_face_is_imported_when_it_is_asked_for():
+    """`import slimpajama_hf` is as fast as it was; every public name is there, and nothing else."""
+    code = (
+        "import slimpajama_hf, sys\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "for name in slimpajama_hf.__all__: getattr(slimpajama_hf, name)\n"
+        "try: slimpajama_hf.nothing\n"
+        "except AttributeError as error: assert 'nothing' in str(error)\n"
+        "else: raise AssertionError"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("wing", WITHOUT_THE_TRAINER)

@@ -20,7 +20,7 @@ from slimpajama_hf.errors import UsageError, UserError
 from slimpajama_hf.lookback.findings import Problems
 from slimpajama_hf.lookback.run import Report, Run, checkpoint_problem
 from slimpajama_hf.lookback.side_by_side import differences, side_by_side
-from slimpajama_hf.record import checkpoints, ownership
+from slimpajama_hf.record import checkpoints, ownership, run_folder
 from slimpajama_hf.record.run_folder import RunFolder
 
 SCRIPT = ROOT / "run_clm_slimpajama.py"
@@ -46,6 +46,7 @@ def replay(path: str | Path, first: int, end: int) -> Report:
     ledger has no such steps, or when training them again does not succeed.
     """
     run = Run(path)
+    run_folder.refuse_of_a_script(run.folder.path, run.record, "training its steps again")
     config = run.config_to_train()
     _refuse_range(run, first, end)
     start, notes = nearest_checkpoint(run, first)

@@ -206,6 +206,7 @@ def rewind(
     such steps, when the folder is taken, or when training does not succeed.
     """
     run = Run(path)
+    run_folder.refuse_of_a_script(run.folder.path, run.record, "training it again without a document")
     config = run.config_to_train()
     plan = _plan(run, to, drop, steps)
     again = Path(output_dir).expanduser() if output_dir else default_folder(run.folder.path, plan.start, drop)

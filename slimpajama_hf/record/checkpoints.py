@@ -43,7 +43,8 @@ def _members(folder: Path) -> list[Path]:
 def staged(run: Path, step: int, about: dict[str, Any]) -> Iterator[Path]:
     """A folder to write `checkpoint-<step>` into; on leaving it is synced, given its manifest and renamed into place.
 
-    Yields the parent of the folder (that is what transformers wants). On an error nothing of it stays.
+    Yields the parent of the folder (that is what transformers wants). On an error nothing of it stays. What is in
+    `about` when it is left goes into the manifest.
     """
     parent = run / f"{STAGING}.{os.getpid()}"
     shutil.rmtree(parent, ignore_errors=True)
@@ -158,12 +159,13 @@ def newest_before_trouble(run: Path) -> Path | None:
     return None
 
 
-def keep_newest(run: Path, limit: int | None) -> None:
-    """Remove all but the `limit` newest checkpoints, by step number."""
+def keep_newest(run: Path, limit: int | None, spared: Path | None = None) -> None:
+    """Remove all but the `limit` newest checkpoints, by step number, and `spared`."""
     if limit is None or limit <= 0:
         return
     for step in steps(run)[:-limit]:
-        shutil.rmtree(path_of(run, step), ignore_errors=True)
+        if path_of(run, step) != spared:
+            shutil.rmtree(path_of(run, step), ignore_errors=True)
 
 
 def resolve(place: str) -> Path:

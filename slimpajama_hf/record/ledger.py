@@ -105,8 +105,8 @@ class Row:
         return record | record.pop("added")
 
 
-#: Names that a row may have and that are no added number.
-_FIELDS = frozenset(field.name for field in dataclasses.fields(Row)) | {"chain"}
+#: Names that a row may have, or one of its samples, and that are no added number.
+_FIELDS = frozenset(field.name for field in dataclasses.fields(Row)) | {"chain", "rank"}
 
 
 def added(row: dict[str, Any]) -> dict[str, float | None]:

@@ -104,6 +104,19 @@ class RunFolder:
             raise UserError(f"{self.record}: cannot be read ({error})") from None
 
 
+#: What `made_by` of `run.json` says of the run of a script of somebody else's (`anywhere/run_record.py`).
+OF_A_SCRIPT = "RunRecord"
+
+
+def refuse_of_a_script(path: Path, record: dict[str, Any], what: str) -> None:
+    """Raise UserError where only the script that made a run could do `what`."""
+    if record.get("made_by") == OF_A_SCRIPT:
+        raise UserError(
+            f"{path}: a script of its own trained this run (RunRecord), so {what} needs that script: start it again "
+            "with resume_from_checkpoint, on a copy of the folder if this one shall stay as it is"
+        )
+
+
 #: What a `run.json` has, with the kind of each, `.` between a name and a name inside; of the first six none is missing.
 _SHAPE: dict[str, type | tuple[type, ...]] = {
     "corpus": dict, "corpus.name": str, "corpus.mirror": str, "model": dict, "model.name": str, "tokenizer": str,
@@ -264,7 +277,10 @@ def _bytes_of(folder: Path) -> int:
 
 
 def resume_command(folder: Path, record: dict[str, Any]) -> str:
-    """What goes on with a run, with the threads of its `run.json` (`record`): accelerate gives a CPU one by itself."""
+    """What goes on with a run, with the threads of its `run.json` (`record`): accelerate gives a CPU one by itself. Of
+    a script of somebody else's, that script."""
+    if record.get("made_by") == OF_A_SCRIPT:
+        return " ".join(["python", *record.get("command", [])])
     threads = record.get("torch_threads")
     launch = f"accelerate launch --num_cpu_threads_per_process {threads}" if threads else "accelerate launch"
     processes = record.get("processes", 1)

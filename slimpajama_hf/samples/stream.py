@@ -68,9 +68,12 @@ class SampleStream:
         short_text_characters: int | None = SHORT_TEXT_CHARACTERS,
         start: Cursor | None = None,
         stop: Callable[[], bool] = lambda: False,
+        in_worker: bool = False,
     ) -> None:
         """`stop`: whether the run is to stop; asked while waiting, from this thread and from another.
-        `short_text_characters`: None for a run of a version in which all processes looked at every document."""
+        `short_text_characters`: None for a run of a version in which all processes looked at every document.
+        `in_worker`: one of the workers of a loader reads, to whom `datasets` would give nothing unless it is the
+        first."""
         self.corpus, self.encoder, self.mode, self.max_length = corpus, encoder, mode, max_length
         self.passes = Passes(corpus, epochs, shuffle_buffer, seed, skip_broken_shards)
         self.world_size, self.rank, self.accumulated = world_size, rank, accumulated
@@ -80,7 +83,7 @@ class SampleStream:
         self.leave_out = frozenset(leave_out)
         """`shard#row`: documents that are never trained; `shard#row.part`: that sample of one alone."""
         self.start = start if start is not None else Cursor()
-        self._stop = stop
+        self._stop, self._in_worker = stop, in_worker
         self.gaps_at_end: list[dict[str, Any]] = []
         """Shards set aside after the last sample of the stream: no sample carries them."""
         self.skipped_at_end: dict[str, int] = {}
@@ -103,23 +106,27 @@ class SampleStream:
         )
 
     def _samples(self, start: Cursor, patience: Patience) -> Iterator[Sample]:
-        records = stream(self.passes, start, patience)
         samples: Iterable[Sample | Unusable | Gap]
-        if self.mode == "truncate":
+        cut: dict[str, Any] = {"encoder": self.encoder, "max_length": self.max_length}
+        of_datasets = None if self._in_worker else stream(self.passes, start, patience)
+        if self.mode == "truncate" and of_datasets is not None:
             # The streaming map of `datasets`: one record in, its first tokens out. Of several processes, who is to
             # tokenize a record is known when it has its place.
             if self.world_size > 1:
-                mapped = records.map(untokenized, remove_columns=["record"])
+                mapped = of_datasets.map(untokenized, remove_columns=["record"])
             else:
-                mapped = records.map(
-                    truncate,
-                    fn_kwargs={"encoder": self.encoder, "max_length": self.max_length},
-                    remove_columns=["record"],
-                )
+                mapped = of_datasets.map(truncate, fn_kwargs=cut, remove_columns=["record"])
             samples = (example["sample"] for example in mapped)
         else:
-            make = windows if self.mode == "window" else packed
-            samples = make((example["record"] for example in records), self.encoder, self.max_length, start)
+            plain = self.passes.records(start, patience)
+            records = plain if of_datasets is None else (example["record"] for example in of_datasets)
+            if self.mode == "truncate":
+                samples = (truncate({"record": record}, **cut)["sample"] for record in records)
+            else:
+                samples = (windows if self.mode == "window" else packed)(records, self.encoder, self.max_length, start)
+        yield from self._in_steps(samples)
+
+    def _in_steps(self, samples: Iterable[Sample | Unusable | Gap]) -> Iterator[Sample]:
         whole = self._with_what_was_passed_over(samples)
         yield from whole if self._size == 1 else self._steps(whole)
 

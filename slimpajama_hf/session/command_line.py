@@ -23,7 +23,7 @@ def parse(argv: Sequence[str]) -> Settings:
     Raises UsageError with one sentence for anything that cannot be understood, UserError for a resume that changes
     what matters.
     """
-    from slimpajama_hf.record import checkpoints, ownership
+    from slimpajama_hf.record import checkpoints, ownership, run_folder
     from slimpajama_hf.record.run_folder import RunFolder
     from slimpajama_hf.session import resume
 
@@ -46,6 +46,8 @@ def parse(argv: Sequence[str]) -> Settings:
     folder = RunFolder(run)
     if not folder.config.is_file():
         return settings
+    if folder.record.is_file():
+        run_folder.refuse_of_a_script(run, folder.read_record(), "going on with it")
     config: dict[str, Any] = read_config(str(folder.config))
     found: Stranger | None = None
     if not ownership.is_own(folder):

@@ -19,6 +19,7 @@ import yaml
 
 from slimpajama_hf import __version__, files, screen
 from slimpajama_hf.errors import UserError
+from slimpajama_hf.lookback.reread import vocabulary_sha256
 from slimpajama_hf.model.presets import checkpoint_bytes, vocabulary
 from slimpajama_hf.record import ownership
 from slimpajama_hf.record.ledger import Ledger
@@ -89,7 +90,7 @@ def record_run(
     Raises UserError when the tokenizer or the model's configuration is not what the run was begun with.
     """
     described = _model(settings, model, precision)
-    tokenizer_sha256 = _digest(sorted(tokenizer.get_vocab().items()))
+    tokenizer_sha256 = vocabulary_sha256(tokenizer)
     if is_asked(settings.training.resume_from_checkpoint) and folder.record.is_file():
         record = folder.read_record()
         _refuse_another(

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 MOST_BEHIND = 16
 
 
+_NO_NATS = np.zeros(0, np.float32)
+
+
 def shortest(value: float) -> float:
     """A float32 as the shortest decimal that reads back as the same float32: 0.001, not 0.0010000000474974513."""
     return float(str(np.float32(value))) if math.isfinite(value) else value
@@ -100,16 +103,19 @@ class StepRecorder:
         layers = noise.of_layers(self.layers, *step.by_parameter) if step.by_parameter is not None else {}
         together = sample.together or [sample]
         predicted = [each.predicted for each in together]
-        loss = losses[0]
-        if len(together) > 1:
-            loss = sum(each * count for each, count in zip(losses, predicted, strict=True)) / sum(predicted)
+        if step.mean is not None:
+            loss, accuracy = step.mean
+        else:
+            loss, accuracy = losses[0], sum(correct) / sum(predicted)
+            if len(together) > 1:
+                loss = sum(each * count for each, count in zip(losses, predicted, strict=True)) / sum(predicted)
         loss = shortest(loss)
         tokens = sum(predicted) + len(together)
         first = together[0]
         row = Row(
             step=step.step,
             loss=loss,
-            accuracy=sum(correct) / sum(predicted),
+            accuracy=accuracy,
             tokens=tokens,
             text_bytes=sum(each.text_bytes for each in together),
             throughput=round(tokens / seconds, 2),
@@ -135,19 +141,20 @@ class StepRecorder:
             skipped=sample.skipped,
             gaps=sample.gaps,
             documents=first.documents,
-            samples=self._samples(together, losses, correct) if sample.together else [],
+            samples=self._samples(step, together) if sample.together else [],
             added={name: shortest(value) for name, value in numbers.added().items()},
         )
         if self._ledger is not None:
-            self._unwritten.append((row, nats[0] if len(nats) == 1 else np.concatenate(nats)))
+            self._unwritten.append((row, nats[0] if len(nats) == 1 else np.concatenate([_NO_NATS, *nats])))
             record = self._drain() or row.as_dict()
             self._watch(record)
             for listener in tuple(self.listeners):
                 listener(record)
 
-    def _samples(self, together: list[Sample], losses: list[float], correct: list[float]) -> list[dict[str, Any]]:
-        return [
-            {
+    def _samples(self, step: Step, together: list[Sample]) -> list[dict[str, Any]]:
+        found = []
+        for place, each in enumerate(together):
+            sample = {
                 "rank": each.rank,
                 "shard": each.document.shard,
                 "row": each.document.row,
@@ -157,12 +164,12 @@ class StepRecorder:
                 "tokens": each.tokens,
                 "text_bytes": each.text_bytes,
                 "tokens_cut": each.tokens_cut,
-                "loss": shortest(losses[place]),
-                "accuracy": correct[place] / each.predicted,
-                "documents": each.documents,
             }
-            for place, each in enumerate(together)
-        ]
+            if step.mean is None:
+                own = step.samples[place]
+                sample |= {"loss": shortest(own.loss), "accuracy": own.correct / each.predicted}
+            found.append(sample | {"documents": each.documents})
+        return found
 
     def _watch(self, row: dict[str, Any]) -> None:
         if row["update_skipped"] == "not finite":

@@ -119,6 +119,8 @@ class Step:
     """Of all its samples, in the order of the stream."""
     by_parameter: np.ndarray | None = None
     """Where noise was measured, mean squares and mean products by parameter, (2, parameters)."""
+    mean: tuple[float, float] | None = None
+    """Loss and accuracy of a step of another trainer, of whose samples no one knows them one by one."""
 
     def unpacked(self, values: np.ndarray) -> Step:
         """The same step of one sample with its numbers, from what `pack` has made of them."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from slimpajama_hf import files, screen
 from slimpajama_hf.record import columns
-from slimpajama_hf.record.run_folder import RunFolder
+from slimpajama_hf.record.run_folder import OF_A_SCRIPT, RunFolder
 
 if TYPE_CHECKING:
     from slimpajama_hf.record.columns import Columns
@@ -126,7 +126,8 @@ def caption_of(record: dict[str, Any]) -> tuple[str, str]:
     corpus_name = "/".join(Path(corpus["name"]).parts[-2:]) if corpus["mirror"] == "local" else corpus["name"]
     title = f"{model['name']} on {corpus_name}"
     subtitle = f"{model['parameters'] / 1e6:.1f}M parameters · {corpus['mirror']} · tokenizer {record['tokenizer']}"
-    return title, f"{subtitle} · one document a step"
+    how = "a script of its own (RunRecord)" if record.get("made_by") == OF_A_SCRIPT else "one document a step"
+    return title, f"{subtitle} · {how}"
 
 
 def main(run: str) -> int:

@@ -196,8 +196,25 @@ def main(environments: Path, work: Path) -> int:
     losses = [row["loss"] for row in read_ledger(tracked)]
     request = {"run": str(tracked), "losses": losses, "trackio": str(work / "trackio")}
     add(others, ask("in_trackers.py", tracking, request, work, **kept))
+    harness = python_of(environments, "harness")
+    version = run(
+        harness, "-c", "import trl, torchdata; print('TRL', trl.__version__, 'torchdata', torchdata.__version__)"
+    )
+    others.add(
+        version.strip(), [{"examples/trl_sft.py killed and gone on with; StatefulDataLoader": scripts_in(harness)}]
+    )
     sys.stdout.write(f"{datetime.date.today()}\n\n{models}\n\n{others}\n")
     return 1 if models.notes or others.notes else 0
+
+
+def scripts_in(python: Path) -> str:
+    """The tests of `anywhere/` that want what is not in the environment of the tests; what is wrong."""
+    tests = ["tests/anywhere/test_examples.py", "tests/anywhere/test_exact_stream.py"]
+    try:
+        run(python, "-m", "pytest", "-q", "-n", "0", *tests, "-k", "trl_sft or torchdata")
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[-1]
+    return ""
 
 
 def add(table: Table, answer: dict[str, Any]) -> None:

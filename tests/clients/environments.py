@@ -14,7 +14,7 @@ ENVIRONMENTS: dict[str, list[str]] = {
     "transformers5": ["transformers>=5,<6"],
     "gguf": ["gguf", "xllamacpp"],
     "onnx": ["onnx", "onnxscript", "onnxruntime"],
-    "harness": ["lm_eval", "peft", "trl"],
+    "harness": ["lm_eval", "peft", "trl", "torchdata"],
     "tables": ["duckdb", "polars"],
     "trackio": ["trackio", "tensorboard"],
     "hf": ["huggingface_hub"],

@@ -1,0 +1,62 @@
+"""`TurnedMuon`: the optimizer of this program's runs, for any model and loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimpajama_hf.errors import UsageError
+from slimpajama_hf.model.optimization import AdamWWithMuon, hidden_matrices, set_apart
+from slimpajama_hf.settings.arguments import HIDDEN_RATES
+
+
+class TurnedMuon(AdamWWithMuon):
+    """AdamW, and Muon for the matrices inside of the blocks, which take turns: each moves every 32nd document.
+
+        trainer = Trainer(model, args, train_dataset=data, optimizers=(TurnedMuon(model, lr=1e-3), None))
+
+    A matrix moves by the average of its gradients made orthogonal, so far as AdamW would move it in as many steps
+    (`model/optimization.py` says why; docs/recipe.md what it gives). Embeddings, head, norms and biases learn by AdamW.
+
+    `lr`: of AdamW; the matrices learn at `hidden_rate` times that. `documents`: those of a step, by which it is counted
+    when it is a matrix' turn. `weight_decay` is of what has two dimensions or more. `product_dtype`: what the
+    orthogonal matrix is computed in; None: bfloat16 on a GPU, else float32. Its state_dict is loaded by another of the
+    same model. `fused` as for AdamW. Raises UsageError for a setting that cannot be, and for a model that has no such
+    matrix."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        hidden_rate: float = HIDDEN_RATES["muon"],
+        documents: int = 1,
+        product_dtype: torch.dtype | None = None,
+        fused: bool = False,
+    ) -> None:
+        if documents < 1 or hidden_rate <= 0:
+            raise UsageError(
+                f"TurnedMuon(documents={documents}, hidden_rate={hidden_rate}): expected 1 document or more, and a "
+                "rate above 0"
+            )
+        learned = [each for each in model.parameters() if each.requires_grad]
+        matrices = [each for each in hidden_matrices(model) if each.requires_grad]
+        flat = [each for each in matrices if each.ndim == 2]
+        if not flat:
+            raise UsageError(f"TurnedMuon: {type(model).__name__} has no matrix beside embeddings and head; use AdamW")
+        if product_dtype is None:
+            product_dtype = torch.bfloat16 if flat[0].device.type == "cuda" else torch.float32
+        groups: list[dict[str, Any]] = [
+            {"params": [each for each in learned if each.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [each for each in learned if each.ndim < 2], "weight_decay": 0.0},
+        ]
+        kept = [group for group in groups if group["params"]]
+        super().__init__(kept, product_dtype, documents, lr=lr, betas=betas, eps=eps, fused=fused)
+        set_apart(self, flat, hidden_rate, muon=True, steps=0)
+        # What holds the matrices of several experts stays with AdamW.
+        set_apart(self, [each for each in matrices if each.ndim > 2], hidden_rate)
