@@ -182,7 +182,7 @@ def _assert_whole(run: Path, place: Path, where: str) -> None:
 
 
 # The others, and more faults of these, in the long version.
-@pytest.mark.parametrize("command", ["train", "rewind"])
+@pytest.mark.parametrize("command", ["train", pytest.param("rewind", marks=pytest.mark.slow)])
 def test_a_fault_at_a_write_is_a_sentence_and_nothing_is_lost(disk, place, tmp_path, command):
     count_changes(disk, place, tmp_path, command)
     draw = random.Random(command)

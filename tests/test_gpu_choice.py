@@ -154,6 +154,7 @@ def test_several_processes_leave_the_choice_to_the_launcher(chosen):
     assert "the launcher assigns the GPUs" in found["error"] and found["given"] == []
 
 
+@pytest.mark.slow
 def test_gpu_0_on_this_machine(tmp_path, cache):
     """The old program's own command line has it; where there is no GPU it is no mistake."""
     import torch

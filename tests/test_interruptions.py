@@ -35,7 +35,7 @@ WAYS = {
 
 def flags_of(dataset: str, run: Path, *more: str, steps: int = STEPS) -> list[str]:
     return [*NANO, "--dataset", dataset, "--max_steps", str(steps), "--output_dir", str(run), "--display_samples", "20",
-            "--viz_interval", "0", "--warmup_steps", "20", "--save_steps", "10", "--precision", "float32", *more]  # fmt: skip
+            "--viz_interval", "1000000", "--warmup_steps", "20", "--save_steps", "10", "--precision", "float32", *more]  # fmt: skip
 
 
 def begin(flags: list[str], stderr: int | None = subprocess.DEVNULL, **variables: str) -> subprocess.Popen[str]:

@@ -326,14 +326,14 @@ def test_a_half_made_update_is_neither_saved_nor_hidden(corpus, tmp_path, monkey
     ],
 )
 def test_elsewhere_it_is_a_sentence(corpus, tmp_path, monkeypatch, owner, name, said):
-    from slimpajama_hf.training import trainer as trainers
+    from slimpajama_hf.training import checkpointing
 
     def raiser(*_arguments, **_named):
         raise OUT
 
     if name == "to":
         # A model is built on the CPU, and moved by the Trainer.
-        monkeypatch.setattr(trainers.Trainer, "_move_model_to_device", raiser)
+        monkeypatch.setattr(checkpointing.Trainer, "_move_model_to_device", raiser)
     else:
         monkeypatch.setattr(owner, name, raiser)
     with pytest.raises(UserError, match=said) as refused:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from slimpajama_hf.corpus.documents import HELD_OUT
 from tests.conftest import NANO, make_text, read_ledger, run_command, run_script, write_records
 
@@ -21,6 +23,7 @@ SHORT = [
 ]
 
 
+@pytest.mark.slow
 def test_a_folder_with_odd_domains_is_trained_without_its_held_out_share(tmp_path: Path) -> None:
     records = [{"text": make_text(number, 12), "source": "cut emoji \ud83d"} for number in range(120)]
     write_records(tmp_path / "mine" / "a.jsonl", records)
@@ -50,6 +53,7 @@ def test_a_folder_with_odd_domains_is_trained_without_its_held_out_share(tmp_pat
     assert checked.returncode == 0 and "bit-equal" in checked.stdout, checked.stdout + checked.stderr
 
 
+@pytest.mark.slow
 def test_records_behind_the_last_usable_one_and_scores_that_are_off_are_said(tmp_path: Path) -> None:
     records = [{"text": make_text(number, 9)} for number in range(3)] + [{"content": "x" * 9, "id": 1}] * 500
     path = write_records(tmp_path / "tail.jsonl", records)

@@ -229,7 +229,9 @@ class SlimPajamaTrainer(Checkpointing):
             # No DDP round the model: gradients meet in `SharedGradient`.
             self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            outcome = super().train(resume_from_checkpoint, *args, **kwargs)
+            self.saving.wait()
+            return outcome
         except Exception as error:
             if isinstance(error, UserError) or not memory.is_out(error):
                 raise

@@ -46,7 +46,14 @@ def _killed(name: str, kills: int, seed: int, texts: str, tokenizer: Path, tmp_p
     assert own.keys() == others.keys() and all(torch.equal(own[key], others[key]) for key in own), moments
 
 
-@pytest.mark.parametrize("name", scripts.SCRIPTS)
+# A loop of one's own and a Trainer with two lines more; the others in the long version.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n in ("trainer_two_lines", "pytorch_loop") else pytest.mark.slow)
+        for n in scripts.SCRIPTS
+    ],
+)
 def test_killed_twice_it_leaves_what_it_leaves_unbroken(name, texts, tokenizer, tmp_path, unbroken):
     if not scripts.is_there(name):
         pytest.skip("trl is not installed here; `make test-clients` runs it")

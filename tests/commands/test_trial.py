@@ -45,6 +45,7 @@ def test_the_command_prints_a_plan_and_leaves_nothing_behind(shards, tmp_path):
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_what_the_run_would_say_the_plan_says(tmp_path):
     done = run_command("plan", *NANO, "--dataset", str(tmp_path / "nothing.jsonl"))
     assert done.returncode == 1

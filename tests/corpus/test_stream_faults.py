@@ -339,6 +339,7 @@ def test_a_run_of_an_older_version_has_nothing_to_check(tmp_path):
     assert len(list(unchanged.check_unchanged(unchanged.recorded(described)).records(Cursor()))) == 4
 
 
+@pytest.mark.slow
 def test_an_embedded_corpus_whose_cache_is_gone_is_built_again(tmp_path, monkeypatch):
     monkeypatch.setenv("SLIMPAJAMA_HF_CACHE", str(tmp_path / "one"))
     described = json.loads(json.dumps(opening.open_corpus("embedded").describe()))

@@ -296,6 +296,7 @@ def test_what_follows_from_a_size_follows_from_an_override(config_of):
     assert config.head_dim == 32
 
 
+@pytest.mark.slow
 def test_a_run_with_a_padded_vocabulary_is_whole(shards, tmp_path):
     """The model guesses ids that no token has; samples, passports, report and every command cope."""
     run = tmp_path / "run"

@@ -88,6 +88,7 @@ def test_values_that_do_not_have_the_loss_as_their_mean_become_unknown(tmp_path)
     assert (found[~changed] == values[~changed])[~np.isnan(values[~changed])].all()
 
 
+@pytest.mark.slow
 def test_an_old_run_without_the_file_goes_on_with_one(shards, tmp_path):
     run = tmp_path / "run"
     flags = [*NANO_UNSEEN, "--dataset", f"{shards}/*.jsonl.zst", "--save_steps", "4", "--output_dir", str(run)]

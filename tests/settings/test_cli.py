@@ -101,7 +101,7 @@ def test_an_interval_that_nobody_typed_stays_a_default(tmp_path):
         (["--learning_rate", "fast"], "--learning_rate: found 'fast', expected a number"),
         (["--max_steps", "0"], "--max_steps 0"),
         (["--max_seq_length", "1"], "--max_seq_length 1"),
-        (["--viz_interval", "0"], "--viz_interval 0"),
+        (["--viz_interval", "-1"], "--viz_interval -1"),
         (["--sample_mode", "chop"], "--sample_mode"),
         (["--per_device_train_batch_size", "8"], "one document"),
         (["--gradient_accumulation_steps", "0"], "1 or more"),

@@ -89,6 +89,7 @@ def test_a_share_of_warm_up_is_a_number_from_the_start():
     assert "warmup_steps: 100\n" in settings.to_yaml()
 
 
+@pytest.mark.slow
 def test_more_steps_do_not_warm_up_again(tmp_path, shards):
     run = tmp_path / "run"
     flags = [*NANO_UNSEEN, "--dataset", f"{shards}/*.jsonl.zst", "--output_dir", str(run), "--precision", "float32"]
@@ -99,6 +100,7 @@ def test_more_steps_do_not_warm_up_again(tmp_path, shards):
     assert rates == [0.00025, 0.0005, 0.00075] + [0.001] * 13
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_goes_on_and_what_is_not_taken_is_said(tmp_path, shards):
     """It has no mark that says whose it is: only what decides its numbers counts, and its corpus is named again."""
     run = tmp_path / "run"

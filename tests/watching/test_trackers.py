@@ -54,6 +54,7 @@ def test_tensorboard_has_every_number_of_the_ledger_once(run):
     assert {step for step, _ in found["eval/loss"]} == {10, 20, 30, 40}
 
 
+@pytest.mark.slow
 def test_its_files_are_deleted_with_the_run(run, shards):
     flags = [
         *NANO,
