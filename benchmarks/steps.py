@@ -256,9 +256,9 @@ def ours(options: argparse.Namespace, outputs: bool, accumulated: int = 1) -> li
         add(self, dataclasses.replace(step, step=step.step + options.history), values)
         ended.append(time.perf_counter())
 
-    def told(self: Any, step: Any, values: Any) -> Any:
+    def told(self: Any, *step: Any) -> Any:
         # Rows come in bursts there; steps do not.
-        news = tell(self, step, values)
+        news = tell(self, *step)
         ended.append(time.perf_counter())
         return news
 
@@ -277,7 +277,7 @@ def ours(options: argparse.Namespace, outputs: bool, accumulated: int = 1) -> li
         "--gradient_accumulation_steps", str(accumulated),
     ]  # fmt: skip
     if not outputs:
-        flags += ["--viz_interval", "1000000000", "--display_samples", "1000000000"]
+        flags += ["--viz_interval", "0", "--display_samples", "0"]
     run_clm_slimpajama.main(flags)
     return ended
 
