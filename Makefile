@@ -35,7 +35,7 @@ test: $(DEV_STAMP) ## the whole test suite; no Hub, no GPU
 
 FAULT_TESTS := tests/test_faults.py tests/test_interruptions.py tests/test_limits.py tests/test_every_write.py tests/test_damage.py \
 	tests/corpus/test_stream_faults.py tests/corpus/test_odd_files.py tests/hub/test_hub_push.py tests/training/test_several_processes.py \
-	tests/anywhere/test_examples.py tests/anywhere/test_exact_stream.py
+	tests/anywhere/test_examples.py tests/anywhere/test_exact_stream.py tests/hub/test_strangers.py
 test-faults: $(DEV_STAMP) ## the long version of the faults (kills, full disks, broken streams), and their table
 	@rm -f $(VENV)/faults.jsonl
 	@FAULT_TABLE=$(VENV)/faults.jsonl $(BIN)/python -m pytest -m "slow or not slow" $(FAULT_TESTS)
