@@ -298,7 +298,8 @@ def check(path: Path, steps: int | None = None) -> Kept:
     chain, size, step = CHAIN_START.encode(), 0, 0
     predicted_, losses = array.array("q"), array.array("d")
     if path.is_file():
-        with open(path, "rb") as file:
+        # Lines of 600 bytes out of 8 KB at a time take a fifth longer.
+        with open(path, "rb", buffering=2**20) as file:
             for line in file:
                 if step == steps or not line.endswith(b"\n"):
                     break
