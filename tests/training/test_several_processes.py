@@ -183,10 +183,12 @@ def test_two_processes_learn_what_one_learns_from_two_documents_a_step(corpus, t
             assert left[name] == pytest.approx(right[name], rel=2e-4, abs=1e-6), (left["step"], name)
         # Of two logits that are as good as equal either may be the greatest.
         assert abs(left["accuracy"] - right["accuracy"]) * (left["tokens"] - 2) < 1.5
-    weights = [load_file(each / "checkpoint-30/model.safetensors") for each in (run, two)]
-    for name, weight in weights[0].items():
-        # A tenth of what a step moves a weight by: sums in another order, thirty times.
-        torch.testing.assert_close(weight, weights[1][name], rtol=1e-3, atol=1e-4)
+    # Where a gradient is next to nothing Adam moves by its sign, and Muon makes small directions as long as large ones:
+    # weights part by more than rounding, and by little beside what twenty steps move.
+    one, both = (load_file(each / "checkpoint-30/model.safetensors") for each in (run, two))
+    before = load_file(run / "checkpoint-10/model.safetensors")
+    for name, weight in one.items():
+        assert (weight - both[name]).norm() < 0.05 * (weight - before[name]).norm(), name
     assert_verified(run)
 
 
