@@ -45,13 +45,15 @@ def load(
     Raises UserError where there is none, or too little text to train one.
     """
     goes_on = is_asked(settings.training.resume_from_checkpoint) and folder.record.is_file()
+    begun_with = folder.read_record()["tokenizer"] if goes_on else None
     asked = settings.model.tokenizer
-    name = folder.read_record()["tokenizer"] if goes_on and asked == "auto" else tokenizer_for(asked, corpus)
+    name = begun_with if begun_with and asked == "auto" else tokenizer_for(asked, corpus)
     size = corpus_vocabulary(name)
     if size is None:
         return name, load_tokenizer(name)
-    kept = [place for place in (checkpoint, folder.tokenizer) if goes_on and place is not None and place.is_dir()]
-    if kept:
+    kept = [place for place in (checkpoint, folder.tokenizer) if place is not None and place.is_dir()]
+    # Another number, allowed by `--allow_changes tokenizer`, is another tokenizer.
+    if kept and begun_with is not None and corpus_vocabulary(begun_with) == size:
         return name, load_tokenizer(str(kept[0]))
     waiting(f"training a tokenizer of {size:,} tokens on the first documents of {corpus.name}")
     data = settings.data

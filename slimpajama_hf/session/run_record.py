@@ -96,6 +96,8 @@ def record_run(
         _refuse_another(
             settings, record, tokenizer_name, tokenizer_sha256, {described["sha256"], _config_sha256(model)}
         )
+        if point.checkpoint is not None and record["model"]["sha256"] != described["sha256"]:
+            _refuse_other_shapes(model, point.checkpoint)
         _say_what_differs(settings, record)
         if settings.stranger is not None or re.search("txt_documents|eval_fraction", settings.run.allow_changes or ""):
             record["corpus"] = corpus.describe()
@@ -168,6 +170,25 @@ def _refuse_another(
             f"--model {settings.model.model}: its configuration is not the one that this run was begun with; "
             "bring that one back, or add --allow_changes model"
         )
+
+
+def _refuse_other_shapes(model: Any, checkpoint: Path) -> None:
+    """Raise UserError where the weights of a checkpoint do not fit into a model that a resume was allowed to change."""
+    from safetensors import safe_open
+
+    saved: dict[str, list[int]] = {}
+    for path in sorted(checkpoint.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            saved |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no dict
+    wanted = {name: list(weight.shape) for name, weight in model.named_parameters()}
+    own = model.state_dict().keys()
+    for name in [*wanted, *(name for name in saved if name not in own)]:
+        if saved.get(name) != wanted.get(name):
+            raise UserError(
+                f"{checkpoint}: its {name} is {saved.get(name, 'not there')}, and that of the model is "
+                f"{wanted.get(name, 'not there')} with what --allow_changes allowed; such weights cannot go on: leave "
+                "that out, or start anew in another --output_dir"
+            )
 
 
 def _say_what_differs(settings: Settings, record: dict[str, Any]) -> None:

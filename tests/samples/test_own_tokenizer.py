@@ -105,3 +105,39 @@ def test_a_number_that_cannot_be_is_a_sentence_that_says_what_to_type(shards, tm
                       "--output_dir", str(tmp_path / "run"))  # fmt: skip
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert words in done.stderr and "--vocab_size" not in done.stderr and "corpus:" in done.stderr
+
+
+def test_another_number_that_a_resume_allows_is_another_tokenizer(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    on = [
+        "--output_dir",
+        str(run),
+        "--resume_from_checkpoint",
+        "true",
+        "--max_steps",
+        "14",
+        "--tokenizer",
+        "corpus:480",
+    ]
+    refused = run_script(*on)
+    assert refused.returncode != 0 and "--tokenizer corpus:480 (begun with corpus:500)" in refused.stderr
+    allowed = run_script(*on, "--allow_changes", "tokenizer")
+    assert "tokenizer of 480 tokens trained on the first" in allowed.stderr
+    # There is no way from weights for 500 tokens to a model of 480.
+    assert allowed.returncode == 1 and "Traceback" not in allowed.stderr, allowed.stderr
+    assert (
+        "its transformer.wte.weight is [500, 32]" in allowed.stderr
+        and "that of the model is [480, 32]" in allowed.stderr
+    )
+
+
+def test_a_layer_more_that_a_resume_allows_has_no_weights_to_go_on_with(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    done = run_script(
+        "--output_dir", str(run), "--resume_from_checkpoint", "true", "--max_steps", "14", "--config_overrides",
+        "n_layer=2,n_embd=32,n_head=2", "--allow_changes", "config_overrides",
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "its transformer.h.1.ln_1.weight is not there, and that of the model is [32]" in done.stderr
