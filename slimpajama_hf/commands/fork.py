@@ -80,6 +80,7 @@ def _score_ends(made: Fork, documents: int) -> dict[str, list[Pair]]:
     screen.quiet_libraries()
     ends = {name: checkpoints.resolve(str(arm)) for name, arm in made.arms.items()}
     samples = list(itertools.islice(_stream_behind(made.arms["a"], ends["a"]), documents))
+    size = vocabulary(_tokenizer(ends["a"]))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     averaged = all((end / averaging.FOLDER / "config.json").is_file() for end in ends.values())
     losses: dict[str, dict[str, list[float]]] = {}
@@ -88,10 +89,10 @@ def _score_ends(made: Fork, documents: int) -> dict[str, list[Pair]]:
         for weights, inside in zip(_WEIGHTS[: 1 + averaged], ("", averaging.FOLDER), strict=False):
             for name, end in ends.items():
                 model: Any = AutoModelForCausalLM.from_pretrained(str(end / inside), trust_remote_code=False)
+                model.to(device)
                 own = losses.setdefault(weights, {}).setdefault(name, [])
-                size = vocabulary(_tokenizer(end))
                 for sample in samples:
-                    own.append(score(model.to(device), [sample], size)["all"].loss)
+                    own.append(score(model, [sample], size)["all"].loss)
                     done += 1
                     counting(done)
     domains = [sample.document.domain for sample in samples]
@@ -109,27 +110,15 @@ def _tokenizer(checkpoint: Path) -> Any:
 
 def _stream_behind(arm: Path, checkpoint: Path) -> Any:
     """The samples of an arm's run that come behind its checkpoint."""
-    from slimpajama_hf.corpus import unchanged
+    from slimpajama_hf.lookback import reread
     from slimpajama_hf.lookback.run import Run
     from slimpajama_hf.samples.encoder import Encoder
-    from slimpajama_hf.samples.stream import SampleStream
     from slimpajama_hf.session.command_line import parse
-    from slimpajama_hf.session.resume import cursor_of
+    from slimpajama_hf.session.resume import cursor_of, stream_as_asked
 
-    data = parse(["--output_dir", str(arm), "--resume_from_checkpoint", "true"])
-    return SampleStream(
-        unchanged.recorded(Run(arm).record["corpus"]),
-        Encoder(_tokenizer(checkpoint)),
-        data.data.sample_mode,
-        data.data.max_seq_length,
-        shuffle_buffer=data.data.shuffle_buffer,
-        seed=data.training.seed,
-        epochs=data.data.epochs,
-        skip_broken_shards=data.data.skip_broken_shards,
-        read_ahead=0,
-        leave_out=data.data.leave_out or (),
-        start=cursor_of(checkpoint),
-    )
+    settings = parse(["--output_dir", str(arm), "--resume_from_checkpoint", "true"])
+    corpus, encoder = reread.corpus_of(Run(arm).record), Encoder(_tokenizer(checkpoint))
+    return stream_as_asked(settings, corpus, encoder, read_ahead=0, start=cursor_of(checkpoint))
 
 
 # ---- showing ----

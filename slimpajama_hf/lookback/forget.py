@@ -86,13 +86,17 @@ def forget(path: str | Path, wanted: list[str], output_dir: str | None = None) -
     never_read = tuple(each for each in wanted if each not in named)
     if not found:
         raise UserError(f"{path}: it has read none of the {len(wanted):,} documents; there is nothing to forget")
+    if samples > rows:
+        raise UserError(
+            f"{path}: some of its steps hold several documents, and which meet hangs on all before; only runs of one "
+            "document a step can forget"
+        )
     if dropped == samples:
         raise UserError(f"{path}: it has read nothing else; start a new run")
     start, notes = replay.nearest_checkpoint(
         run, min(step for document in found.values() for step in document["steps"])
     )
-    # As many steps as its other documents fill.
-    end = rows - dropped if samples == rows else (samples - dropped) // -(-samples // rows)
+    end = rows - dropped
     again = Path(output_dir or run.folder.path.with_name(f"{run.folder.path.resolve().name}-forgotten")).expanduser()
     rewind.refuse_taken(again)
     rewind.lay_out(run, start, again, {"forgotten_from": rewind.origin(run, start)})

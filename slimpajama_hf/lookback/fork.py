@@ -21,6 +21,7 @@ from slimpajama_hf import screen
 from slimpajama_hf.errors import UsageError, UserError
 from slimpajama_hf.lookback import replay, rewind, side_by_side
 from slimpajama_hf.lookback.run import Run
+from slimpajama_hf.record import ledger
 from slimpajama_hf.settings.flags import read_flags
 from slimpajama_hf.settings.what_matters import WHAT_MATTERS
 
@@ -173,19 +174,29 @@ def fork(path: str | Path, start: int, flags: dict[str, str], documents: int, ou
     return Fork(start, arms, _paired(arms, start, documents), notes)
 
 
-def _paired(arms: dict[str, Path], start: int, documents: int) -> list[Pair]:
-    """The documents of both arms. Raises UserError where they are not the same, or fewer."""
+def _paired(arms: dict[str, Path], start: int, asked: int) -> list[Pair]:
+    """The documents of both arms in the `asked` steps behind `start`.
+
+    Raises UserError where they are not the same, or none has a loss in both.
+    """
     pairs: list[Pair] = []
+    steps = without = 0
     first, second = (Run(arm).whole_rows() for arm in arms.values())
     for a, b in zip(first, second, strict=False):
         if a["step"] < start:
             continue
         if side_by_side.document_of(a) != side_by_side.document_of(b):
             raise UserError(f"step {a['step']}: the arms learned different documents; nothing can be paired")
-        if a["loss"] is not None and b["loss"] is not None:
-            pairs.append(Pair(a["domain"], a["loss"], b["loss"]))
-    if len(pairs) < documents:
-        screen.say(f"{len(pairs):,} of {documents:,} documents have a loss in both arms")
+        steps += 1
+        for own, other in zip(ledger.each_sample(a), ledger.each_sample(b), strict=True):
+            if own["loss"] is None or other["loss"] is None:
+                without += 1
+            else:
+                pairs.append(Pair(own["domain"], own["loss"], other["loss"]))
+    if without or steps < asked:
+        screen.say(
+            f"{steps:,} of {asked:,} steps are there in both arms; {without:,} documents have no loss in one of them"
+        )
     if not pairs:
         raise UserError("no document has a loss in both arms; nothing can be paired")
     return pairs

@@ -222,26 +222,36 @@ def stream_of(
     signals: StopSignals,
 ) -> SampleStream:
     """The samples of a run from where it begins or goes on. `record`: its `run.json`."""
+    return stream_as_asked(
+        settings,
+        corpus,
+        encoder,
+        world_size=team.world_size,
+        rank=team.rank,
+        accumulated=settings.training.gradient_accumulation_steps,
+        short_text_characters=record.get("short_text_characters"),
+        start=point.cursor,
+        stop=lambda: signals.received is not None and team.world_size == 1,
+    )
+
+
+def stream_as_asked(settings: Settings, corpus: Corpus, encoder: Encoder, **more: Any) -> SampleStream:
+    """The samples of a corpus as the flags of a run say, for one process where `more` does not say otherwise."""
     from slimpajama_hf.samples.stream import SampleStream
 
-    training, data = settings.training, settings.data
+    data = settings.data
     return SampleStream(
         corpus,
         encoder,
         data.sample_mode,
         data.max_seq_length,
-        team.world_size,
-        team.rank,
-        accumulated=training.gradient_accumulation_steps,
         shuffle_buffer=data.shuffle_buffer,
-        seed=training.seed,
+        seed=settings.training.seed,
         epochs=data.epochs,
         skip_broken_shards=data.skip_broken_shards,
         patience_seconds=data.stream_patience,
         leave_out=data.leave_out or (),
-        short_text_characters=record.get("short_text_characters"),
-        start=point.cursor,
-        stop=lambda: signals.received is not None and team.world_size == 1,
+        **more,
     )
 
 

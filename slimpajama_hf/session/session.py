@@ -38,7 +38,7 @@ class _SayPrecision(TrainerCallback):
         seen = self._trainer.computes_in
         by = "autograd's operators"
         if self._trainer.why_autograd() is None:
-            by = products.library(self._trainer.args.device, getattr(torch, seen, torch.float32))
+            by = products.library(self._trainer.args.device, getattr(torch, seen))
         screen.say(f"{'computes':>10}  in {seen}, seen in the layers of the model; products by {by}")
         record = self._folder.read_record()
         record["model"] |= {"computed_in": seen, "products_by": by}

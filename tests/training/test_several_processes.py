@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from slimpajama_hf.corpus import opening
+from slimpajama_hf.errors import UserError
+from slimpajama_hf.lookback import forget, fork
 from slimpajama_hf.record import checkpoints, ledger
 from slimpajama_hf.samples.stream import SHORT_TEXT_CHARACTERS, SampleStream
 from tests.conftest import (
@@ -346,6 +348,18 @@ def test_a_step_of_several_documents_is_inspected_document_by_document(two):
         assert len(answer["tokens"]) == sample["tokens"]
     missing = run_command("inspect", str(two), "--step", "7", "--sample", "2")
     assert missing.returncode == 1 and "has samples 0 to 1" in missing.stderr
+
+
+def test_a_fork_pairs_each_document_of_a_step_and_forget_refuses_such_steps(two, tmp_path):
+    pairs = fork._paired({"a": two, "b": two}, 10, 20)
+    samples = [sample for row in read_ledger(two)[10:] for sample in row["samples"]]
+    assert [(pair.domain, pair.a, pair.difference) for pair in pairs] == [
+        (sample["domain"], sample["loss"], 0.0) for sample in samples
+    ]
+    second = read_ledger(two)[15]["samples"][1]
+    with pytest.raises(UserError, match="some of its steps hold several documents"):
+        forget.forget(two, [f"{second['shard']}#{second['row']}"], str(tmp_path / "without"))
+    assert not (tmp_path / "without").exists()
 
 
 @pytest.mark.slow
