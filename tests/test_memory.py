@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from slimpajama_hf.errors import UserError
 from slimpajama_hf.model import averaging, gpt2_step, memory, optimization, products
 from slimpajama_hf.model import presets as models
 from slimpajama_hf.record import noise, teaching
+from slimpajama_hf.training import saving
 from tests.conftest import NANO, ROOT, environment, make_records, read_ledger, write_records
 from tests.test_faults import make_trainer
 
@@ -308,6 +310,13 @@ def test_a_half_made_update_is_neither_saved_nor_hidden(corpus, tmp_path, monkey
             raise OUT
         real(self, group)
 
+    complete = saving.Saving._complete
+
+    def late(self, checkpoint):
+        time.sleep(2)  # checkpoint-10 is still being written when memory ends
+        complete(self, checkpoint)
+
+    monkeypatch.setattr(saving.Saving, "_complete", late)
     monkeypatch.setattr(optimization.AdamWWithMuon, "_step_matrices", step_matrices)
     with pytest.raises(UserError, match="update of step 13: it is half made, and not saved; go on from checkpoint-10"):
         trainer.train()

@@ -99,6 +99,11 @@ class Saving:
                     under_way.join()
             self._note(under_way.step, under_way.error)
 
+    def finished(self) -> Path:
+        """The run's folder, with no checkpoint under way in it: what is there now is what a run can go on from."""
+        self.wait()
+        return self._run
+
     def _note(self, step: int, error: Exception | None) -> None:
         if error is None:
             self.failure = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,9 +60,11 @@ class LackOfMemory:
         )
 
 
-def weights_are_lost(rows: list[dict[str, Any]], run: Path, loss_scale: LossScale | None) -> UserError | None:
+def weights_are_lost(
+    rows: list[dict[str, Any]], run: Callable[[], Path], loss_scale: LossScale | None
+) -> UserError | None:
     """Why the run ends, if it does: too many of the latest steps in a row (their rows of the ledger) had no update,
-    because loss or gradient was no number."""
+    because loss or gradient was no number. `run` waits for a checkpoint that is under way and gives the folder."""
     most = MOST_NOT_FINITE_IN_A_ROW
     if loss_scale is not None and len(rows) >= most and loss_scale.may_be_too_large():
         # A gradient beyond float16's range is no sign of lost weights while the scale still comes down.
@@ -69,7 +72,7 @@ def weights_are_lost(rows: list[dict[str, Any]], run: Path, loss_scale: LossScal
     if len(rows) < most:
         return None
     places = ", ".join(f"{row['shard']} row {row['row']} (step {row['step']})" for row in rows)
-    good = checkpoints.newest_before_trouble(run)
+    good = checkpoints.newest_before_trouble(run())
     advice = f"go on from {good} " if good else "no checkpoint is older than this; start again "
     precision = " or with --precision float32" if loss_scale is not None else ""
     return UserError(

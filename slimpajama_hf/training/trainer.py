@@ -237,7 +237,7 @@ class SlimPajamaTrainer(Checkpointing):
                 raise
         # Outside: what the exception refers to is freed by now.
         memory.give_back()
-        raise UserError(stopping.memory_ended(self.state.global_step, self.run_path, self._updating))
+        raise UserError(stopping.memory_ended(self.state.global_step, self.saving.finished(), self._updating))
 
     def _note_update(self, begins: bool) -> None:
         self._updating = begins
@@ -396,7 +396,7 @@ class SlimPajamaTrainer(Checkpointing):
 
     def _look_at_what_is_not_finite(self) -> None:
         if self.failure is None:
-            self.failure = stopping.weights_are_lost(self.recorder.not_finite, self.run_path, self._loss_scale)
+            self.failure = stopping.weights_are_lost(self.recorder.not_finite, self.saving.finished, self._loss_scale)
 
     # ---- evaluation ----
 

@@ -192,7 +192,7 @@ def failing(losses, scale) -> str | None:
         {"loss": loss, "shard": "a", "row": step, "step": step, "update_skipped": "not finite"}
         for step, loss in enumerate(losses)
     ]
-    failure = stopping.weights_are_lost(rows, Path("nowhere"), scale)
+    failure = stopping.weights_are_lost(rows, lambda: Path("nowhere"), scale)
     return str(failure) if failure else None
 
 
