@@ -37,7 +37,9 @@ class Course:
     tokens: np.ndarray
     """Tokens seen since the beginning, after each step; (steps,)."""
     means: np.ndarray
-    """Mean loss of the last `WINDOW` steps at each step, nats per token; (steps,)."""
+    """Mean loss of the last `WINDOW` steps at each step, nats per token; (steps,). What is compared."""
+    curve: np.ndarray
+    """Mean loss of the `WINDOW` steps around each step, nats per token; (steps,). What is drawn: it does not lag."""
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -54,7 +56,7 @@ class Course:
 
 def read_course(path: str, name: str) -> Course:
     """The course of a run. Raises UserError when its ledger cannot be read or has no step."""
-    from slimpajama_hf.views.drawing import running_mean
+    from slimpajama_hf.views.drawing import centred_mean, running_mean
 
     run, columns, seconds = Run(path), Columns(), array("d")
     for row in run.whole_rows():
@@ -69,6 +71,7 @@ def read_course(path: str, name: str) -> Course:
         np.cumsum(np.frombuffer(seconds)),
         np.cumsum(columns.tokens),
         running_mean(columns.loss, WINDOW),
+        centred_mean(columns.loss, WINDOW),
     )
 
 

@@ -59,7 +59,7 @@ def draw(comparison: Comparison) -> Figure:
         title = f"{len(comparison.courses)} runs side by side"
         figure.text(left / width, 1 - 0.6 / height, title, fontsize=24, weight="bold")
         plot = (width - 2 * charts.MARGIN) / len(_PANELS)
-        drawn = np.concatenate([course.means[len(course) // 50 :] for course in comparison.courses])
+        drawn = np.concatenate([course.curve[len(course) // 50 :] for course in comparison.courses])
         limits = drawing.robust_limits(drawn)
         for number, (axis, title, label) in enumerate(_PANELS):
             box = (left + number * plot + drawing.LEFT, bottom, plot - drawing.LEFT - 0.75, _PLOT)
@@ -87,7 +87,7 @@ def _draw_panel(ax: Axes, comparison: Comparison, axis: str, label: str) -> None
     end = max(float(course.axis(axis)[-1]) for course in comparison.courses)
     ax.set_xlim(0, 1.012 * end)
     drawing.number_axis(ax, "x", label)
-    drawing.number_axis(ax, "y", f"nats per token · mean of the last {WINDOW} steps")
+    drawing.number_axis(ax, "y", f"nats per token · mean of {WINDOW} steps around")
     reached = comparison.reached(axis)
     if reached < end:
         ax.axvline(reached, color=palette.MUTED, lw=1, ls=(0, (2, 3)), gid="reached")
@@ -103,7 +103,7 @@ def _draw_panel(ax: Axes, comparison: Comparison, axis: str, label: str) -> None
         # A single step is a dot, not a line.
         marker = "o" if len(course) == 1 else ""
         ax.plot(
-            course.axis(axis)[shown], course.means[shown], color=colour, ls=dashes, lw=2, marker=marker, alpha=0.9,
+            course.axis(axis)[shown], course.curve[shown], color=colour, ls=dashes, lw=2, marker=marker, alpha=0.9,
             gid=f"run {number}",
         )  # fmt: skip
     by_name = {course.name: (number, course) for number, course in enumerate(comparison.courses)}
@@ -112,7 +112,7 @@ def _draw_panel(ax: Axes, comparison: Comparison, axis: str, label: str) -> None
         if parting.fields and 0 < parting.same_steps <= len(course):
             place = parting.same_steps - 1
             ax.plot(
-                [course.axis(axis)[place]], [course.means[place]], marker="o", ms=9, mfc=palette.PAPER,
+                [course.axis(axis)[place]], [course.curve[place]], marker="o", ms=9, mfc=palette.PAPER,
                 mec=line_style(number)[0], mew=2, ls="none", gid=f"parts {number}",
             )  # fmt: skip
 
