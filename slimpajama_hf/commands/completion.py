@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from typing import Any
 
 HELP = "a script that completes commands and flags: bash, zsh or fish"
 
-SHELLS = ("bash", "zsh", "fish")
+#: Where each shell looks for the script. zsh looks in the folders of its `fpath`.
+PLACES = {
+    "bash": "~/.local/share/bash-completion/completions/slimpajama-hf",
+    "zsh": "_slimpajama-hf in a folder of $fpath",
+    "fish": "~/.config/fish/completions/slimpajama-hf.fish",
+}
 
 #: What names a file or a folder, by the name of the argument.
 _FILES = {"config", "dataset", "eval_dataset", "tokenizer", "model", "output"}
@@ -17,9 +23,11 @@ _FOLDERS = {"run", "runs", "other", "output_dir", "resume_from_checkpoint"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `completion`."""
-    place = "~/.local/share/bash-completion/completions/slimpajama-hf"
-    parser.description = f"Writes the script to stdout. Once, for bash: slimpajama-hf completion bash > {place}"
-    parser.add_argument("shell", choices=SHELLS, help="the shell that you type in")
+    places = "; ".join(f"{shell}: {place}" for shell, place in PLACES.items())
+    parser.description = (
+        f"Writes the script to stdout. Once: slimpajama-hf completion SHELL > FILE, with FILE for {places}"
+    )
+    parser.add_argument("shell", choices=tuple(PLACES), help="the shell that you type in")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -36,6 +44,8 @@ def main(options: argparse.Namespace) -> int:
         for action in flags._actions:
             # One spelling of each: with underscores, as in help and in configurations.
             action.option_strings = action.option_strings[:1]
+            # argparse wants "5 %%", as transformers writes it; our own texts say "5 %".
+            action.help = re.sub(r"%(?!\(default\))%?", "%%", action.help) if action.help else action.help
             commands[name]._add_action(action)
     for parser in commands.values():
         for action in parser._actions:

@@ -1,11 +1,16 @@
-"""The installed command `slimpajama-hf`: completion by a real bash, the schema of configurations, what an installation holds."""
+"""The installed command `slimpajama-hf`: completion by real shells, the schema of configurations, what an installation holds."""
 
 from __future__ import annotations
 
 import json
+import os
+import pty
+import select
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from importlib.metadata import version
 from typing import Any
@@ -47,6 +52,60 @@ def test_bash_completes_commands_flags_choices_and_folders(tmp_path):
     assert completed("train", "--adam_b") == {"--adam_beta1", "--adam_beta2"}
     assert completed("train", "--sample_mode", "") == {"truncate", "window", "pack"}
     assert completed("report", "ru") == {"runs"}
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish here")
+def test_fish_completes_the_same_and_says_what_each_is(tmp_path):
+    (tmp_path / "runs").mkdir()
+    done = run_command("completion", "fish")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "completion.fish").write_text(done.stdout)
+
+    def completed(line: str) -> dict[str, str]:
+        ask = f"source completion.fish; complete -C 'slimpajama-hf {line}'"
+        found = subprocess.run(["fish", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return dict(entry.partition("\t")[::2] for entry in found.stdout.splitlines())
+
+    assert {"train", "report", "compare", "completion"} <= completed("").keys()
+    assert completed("train --max_s")["--max_seq_length"] == "tokens kept of a document"
+    assert completed("train --adam_b").keys() == {"--adam_beta1", "--adam_beta2"}
+    assert completed("train --sample_mode ").keys() == {"truncate", "window", "pack"}
+    assert "runs/" in completed("report ru")
+    # Texts with a percent sign: ours, and transformers'.
+    assert " % " in completed("train --viz_in")["--viz_interval"]
+    assert "~10% slower" in completed("train --torch_empty")["--torch_empty_cache_steps"]
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh here")
+def test_zsh_completes_the_same(tmp_path):
+    """Typed into a real one, on a terminal."""
+    done = run_command("completion", "zsh")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "_slimpajama-hf").write_text(done.stdout)
+    process, terminal = pty.fork()
+    if process == 0:
+        os.environ.update(TERM="dumb", PS1="> ", COLUMNS="200", HOME=str(tmp_path))
+        os.chdir(tmp_path)
+        os.execvp("zsh", ["zsh", "-f", "-i"])
+
+    def typed(text: str, awaited: str) -> str:
+        os.write(terminal, text.encode())
+        shown, end = "", time.monotonic() + 20
+        while awaited not in shown and time.monotonic() < end:
+            if select.select([terminal], [], [], 0.1)[0]:
+                shown += os.read(terminal, 2**16).decode("utf-8", "replace")
+        return shown
+
+    try:
+        typed("fpath=($PWD $fpath); autoload -U compinit; compinit -u -D; LISTMAX=999; print rea''dy\n", "ready")
+        assert "GGUF" in typed("slimpajama-hf \t\t", "GGUF"), "the commands, with what each does"
+        assert "--max_steps" in typed("\x15slimpajama-hf train --max_st\t", "--max_steps")
+        shown = typed("\x15slimpajama-hf train --sample_mode \t\t", "window")
+        assert "truncate" in shown and "window" in shown and "pack" in shown
+    finally:
+        os.close(terminal)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
 
 
 def test_the_committed_schema_is_that_of_the_flags():
