@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 
@@ -43,3 +44,14 @@ def test_what_it_offers_is_annotated(name):
 def test_the_page_imports_what_there_is():
     for names in re.findall(r"^from slimpajama_hf import (.*)$", PAGE + (ROOT / "README.md").read_text("utf-8"), re.M):
         assert set(names.split(", ")) <= set(NAMES)
+
+
+def test_the_page_of_the_public_names_has_each_of_them():
+    """docs/python.md is made of their docstrings: what it names is there, and is what a script imports."""
+    from slimpajama_hf.anywhere.noise_scale import NoiseScale
+
+    written = re.findall(r"^::: (.+)\.(\w+)$", (ROOT / "docs" / "python.md").read_text("utf-8"), re.M)
+    found = {name: getattr(importlib.import_module(module), name) for module, name in written}
+    assert found.pop("NoiseScale") is NoiseScale, "what noise_scale returns"
+    assert found == {name: getattr(slimpajama_hf, name) for name in slimpajama_hf.__all__ if name != "__version__"}
+    assert all(inspect.getdoc(each) for each in found.values())
