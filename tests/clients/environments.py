@@ -18,6 +18,7 @@ ENVIRONMENTS: dict[str, list[str]] = {
     "tables": ["duckdb", "polars"],
     "trackio": ["trackio", "tensorboard"],
     "hf": ["huggingface_hub"],
+    "litdata": ["litdata==0.2.76", "polars"],
 }
 
 
