@@ -41,7 +41,7 @@ WITHOUT_TORCH = (
     "settings.arguments", "settings.flags", "settings.settings", "settings.yaml_file",
     "corpus.corpus", "corpus.documents", "corpus.embedded", "corpus.hub_files", "corpus.opening", "corpus.patience",
     "corpus.formats", "corpus.local_files", "corpus.shards", "corpus.sniffing", "corpus.unchanged", "corpus.unpacking",
-    "samples.cutting", "samples.encoder", "samples.passes", "samples.pieces", "samples.portable_tokenizer",
+    "samples.cutting", "samples.encoder", "samples.handed_on", "samples.passes", "samples.pieces", "samples.portable_tokenizer",
     "samples.read_ahead", "samples.sample",
     "samples.stream", "samples.tokenizer",
     "record.checkpoints", "record.columns", "record.ledger", "record.lock", "record.run_folder", "record.spikes",

@@ -13,6 +13,7 @@ from slimpajama_hf.corpus.documents import HELD_OUT, TOO_SHORT, Cursor, Document
 from slimpajama_hf.corpus.patience import Patience
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.samples.cutting import packed, truncate, windows
+from slimpajama_hf.samples.handed_on import Ended
 from slimpajama_hf.samples.passes import Passes, stream
 from slimpajama_hf.samples.read_ahead import read_ahead
 from slimpajama_hf.samples.sample import Sample
@@ -20,6 +21,7 @@ from slimpajama_hf.samples.sample import Sample
 if TYPE_CHECKING:
     from slimpajama_hf.corpus.corpus import Corpus
     from slimpajama_hf.samples.encoder import Encoder
+    from slimpajama_hf.samples.handed_on import Machine
 
 
 #: So many unusable records in a row mean that the source itself is wrong.
@@ -43,9 +45,9 @@ class SampleStream:
     so is what was passed over. In `truncate` a process tokenizes its own documents alone, and looks at the beginning of
     the short ones (`SHORT_TEXT_CHARACTERS`) and of the first of each step, which therefore always has 2 tokens. Places
     may stay empty (`Sample.only_fills`): at the end of the stream, and where a long text turns out to have fewer than
-    2 tokens. Raises UserError after 1,000 unusable records in a row, at a shard that is broken (unless
-    `skip_broken_shards`) and when the Hub failed for `patience_seconds`; patience.StopRequested when `stop()` is true
-    while it waits.
+    2 tokens. In `window` and `pack` one process of each `machine` reads and tokenizes, and hands on. Raises UserError
+    after 1,000 unusable records in a row, at a shard that is broken (unless `skip_broken_shards`) and when the Hub
+    failed for `patience_seconds`; patience.StopRequested when `stop()` is true while it waits.
     """
 
     def __init__(
@@ -69,17 +71,19 @@ class SampleStream:
         start: Cursor | None = None,
         stop: Callable[[], bool] = lambda: False,
         in_worker: bool = False,
+        machine: Machine | None = None,
     ) -> None:
         """`stop`: whether the run is to stop; asked while waiting, from this thread and from another.
         `short_text_characters`: None for a run of a version in which all processes looked at every document.
         `in_worker`: one of the workers of a loader reads, to whom `datasets` would give nothing unless it is the
-        first."""
+        first. `machine`: the processes of this one, where one of them may read for all."""
         self.corpus, self.encoder, self.mode, self.max_length = corpus, encoder, mode, max_length
         self.passes = Passes(corpus, epochs, shuffle_buffer, seed, skip_broken_shards)
         self.world_size, self.rank, self.accumulated = world_size, rank, accumulated
         self.patience_seconds, self.read_ahead = patience_seconds, read_ahead
         self._size = world_size * accumulated
         self._short = short_text_characters
+        self._machine = machine if machine is not None and len(machine.ranks) > 1 and mode != "truncate" else None
         self.leave_out = frozenset(leave_out)
         """`shard#row`: documents that are never trained; `shard#row.part`: that sample of one alone."""
         self.start = start if start is not None else Cursor()
@@ -106,6 +110,39 @@ class SampleStream:
         )
 
     def _samples(self, start: Cursor, patience: Patience) -> Iterator[Sample]:
+        if self._machine is None:
+            yield from self._in_steps(self._read(start, patience))
+        elif self.rank != self._machine.ranks[0]:
+            yield from self._handed_on(self._machine)
+        else:
+            yield from self._handing_on(self._machine, start, patience)
+
+    def _handing_on(self, machine: Machine, start: Cursor, patience: Patience) -> Iterator[Sample]:
+        """This process' samples; those of the others of the machine are made and sent to them."""
+        with machine.others() as others:
+            try:
+                for step in self._steps(self._with_what_was_passed_over(self._read(start, patience))):
+                    for rank in others.ranks():
+                        others.give(rank, [_bare(sample) for sample in self._share(step, rank)])
+                    yield from self._share(step, self.rank)
+            except Exception as error:
+                others.end(Ended(error, self.gaps_at_end, self.skipped_at_end, dict(self.fields)))
+                raise
+            others.end(Ended(None, self.gaps_at_end, self.skipped_at_end, dict(self.fields)))
+
+    def _handed_on(self, machine: Machine) -> Iterator[Sample]:
+        """This process' samples, as another one of the machine made them."""
+        for told in machine.taken(self.rank):
+            if isinstance(told, Ended):
+                self.error, self.gaps_at_end, self.skipped_at_end = told.error, told.gaps, told.skipped
+                self.fields.update(told.fields)
+                if told.error is not None:
+                    raise told.error
+            else:
+                yield told
+
+    def _read(self, start: Cursor, patience: Patience) -> Iterator[Sample | Unusable | Gap]:
+        """Everything in the order of the corpus, what cannot be used too."""
         samples: Iterable[Sample | Unusable | Gap]
         cut: dict[str, Any] = {"encoder": self.encoder, "max_length": self.max_length}
         of_datasets = None if self._in_worker else stream(self.passes, start, patience)
@@ -124,34 +161,39 @@ class SampleStream:
                 samples = (truncate({"record": record}, **cut)["sample"] for record in records)
             else:
                 samples = (windows if self.mode == "window" else packed)(records, self.encoder, self.max_length, start)
-        yield from self._in_steps(samples)
+        yield from samples
 
     def _in_steps(self, samples: Iterable[Sample | Unusable | Gap]) -> Iterator[Sample]:
         whole = self._with_what_was_passed_over(samples)
-        yield from whole if self._size == 1 else self._steps(whole)
+        if self._size == 1:
+            yield from whole
+        else:
+            for step in self._steps(whole):
+                yield from self._share(step, self.rank)
 
-    def _steps(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """This rank's samples of each step."""
+    def _steps(self, samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+        """The samples of each step, of all processes; fewer at the end of the stream."""
         step: list[Sample] = []
         for sample in samples:
             step.append(sample)
             if len(step) == self._size:
-                yield from self._own(step)
+                yield step
                 step = []
         if step:
-            yield from self._own(step)
+            yield step
 
-    def _own(self, step: list[Sample]) -> Iterator[Sample]:
+    def _share(self, step: list[Sample], rank: int) -> Iterator[Sample]:
+        """Those of a step that `rank` learns."""
         skipped: Counter[str] = Counter()
         for sample in step:
             if sample.skipped:
                 skipped.update(sample.skipped)
         gaps = [gap for sample in step for gap in sample.gaps]
-        together = [self._without_text(place, sample) for place, sample in enumerate(step)] if self.rank == 0 else []
-        for place in range(self.rank, self._size, self.world_size):
+        together = [self._without_text(place, sample) for place, sample in enumerate(step)] if rank == 0 else []
+        for place in range(rank, self._size, self.world_size):
             sample = self._tokenized(step[place]) if place < len(step) else _filler(step[0].document)
             yield dataclasses.replace(
-                sample, after=step[-1].after, skipped=dict(skipped), gaps=gaps, together=together, rank=self.rank
+                sample, after=step[-1].after, skipped=dict(skipped), gaps=gaps, together=together, rank=rank
             )
 
     def _without_text(self, place: int, sample: Sample) -> Sample:
@@ -219,6 +261,11 @@ class SampleStream:
     def why_nothing(self) -> str:
         """Behind "no document": why a stream that has ended gave none; "" where nothing was passed over."""
         return f": {self.in_words(self.skipped_at_end)}" if self.skipped_at_end else ""
+
+
+def _bare(sample: Sample) -> Sample:
+    """The same without its document's text, which only the first process shows."""
+    return dataclasses.replace(sample, document=dataclasses.replace(sample.document, text=""))
 
 
 def untokenized(example: dict[str, Any]) -> dict[str, Any]:

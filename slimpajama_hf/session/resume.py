@@ -230,6 +230,7 @@ def stream_of(
         rank=team.rank,
         accumulated=settings.training.gradient_accumulation_steps,
         short_text_characters=record.get("short_text_characters"),
+        machine=team.machine() if settings.data.sample_mode != "truncate" else None,
         start=point.cursor,
         stop=lambda: signals.received is not None and team.world_size == 1,
     )

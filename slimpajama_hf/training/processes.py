@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import signal
 import warnings
 from collections import Counter
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from slimpajama_hf import devices, screen
 from slimpajama_hf.corpus.documents import TOO_SHORT
 from slimpajama_hf.errors import SaidByTheFirst, UserError
+from slimpajama_hf.samples.handed_on import Machine
 from slimpajama_hf.training.step_numbers import SampleNumbers, pack, split
 
 if TYPE_CHECKING:
@@ -89,6 +91,22 @@ class Processes:
                     failure = OSError(5, f"process {failed[0][0]}: {failed[0][1]}")
         if failure is not None:
             raise failure
+
+    def machine(self) -> Machine | None:
+        """The processes of this machine, the way to the first of them open; None where there is one alone, or where the
+        launcher does not say which they are."""
+        local_rank, local_size = (int(os.environ.get(f"LOCAL_{name}", -1)) for name in ("RANK", "WORLD_SIZE"))
+        if self.world_size == 1:
+            return None
+        first = self.rank - local_rank
+        known = local_rank >= 0 and local_size > 1
+        machine = Machine(range(first, first + local_size)) if known and local_rank == 0 else None
+        told: list[Any] = [None] * self.world_size
+        with others_lost():
+            dist.all_gather_object(told, machine and machine.place, group=self.group)
+        if machine is None and known and told[first] is not None:
+            machine = Machine(range(first, first + local_size), told[first])
+        return machine
 
     def most(self, numbers: list[float]) -> list[float]:
         """Of each number the greatest that any process has."""
