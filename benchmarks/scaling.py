@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import sys
 import time
@@ -97,6 +98,45 @@ def simulate(
     return lines
 
 
+def hand_on(dataset: str, mode: str, processes: int = 4, steps: int = 500) -> dict[str, Any]:
+    """`window` or `pack` by real processes of one machine: processor time of the first and of the others."""
+    from slimpajama_hf.samples.handed_on import Machine
+
+    first = Machine(range(processes))
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(processes - 1) as pool:
+        asked = [(dataset, mode, processes, rank, steps, first.place) for rank in range(1, processes)]
+        others = pool.starmap_async(_seconds_of, asked, chunksize=1)
+        own = _seconds_of(dataset, mode, processes, 0, steps, first)
+        spent = others.get()
+    samples = processes * steps
+    return {
+        "mode": mode,
+        "processes": processes,
+        "samples": samples,
+        "samples_s_of_the_first": round(samples / own),
+        "samples_s_of_another": round(samples / (sum(spent) / len(spent))),
+    }
+
+
+def _seconds_of(dataset: str, mode: str, processes: int, rank: int, steps: int, machine: Any) -> float:
+    """Processor seconds of one of them, the opening of the corpus left out. `machine`: of the first, or its place."""
+    from slimpajama_hf.corpus import opening
+    from slimpajama_hf.samples.encoder import Encoder
+    from slimpajama_hf.samples.handed_on import Machine
+    from slimpajama_hf.samples.stream import SampleStream
+    from slimpajama_hf.samples.tokenizer import load_tokenizer
+
+    if rank:
+        machine = Machine(range(processes), machine)
+    corpus, encoder = opening.open_corpus(dataset), Encoder(load_tokenizer("builtin"))
+    stream = SampleStream(corpus, encoder, mode, 256, processes, rank, epochs=1_000_000, read_ahead=0, machine=machine)
+    began = time.process_time()
+    taken = len(list(itertools.islice(stream, steps)))
+    assert taken == steps
+    return time.process_time() - began
+
+
 def _hash_of(sample: Any) -> str:
     """Of a document in its pass, and its tokens."""
     document = sample.document
@@ -125,6 +165,9 @@ def show_simulation(dataset: str) -> None:
     print("| " + " | ".join(head.values()) + " |\n" + "|" + "---|" * len(head))
     for line in lines:
         print("| " + " | ".join(f"{line[name]:,}" for name in head) + " |")
+    handed_on = [hand_on(dataset, mode) for mode in ("window", "pack")]
+    for line in handed_on:
+        print(line)
     name = f"ranks-{time.strftime('%Y-%m-%d')}-{commit().rstrip('+')}.json"
     result = {
         "machine": where,
@@ -132,6 +175,7 @@ def show_simulation(dataset: str) -> None:
         "load": os.getloadavg(),
         "dataset": Path(dataset).name,
         "phases": lines,
+        "handed_on": handed_on,
     }
     path = ROOT / "benchmarks" / "results" / name
     path.write_text(json.dumps(result, indent=1) + "\n")
