@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import subprocess
 import sys
@@ -10,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import DataCollatorForLanguageModeling, default_data_collator
 
 from slimpajama_hf import ExactStream
@@ -77,11 +79,9 @@ def test_state_dict_where_workers_have_the_iterators_is_refused(texts):
         stream.state_dict()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchdata") is None, reason="torchdata is not installed here")
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata's own
 @pytest.mark.parametrize("workers", [0, 2])
 def test_it_is_stateful_as_torchdata_wants_it(texts, order, workers):
-    from torchdata.stateful_dataloader import StatefulDataLoader
-
     def loader() -> StatefulDataLoader:
         return StatefulDataLoader(stream_of(texts, batch_size=4), batch_size=4, num_workers=workers, collate_fn=ids_of)
 
@@ -90,6 +90,32 @@ def test_it_is_stateful_as_torchdata_wants_it(texts, order, workers):
     second = loader()
     second.load_state_dict(first.state_dict())
     assert begun + list(itertools.chain.from_iterable(second)) == order["truncate"]
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("dispatch", [None, False], ids=["dispatcher", "shard"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stateful_loaders_of_accelerate_go_on_with_the_next_batch(texts, order, workers, dispatch):
+    """accelerate fetches a batch ahead of the one that it gives out; its state is that of the latter."""
+    how = DataLoaderConfiguration(use_stateful_dataloader=True, dispatch_batches=dispatch)
+    accelerator = Accelerator(cpu=True, dataloader_config=how)
+
+    def loader():
+        stream = stream_of(texts, batch_size=4)
+        return accelerator.prepare(DataLoader(stream, batch_size=4, num_workers=workers, collate_fn=stream.collate))
+
+    def ids(batches):
+        for batch in batches:
+            for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+                yield row[mask.bool()].tolist()
+
+    first, begun, state = loader(), [], None
+    for batch in itertools.islice(first, 5):
+        begun += ids([batch])
+        state = first.state_dict()
+    second = loader()
+    second.load_state_dict(state)
+    assert begun + list(ids(second)) == order["truncate"]
 
 
 def test_a_state_of_something_else_is_refused(texts):
