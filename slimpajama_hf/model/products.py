@@ -81,7 +81,11 @@ def product_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> 
     squares = []
     for first in range(0, len(out), ROWS_AT_ONCE):
         rows = slice(first, first + ROWS_AT_ONCE)
-        squares.append(square(out[rows].copy_(product(left[rows], right))))
+        if out.dtype == left.dtype and not _slow_by_mm(left):
+            written = torch.mm(left[rows], right, out=out[rows])
+        else:
+            written = out[rows].copy_(product(left[rows], right))
+        squares.append(square(written))
     return squares[0] if len(squares) == 1 else torch.stack(squares).sum()
 
 
