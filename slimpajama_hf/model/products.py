@@ -28,7 +28,8 @@ def _onednn(dtype: torch.dtype) -> bool:
     Which library it is must not hang on a stopwatch: a run that goes on shall round as it did.
     """
     if dtype == torch.float32 and not devices.is_amd():
-        # MKL is made for Intel's; nothing was measured there.
+        # On an Intel processor MKL is a tenth faster, in and out of the caches (docs/speed.md). It is the maker's name
+        # that MKL itself goes by.
         return False
     one = torch.ones(2, 2, dtype=dtype)
     try:
@@ -43,7 +44,7 @@ def library(device: torch.device, dtype: torch.dtype) -> str:
         return f"torch's own library for {device.type}"
     if not _onednn(dtype):
         missing = dtype != torch.float32 or devices.is_amd()
-        return "torch.mm (this torch lacks oneDNN's operators)" if missing else "MKL (the processor is no AMD)"
+        return "torch.mm (this torch lacks oneDNN's operators)" if missing else "MKL (it is slower on AMD alone)"
     return "oneDNN (MKL is slower on AMD)" if dtype == torch.float32 else "oneDNN (weights packed for it)"
 
 

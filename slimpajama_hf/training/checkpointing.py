@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from slimpajama_hf import screen
 from slimpajama_hf.model import averaging, memory, presets
 from slimpajama_hf.record import checkpoints
 from slimpajama_hf.training import saved_model
+from slimpajama_hf.training.host_copies import HostCopies
 
 if TYPE_CHECKING:
     from slimpajama_hf.corpus.documents import Cursor
@@ -37,6 +37,7 @@ class Checkpointing(Trainer):
     team: Processes
     run_path: Path
     _updating: bool
+    _copies: HostCopies | None = None
     _copies_fit: bool | None = None
     """Whether there is memory for the copies; None: not looked at yet."""
 
@@ -51,6 +52,12 @@ class Checkpointing(Trainer):
         # Of a run that began in float16 and goes on in another precision there is one in the checkpoint, and none here.
         if self.accelerator.scaler is not None:
             super()._load_scaler(checkpoint)
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **named: Any) -> None:
+        # Behind the first update there is all that a checkpoint will hold.
+        if self._copies_fit is None and self.args.save_strategy != "no":
+            self._is_behind()
+        super()._maybe_log_save_evaluate(*arguments, **named)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Stage, write or copy, add the manifest, rename. The ledger is on the disk before the checkpoint that counts
@@ -70,7 +77,10 @@ class Checkpointing(Trainer):
             self.average.save_age(place)
 
         with self.clock.paused("saving"), screen.Waiting(f"saving checkpoint-{self.state.global_step}"):
-            self.saving.save(self.state.global_step, self.cursor, write, behind=self._is_behind())
+            behind = self._is_behind()
+            if self._copies is not None:
+                self._copies.begin()
+            self.saving.save(self.state.global_step, self.cursor, write, behind=behind)
 
     def _is_behind(self) -> bool:
         """Whether checkpoints are written from copies while training goes on."""
@@ -86,6 +96,8 @@ class Checkpointing(Trainer):
                     f"training waits while a checkpoint is written: a copy of it takes {screen.format_bytes(copies)}, "
                     f"and {screen.format_bytes(free or 0)} of memory are free"
                 )
+            elif self.args.should_save:
+                self._copies = HostCopies(copies, pinned=self.args.device.type == "cuda")
         return self._copies_fit
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -104,7 +116,8 @@ class Checkpointing(Trainer):
     def _save_behind(self, weights: list[torch.Tensor], folder: Path) -> None:
         """Copy `weights`, in the order of the model's parameters; what they are saved as is written later."""
         folder.mkdir(parents=True, exist_ok=True)
-        made = saved_model.like(self.accelerator.unwrap_model(self.model), on_host(weights))
+        assert self._copies is not None
+        made = saved_model.like(self.accelerator.unwrap_model(self.model), self._copies.of(weights))
         tokenizer = self.processing_class
 
         def write() -> None:
@@ -119,7 +132,8 @@ class Checkpointing(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
             assert self.optimizer is not None and self.lr_scheduler is not None
-            state = on_host(self.optimizer.state_dict())
+            assert self._copies is not None
+            state = self._copies.of(self.optimizer.state_dict())
             self.saving.later(lambda: torch.save(state, os.path.join(output_dir, "optimizer.pt")))
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
 
@@ -133,14 +147,3 @@ class Checkpointing(Trainer):
         if not self.team.first_does(checkpoints.path_of(self.run_path, step).exists):
             self._save_checkpoint(self.model, trial=None)
             self.saving.wait()
-
-
-def on_host(state: Any) -> Any:
-    """A copy of a state with all its tensors in the memory of the host."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return type(state)((name, on_host(value)) for name, value in state.items())
-    if isinstance(state, list | tuple):
-        return type(state)(on_host(value) for value in state)
-    return copy.deepcopy(state)

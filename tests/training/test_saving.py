@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import run_clm_slimpajama
 from slimpajama_hf.corpus.documents import Cursor
@@ -15,6 +17,7 @@ from slimpajama_hf.record import checkpoints
 from slimpajama_hf.record.ledger import Ledger
 from slimpajama_hf.record.run_folder import RunFolder
 from slimpajama_hf.training import checkpointing
+from slimpajama_hf.training.host_copies import HostCopies
 from slimpajama_hf.training.processes import Processes
 from slimpajama_hf.training.recorder import StepRecorder
 from slimpajama_hf.training.saving import Saving
@@ -103,3 +106,29 @@ def test_an_error_that_is_no_disk_is_raised(saving):
     save(saving, 5, wrong)
     with pytest.raises(KeyError):
         saving.wait()
+
+
+def test_copies_take_the_memory_of_those_before_them_and_are_saved_alone():
+    """Each lies in a storage of its own: `torch.save` writes the whole storage of what it is given."""
+    states = [
+        {"step": torch.tensor(3.0 + n), "moments": [torch.randn(1000, 7), torch.randn(3, 5).bfloat16()], "rate": 0.1}
+        for n in range(2)
+    ]
+    copies = HostCopies(30_000, pinned=False)
+    places = []
+    for state in states:
+        copies.begin()
+        made = copies.of(state)
+        places.append([made["step"].data_ptr(), *(each.data_ptr() for each in made["moments"])])
+        files = [io.BytesIO(), io.BytesIO()]
+        torch.save(made, files[0])
+        torch.save(state, files[1])
+        assert files[0].getvalue() == files[1].getvalue()
+        again = torch.load(io.BytesIO(files[0].getvalue()), weights_only=True)
+        assert torch.equal(again["step"], state["step"]) and again["rate"] == 0.1
+        assert all(map(torch.equal, again["moments"], state["moments"]))
+    assert places[0] == places[1] and all(place % 64 == 0 for place in places[0])
+    # What does not fit has memory of its own, and so has what is empty.
+    copies.begin()
+    large = copies.of([torch.ones(20_000), torch.empty(0), torch.ones(2)])
+    assert [each.sum().item() for each in large] == [20_000, 0, 2] and large[2].data_ptr() == places[0][0]
