@@ -129,7 +129,9 @@ class Pushed:
         )
         assert done.returncode == 0, done.stderr
 
-    def go_on(self, seed: int, place: Path, finished: Path) -> tuple[str, str]:
+    def go_on(
+        self, seed: int, place: Path, finished: Path, damaged: str | None = None, way: str | None = None
+    ) -> tuple[str, str]:
         """Fetch the repository with one file of it damaged, and go on; (what happened, file)."""
         draw = random.Random(f"pushed {seed}")
         place.mkdir()
@@ -137,8 +139,9 @@ class Pushed:
         for name, content in self.server.models["me/run"].files.items():
             (repository / name).parent.mkdir(parents=True, exist_ok=True)
             (repository / name).write_bytes(content)
-        path = draw.choice(sorted(path for path in repository.rglob("*") if path.is_file()))
-        way = draw.choice([way for way in WAYS if way != "link"])
+        drawn = draw.choice(sorted(path for path in repository.rglob("*") if path.is_file()))
+        path = repository / damaged if damaged else drawn
+        way = way or draw.choice([way for way in WAYS if way != "link"])
         damage(repository, path, way, draw)
         files = {p.relative_to(repository).as_posix(): p.read_bytes() for p in repository.rglob("*") if p.is_file()}
         self.server.models[f"me/damaged-{seed}"] = Repo(private=False)
@@ -170,6 +173,9 @@ def pushed(half: Path, shards: Path) -> Iterator[Pushed]:
 def test_damaged_repositories(pushed, finished, tmp_path):
     for seed in range(2):
         pushed.go_on(seed, tmp_path / str(seed), finished)
+    # Nothing vouches for the bytes of these two: the one is settled on this machine, the other is its flags.
+    for seed, name in enumerate(("run.json", "run_config.yaml"), 50):
+        assert pushed.go_on(seed, tmp_path / str(seed), finished, name, "zeros") == ("refused", name)
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import yaml
 
 from slimpajama_hf import files
 from slimpajama_hf.corpus import hub_files
@@ -29,6 +28,7 @@ from slimpajama_hf.hub.staging import STATE
 from slimpajama_hf.record import checkpoints, ledger, surprisals
 from slimpajama_hf.record.run_folder import GROWING, RunFolder
 from slimpajama_hf.screen import Waiting
+from slimpajama_hf.settings.yaml_file import read_config
 
 #: Where a run is put together before it is moved into its folder.
 INCOMING = "_incoming"
@@ -201,9 +201,15 @@ def _wrong_in_ledger(path: Path, step: int, chain: str | None) -> str | None:
 
 def _settle_here(run: Path, folder: Path, step: int, dataset: str | None, asked: str) -> None:
     """What named files of the other machine names those of this one: the corpus, the tokenizer, the model."""
-    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     config_path = run / "run_config.yaml"
-    config: dict[str, Any] = yaml.safe_load(config_path.read_text(encoding="utf-8"))
+    try:
+        record, config = RunFolder(run).read_record(), read_config(str(config_path))
+    except UserError as error:
+        shutil.rmtree(run.parent, ignore_errors=True)
+        raise UserError(
+            f"--resume_from_checkpoint {asked}: {str(error).removeprefix('--config ')}; try again, or the commit "
+            f"before it, as {asked.partition('@')[0]}@COMMIT"
+        ) from None
     changed: dict[str, str] = {}
     record["corpus"] = stranger.corpus_here(record["corpus"], dataset, f"--resume_from_checkpoint {asked}")
     if record["corpus"]["mirror"] == "local":
