@@ -20,6 +20,9 @@ from slimpajama_hf import devices
 #: the head's.
 ROWS_AT_ONCE = 4096
 
+#: What `torch.mm` is, where oneDNN's own operators are not used in float32.
+MM = "MKL (it is slower on AMD alone)" if torch.backends.mkl.is_available() else "torch.mm (this torch has no MKL)"
+
 
 @functools.cache
 def _onednn(dtype: torch.dtype) -> bool:
@@ -44,7 +47,7 @@ def library(device: torch.device, dtype: torch.dtype) -> str:
         return f"torch's own library for {device.type}"
     if not _onednn(dtype):
         missing = dtype != torch.float32 or devices.is_amd()
-        return "torch.mm (this torch lacks oneDNN's operators)" if missing else "MKL (it is slower on AMD alone)"
+        return "torch.mm (this torch lacks oneDNN's operators)" if missing else MM
     return "oneDNN (MKL is slower on AMD)" if dtype == torch.float32 else "oneDNN (weights packed for it)"
 
 

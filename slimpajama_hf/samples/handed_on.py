@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import tempfile
 from collections.abc import Iterator
 from multiprocessing.connection import Client, Connection, Listener
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,8 +38,9 @@ class Machine:
         self._listener: Listener | None = None
         if place is None:
             key = os.urandom(32)
-            # In a folder that this user alone can enter.
-            self._listener = Listener(family="AF_UNIX", backlog=len(ranks), authkey=key)
+            # A folder that this user alone can enter. It is gone when all have come, or at the end of the program.
+            self._folder = tempfile.TemporaryDirectory(prefix="samples-")
+            self._listener = Listener(os.path.join(self._folder.name, "socket"), backlog=len(ranks), authkey=key)
             place = str(self._listener.address), key
         self.place = place
 
@@ -51,6 +53,8 @@ class Machine:
             while len(lines) < len(self.ranks) - 1:
                 line = open_ones.enter_context(self._listener.accept())
                 lines[line.recv()] = line
+            self._listener.close()
+            self._folder.cleanup()
             yield HandingOn(lines)
 
     def taken(self, rank: int) -> Iterator[Sample | Ended]:
