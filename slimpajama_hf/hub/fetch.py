@@ -206,9 +206,11 @@ def _settle_here(run: Path, folder: Path, step: int, dataset: str | None, asked:
         record, config = RunFolder(run).read_record(), read_config(str(config_path))
     except UserError as error:
         shutil.rmtree(run.parent, ignore_errors=True)
+        # By its name in the repository: the folder that it was put together in is gone.
+        said = str(error).removeprefix("--config ").replace(f"{run}/", "")
         raise UserError(
-            f"--resume_from_checkpoint {asked}: {str(error).removeprefix('--config ')}; try again, or the commit "
-            f"before it, as {asked.partition('@')[0]}@COMMIT"
+            f"--resume_from_checkpoint {asked}: {said}; try again, or the commit before it, as "
+            f"{asked.partition('@')[0]}@COMMIT"
         ) from None
     changed: dict[str, str] = {}
     record["corpus"] = stranger.corpus_here(record["corpus"], dataset, f"--resume_from_checkpoint {asked}")
