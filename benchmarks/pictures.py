@@ -1,15 +1,20 @@
-"""The small pictures of README: python benchmarks/pictures.py [--only speed|resume] [--find-in RUN]
+"""The pictures of README and docs: python benchmarks/pictures.py [--only speed|resume] [--find-in RUN] [--report-of RUN]
 
 `speed.png` is drawn from the newest `steps-tiny-bfloat16-cpu-*.json` of benchmarks/results/. For `resume.png` two runs
-are trained, one of them killed three times. `find.svg` is what `inspect --find` prints of a run.
+are trained, one of them killed three times. `find.svg` is what `inspect --find` prints of a run. `--report-of` takes
+the chart, the animation and the report of a run; those of docs/ are of `--config configs/laptop.yaml --max_steps 6000`.
+It needs chromium and pdftoppm (Debian: chromium, poppler-utils).
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import io
 import json
+import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -145,11 +150,71 @@ def find(run: Path, text: str = "Return the number of") -> None:
     (DOCS / "find.svg").write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.S))
 
 
+def report_of(run: Path, pages: int = 3) -> None:
+    """The last chart, the animation, parts of the report, and its first printed pages."""
+    from tests.report.browser import Browser
+
+    with tempfile.TemporaryDirectory() as place:
+        # The report names the folder that it was made in.
+        shown = Path(place) / "runs" / "embedded-tiny"
+        shutil.copytree(run, shown)
+        words = [sys.executable, "-m", "slimpajama_hf", "report", "runs/embedded-tiny"]
+        for more in ([], ["--animate"]):
+            subprocess.run([*words, *more], check=True, cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        shutil.copy(shown / "training.gif", DOCS / "training.gif")
+        shutil.copy(shown / "training_viz" / "training_latest.png", DOCS / "training.png")
+        with Browser(Path(place) / "profile", width=1265, height=1717) as browser:
+            browser.open((shown / "report.html").as_uri())
+            browser.frame()
+            sections = [("curves", "#curves"), ("step", "#one-step"), ("learning", "#learning")]
+            for name, selector in sections:
+                box = browser.value(f"document.querySelector({selector!r}).getBoundingClientRect().toJSON()")
+                # The curves with what stands above them; a section begins with a rule and white, which are left out.
+                top = 0 if name == "curves" else box["top"] + 30
+                size = {"x": 0, "y": top, "width": 1265, "height": box["bottom"] - top, "scale": 1}
+                made = browser.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=size)
+                (DOCS / f"report-{name}.png").write_bytes(base64.b64decode(made["data"]))
+            printed = Path(place) / "report.pdf"
+            made = browser.call("Page.printToPDF", printBackground=True, paperWidth=8.27, paperHeight=11.69)
+            printed.write_bytes(base64.b64decode(made["data"]))
+        words = ["pdftoppm", "-png", "-r", "90", "-l", str(pages), str(printed), str(Path(place) / "page")]
+        subprocess.run(words, check=True)
+        for name, _ in sections:
+            smaller(DOCS / f"report-{name}.png")
+        side_by_side(sorted(Path(place).glob("page-*.png")), DOCS / "report-print.png")
+
+
+def side_by_side(pages: list[Path], path: Path, gap: int = 22) -> None:
+    """Pages in a row on grey."""
+    from PIL import Image
+
+    images = [Image.open(page).convert("RGB") for page in pages]
+    width = sum(image.width + gap for image in images) + gap
+    canvas = Image.new("RGB", (width, images[0].height + 2 * gap), "#d9d9d2")
+    left = gap
+    for image in images:
+        canvas.paste(image, (left, gap))
+        left += image.width + gap
+    canvas.save(path)
+    smaller(path)
+
+
+def smaller(path: Path) -> None:
+    """The same picture in 256 colours, as a file of a third of the size."""
+    from PIL import Image
+
+    Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["speed", "resume"])
     parser.add_argument("--find-in", type=Path, metavar="RUN", help="draw find.svg alone, of this run")
+    parser.add_argument("--report-of", type=Path, metavar="RUN", help="take the pictures of its chart and report alone")
     options = parser.parse_args()
+    if options.report_of is not None:
+        report_of(options.report_of)
+        return
     if options.find_in is not None:
         find(options.find_in)
         return

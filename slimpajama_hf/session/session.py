@@ -172,9 +172,7 @@ class Session:
         outcome = self._outcome(failure)
         # Taken now: Ctrl-C while the last push is waited for is no Ctrl-C of the run.
         code = self.signals.exit_code
-        for line in plan.summary(
-            self.folder, trainer, outcome, watchers.seconds + trainer.measuring.seconds, self.settings.run.lr_find
-        ):
+        for line in plan.summary(self.folder, trainer, outcome, watchers.seconds, self.settings.run.lr_find):
             screen.say(line)
         if self.settings.run.lr_find:
             from slimpajama_hf.session import range_test_result

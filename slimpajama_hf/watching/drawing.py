@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from slimpajama_hf.watching.view_process import ViewProcess
 
 
-#: What a chart takes, seconds of a core, as long as only the first has been drawn, for which matplotlib was imported.
-CHART_SECONDS = 0.6
-
-
 class DrawViews(TrainerCallback):
     """Metrics JSON, samples JSON, chart and report, drawn beside training from the ledger.
 
@@ -80,7 +76,7 @@ class DrawViews(TrainerCallback):
     @property
     def _cost(self) -> float:
         """Of the next chart, and of the one at the end: once the process is there, what the last one took."""
-        return self.views.last_chart_seconds or CHART_SECONDS
+        return self.views.last_chart_seconds or budget.CHART_SECONDS
 
     def _is_left(self) -> bool:
         """Whether there is time for a chart at 10, 30, 100, ..."""

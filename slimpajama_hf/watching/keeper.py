@@ -24,8 +24,16 @@ LEAST_SECONDS = 0.25
 class Keeper(TrainerCallback):
     """Appends what it makes to a file, within its budget; says once when that fails; never stops training."""
 
-    def __init__(self, trainer: SlimPajamaTrainer, path: Path, share: float, ahead_seconds: float) -> None:
-        self._trainer = trainer
+    def __init__(
+        self,
+        trainer: SlimPajamaTrainer,
+        path: Path,
+        share: float,
+        ahead_seconds: float,
+        seeing_seconds: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """`seeing_seconds`: what all that looks at the run has taken so far."""
+        self._trainer, self._seeing_seconds = trainer, seeing_seconds
         self.file = GrowingFile(path)
         self._share, self._ahead_seconds = share, ahead_seconds
         self._last_seconds = 0.0
@@ -39,13 +47,20 @@ class Keeper(TrainerCallback):
         return self._trainer.is_world_process_zero() and not self._trainer.is_fsdp_enabled
 
     def _affordable(self) -> bool:
-        return budget.affordable(
+        own = budget.affordable(
             self._trainer,
             self._share,
             self.seconds,
             next_cost=self._last_seconds,
             advance=self._ahead_seconds,
             least=LEAST_SECONDS,
+        )
+        # What others took too early is not there either.
+        return own and budget.is_left(
+            self._trainer,
+            self._seeing_seconds(),
+            self._last_seconds,
+            reserved=budget.CHART_SECONDS + budget.END_SECONDS,
         )
 
     def _guarded(self, step: int, what: str, act: Callable[[], None]) -> None:

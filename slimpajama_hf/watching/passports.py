@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,9 +88,14 @@ class SamplePassports(Keeper):
     """
 
     def __init__(
-        self, trainer: SlimPajamaTrainer, folder: RunFolder, encoder: Encoder, interval: int | None = None
+        self,
+        trainer: SlimPajamaTrainer,
+        folder: RunFolder,
+        encoder: Encoder,
+        interval: int | None = None,
+        seeing_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        super().__init__(trainer, folder.path / PASSPORTS, budget.PASSPORTS, PASSPORTS_AHEAD_SECONDS)
+        super().__init__(trainer, folder.path / PASSPORTS, budget.PASSPORTS, PASSPORTS_AHEAD_SECONDS, seeing_seconds)
         self._ledger = folder.ledger
         self._encoder, self._interval = encoder, interval
         self._open: dict[str, Any] | None = None

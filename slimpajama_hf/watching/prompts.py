@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from slimpajama_hf.model import generation
@@ -34,9 +35,14 @@ class FixedPrompts(Keeper):
     """
 
     def __init__(
-        self, trainer: SlimPajamaTrainer, folder: RunFolder, encoder: Encoder, interval: int | None = None
+        self,
+        trainer: SlimPajamaTrainer,
+        folder: RunFolder,
+        encoder: Encoder,
+        interval: int | None = None,
+        seeing_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        super().__init__(trainer, folder.path / PROMPTS, budget.PROMPTS, PROMPTS_AHEAD_SECONDS)
+        super().__init__(trainer, folder.path / PROMPTS, budget.PROMPTS, PROMPTS_AHEAD_SECONDS, seeing_seconds)
         self._encoder, self._interval = encoder, interval
         self._prompts = [encoder.encode(prompt)[0] for prompt in FIXED_PROMPTS]
         self._at_checkpoint = False

@@ -48,11 +48,12 @@ class Watchers:
         self.draws = run.viz_interval > 0
         self.progress = ShowProgress(has_bar=not notebook.is_here())
         self.notebook = [NotebookDisplay(folder)] if notebook.is_here() else []
+        self._measuring = trainer.measuring
         self.samples = GenerateSamples(
             trainer, folder, encoder, run.display_samples, "display_samples" in typed, lambda: self.seconds
         )
-        self.passports = SamplePassports(trainer, folder, encoder)
-        self.prompts = FixedPrompts(trainer, folder, encoder)
+        self.passports = SamplePassports(trainer, folder, encoder, seeing_seconds=lambda: self.seconds)
+        self.prompts = FixedPrompts(trainer, folder, encoder, seeing_seconds=lambda: self.seconds)
         self.views = ViewProcess(folder, *views.caption_of(record), max_steps=settings.training.max_steps)
         self.drawing = DrawViews(trainer, self.views, run.viz_interval, "viz_interval" in typed, lambda: self.seconds)
         names, first = training_arguments.asked(settings.training.report_to), record["sessions"][-1]["step"]
@@ -78,8 +79,10 @@ class Watchers:
 
     @property
     def seconds(self) -> float:
-        """What all of it has taken: time beside training, and processor time of the process that draws."""
-        return self.samples.seconds + self.passports.seconds + self.prompts.seconds + self.views.cpu_seconds
+        """What all of it has taken: time beside training, that of the measurements too, and processor time of the
+        process that draws."""
+        beside = self.samples.seconds + self.passports.seconds + self.prompts.seconds + self._measuring.seconds
+        return beside + self.views.cpu_seconds
 
     def show_end(self) -> None:
         """Show the last row and the last chart where they are redrawn in place."""

@@ -74,7 +74,8 @@ class GenerateSamples(TrainerCallback):
         ):
             return False
         # What the early charts took is not there for samples.
-        return budget.is_left(self._trainer, self._seeing_seconds(), cost, reserved=budget.END_SECONDS)
+        reserved = budget.CHART_SECONDS + budget.END_SECONDS
+        return budget.is_left(self._trainer, self._seeing_seconds(), cost, reserved)
 
     def _sample(self, trainer: SlimPajamaTrainer, step: int) -> dict[str, Any]:
         """What the model writes after the opening of the step's document, with the accuracy of the step itself."""

@@ -209,6 +209,20 @@ def test_on_paper_the_curves_fit_and_are_light(shown: Browser, tmp_path: Path) -
 
 
 @needs_browser
+def test_on_paper_a_long_document_is_whole(shown: Browser) -> None:
+    shown.open(shown.value("location.href"))
+    cut = """(() => { const box = document.querySelector('.document'); const line = box.firstElementChild;
+      for (let i = 0; i < 400; i++) box.insertBefore(document.createTextNode('\\n'), line);
+      return box.scrollHeight - box.clientHeight; })()"""
+    assert shown.value(cut) > 100, "on the screen it is a window that scrolls"
+    shown.call("Emulation.setEmulatedMedia", media="print")
+    shown.frame()
+    assert shown.value("(box => box.scrollHeight - box.clientHeight)(document.querySelector('.document'))") <= 1
+    shown.call("Emulation.setEmulatedMedia", media="")
+    shown.open(shown.value("location.href"))
+
+
+@needs_browser
 def test_one_polite_region_speaks_once(shown: Browser) -> None:
     live = "[...document.querySelectorAll('output, [aria-live], [role=status], [role=alert], [role=log]')].map(node => [node.id, node.getAttribute('aria-live')])"
     assert shown.value(live) == [["said", "polite"]]
