@@ -1,4 +1,4 @@
-"""The pictures of README and docs: python benchmarks/pictures.py [--only speed|resume] [--find-in RUN] [--report-of RUN]
+"""The pictures of README and docs: benchmarks/pictures.py [--only speed|resume] [--find-in RUN] [--report-of RUN]
 
 `speed.png` is drawn from the newest `steps-tiny-bfloat16-cpu-*.json` of benchmarks/results/. For `resume.png` two runs
 are trained, one of them killed three times. `find.svg` is what `inspect --find` prints of a run. `--report-of` takes

@@ -134,7 +134,8 @@ def redacted(text: str) -> str:
     for token in (*_SECRETS, os.environ.get("HF_TOKEN", "")):
         if len(token) >= 8:
             text = text.replace(token, "***")
-    return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", text)
+    # Tokens have 34 letters behind `hf_`; names of programs (hf_subparsers) have fewer.
+    return re.sub(r"hf_[A-Za-z0-9]{20,}", "hf_***", text)
 
 
 def harmless(text: str, hidden_too: bool = True) -> str:
