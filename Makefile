@@ -9,7 +9,7 @@ CLIENTS ?= $(VENV)/clients
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: help install test-run test test-faults test-clients test-all check lint types wheel audit bench docs gpu-check train clean
+.PHONY: help install test-run test test-faults test-clients test-all check lint types wheel audit bench speedrun docs gpu-check train clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ bench: $(DEV_STAMP) $(VENV)/litgpt/bin/python ## measure the step, what seeing c
 	@$(BIN)/python benchmarks/steps.py --steps 150 --rounds 1 --history 10000
 	@$(BIN)/python benchmarks/steps.py --model small --steps 25 --rounds 2
 	@$(BIN)/python benchmarks/growth.py
+
+speedrun: $(DEV_STAMP) ## seconds to a fixed score on the embedded corpus, ten seeds, beside the table so far; an hour
+	@$(BIN)/python benchmarks/speedrun.py
 
 docs: $(DEV_STAMP) ## the documentation as a site in site/; a link that leads nowhere is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -16,12 +16,13 @@ held-out documents (`--cut` too) and resuming are those of `learning.py`. Result
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,10 @@ class Clock(TrainerCallback):
         self.marks: list[dict[str, Any]] = []
         """Seconds, tokens and losses (nats) of each scoring."""
         self.trainer: Any = None
+        self.tokenizer: Any = None
         self._options, self._tokens = options, tokens
-        self._trained = self._seconds = 0.0
+        self._trained = 0
+        self._seconds = 0.0
         self._since = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -58,20 +61,38 @@ class Clock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trained += next(self._tokens)
         seconds = self._seconds + time.perf_counter() - self._since
-        due = seconds // self._options.seconds_between > self._seconds // self._options.seconds_between
-        if due or state.global_step == state.max_steps:
-            self._score(seconds, state.global_step)
+        if self.is_due(seconds) or state.global_step == state.max_steps:
+            found = {"seconds": round(seconds, 2), "steps": state.global_step, "tokens": self._trained}
+            self.marks.append(found | self.score(self.trainer.accelerator.unwrap_model(self.trainer.model)))
             self._since = time.perf_counter()
             self._seconds = seconds
+            control.should_training_stop |= self.is_enough()
 
-    def _score(self, seconds: float, made: int) -> None:
-        network = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        scores = {"last": learning.score_parts(network, self._options.parts)}
+    def is_due(self, seconds: float) -> bool:
+        """Whether the model is scored after so many seconds of training."""
+        return seconds // self._options.seconds_between > self._seconds // self._options.seconds_between
+
+    def is_enough(self) -> bool:
+        """Whether the run has come where it was to come."""
+        return False
+
+    def score(self, network: Any) -> dict[str, Any]:
+        """What a mark says of the model."""
+        scores = {"last": learning.score_parts(network, self.tokenizer, self._options.parts)}
+        with self.averaged() as is_there:
+            if is_there:
+                scores["averaged"] = learning.score_parts(network, self.tokenizer, self._options.parts)
+        return {"scores": scores}
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[bool]:
+        """The model has its averaged weights inside, if it has any yet: whether it has."""
         average = getattr(self.trainer, "average", None)
-        if average is not None and average.is_there:
-            with average.applied():
-                scores["averaged"] = learning.score_parts(network, self._options.parts)
-        self.marks.append({"seconds": round(seconds, 2), "steps": made, "tokens": int(self._trained), "scores": scores})
+        if average is None or not average.is_there:
+            yield False
+            return
+        with average.applied():
+            yield True
 
 
 def windows(options: argparse.Namespace, mode: str) -> Iterator[list[int]]:
@@ -91,7 +112,9 @@ def lengths(options: argparse.Namespace) -> list[int]:
     return [len(ids) for ids in itertools.islice(windows(options, "truncate"), options.documents)]
 
 
-def stock(options: argparse.Namespace, batch: int, rate: float, seed: int) -> Clock:
+def stock(
+    options: argparse.Namespace, batch: int, rate: float, seed: int, clock_of: Callable[..., Clock] = Clock
+) -> Clock:
     """`transformers.Trainer`; packed where a step has more than one window."""
     import datasets
     import torch
@@ -102,20 +125,20 @@ def stock(options: argparse.Namespace, batch: int, rate: float, seed: int) -> Cl
     from slimpajama_hf.samples.tokenizer import load_tokenizer
 
     screen.quiet_libraries()
+    tokenizer = load_tokenizer("builtin")
     of_documents = lengths(options)
     if batch == 1:
         tokens, count = iter(of_documents), options.documents
     else:
         tokens, count = itertools.repeat(batch * MAX_LENGTH), math.ceil(sum(of_documents) / (batch * MAX_LENGTH))
-    config = presets.model_config(
-        "tiny", f"activation_function=gelu_new,{learning.DROPOUT}", load_tokenizer("builtin"), MAX_LENGTH
-    )
+    config = presets.model_config("tiny", f"activation_function=gelu_new,{learning.DROPOUT}", tokenizer, MAX_LENGTH)
 
     def examples() -> Iterator[dict[str, list[int]]]:
         for ids in windows(options, "truncate" if batch == 1 else "pack"):
             yield {"input_ids": ids, "labels": ids}
 
-    clock = Clock(options, tokens)
+    clock = clock_of(options, tokens)
+    clock.tokenizer = tokenizer
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder, per_device_train_batch_size=batch, max_steps=count, learning_rate=rate,
@@ -135,16 +158,18 @@ def stock(options: argparse.Namespace, batch: int, rate: float, seed: int) -> Cl
     return clock
 
 
-def ours(options: argparse.Namespace, seed: int) -> Clock:
-    """The program at its defaults."""
+def ours(
+    options: argparse.Namespace, seed: int, more: Sequence[str] = (), clock_of: Callable[..., Clock] = Clock
+) -> Clock:
+    """The program at its defaults, or with `more` flags."""
     import run_clm_slimpajama
     from slimpajama_hf.session import session
 
-    clock = Clock(options, iter(lengths(options)))
+    clock = clock_of(options, iter(lengths(options)))
     run = session.Session.run
 
     def timed(self: Any) -> int:
-        clock.trainer = self.trainer
+        clock.trainer, clock.tokenizer = self.trainer, self.trainer.processing_class
         self.trainer.add_callback(clock)
         return run(self)
 
@@ -152,10 +177,13 @@ def ours(options: argparse.Namespace, seed: int) -> Clock:
     flags = [
         "--dataset", options.dataset, "--tokenizer", "builtin", "--model", "tiny", "--precision", options.precision,
         "--max_steps", str(options.documents), "--warmup_steps", str(round(options.documents * options.warmup_share)),
-        "--seed", str(seed), "--epochs", "1000",
+        "--seed", str(seed), "--epochs", "1000", *more,
     ]  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        code = run_clm_slimpajama.main([*flags, "--output_dir", str(Path(folder) / "run")])
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            code = run_clm_slimpajama.main([*flags, "--output_dir", str(Path(folder) / "run")])
+    finally:
+        session.Session.run = run  # type: ignore[method-assign]
     if code:
         raise SystemExit(f"the program ended with {code}")
     return clock

@@ -1,5 +1,6 @@
 """The benchmarks make up ledgers; what they make up must be what a run writes."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -13,6 +14,10 @@ from slimpajama_hf.record import columns
 from slimpajama_hf.record.columns import read_columns
 from slimpajama_hf.views import charts
 from tests.conftest import ROOT, environment
+
+# Benchmarks that stand on each other are programs of one folder.
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import speedrun
 
 
 def test_the_columns_of_a_long_run_are_those_of_a_ledger():
@@ -101,3 +106,45 @@ def test_simulated_processes_learn_what_one_learns_each_document_in_its_place(sh
     )
     assert [line["learned_by_the_simulated"] for line in lines] == [12, 8, 18, 3]
     assert all(line["mb_read_by_a_process"] > 0 for line in lines)
+
+
+def test_the_way_to_the_target_of_the_race_is_a_line_between_two_scores(monkeypatch):
+    monkeypatch.setattr(speedrun, "TARGET", 2.0)
+    marks = [
+        {"seconds": 10.0, "documents": 500, "bits_per_byte": 2.5},
+        {"seconds": 30.0, "documents": 1000, "bits_per_byte": 1.5},
+    ]
+    assert speedrun.reached(marks, "seconds") == pytest.approx(20.0)
+    assert speedrun.reached(marks, "documents") == pytest.approx(750.0)
+    assert speedrun.reached(marks[:1], "seconds") is None
+
+
+def test_the_table_of_the_race_says_who_is_faster_and_who_never_came(monkeypatch):
+    monkeypatch.setattr(speedrun, "TARGET", 2.0)
+
+    def row(entry, seed, seconds, bits):
+        marks = [{"seconds": seconds, "documents": 100, "bits_per_byte": bits}]
+        return {"arm": entry, "seed": seed, "marks": marks, "machine": {"processor": "P"}, "commit": "c"}
+
+    rows = [row("ours", seed, 100.0 + seed, 1.9) for seed in range(10)]
+    rows += [row("faster", seed, 80.0 + seed, 1.9) for seed in range(10)]
+    rows += [row("as fast", seed, 100.5 + seed, 1.9) for seed in range(10)] + [row("never", 1, 90.0, 2.1)]
+    ours, faster, as_fast, never = [line.split(" | ") for line in speedrun.table(rows).splitlines()[2:]]
+    assert ours[1:3] == ["10", "10"] and float(faster[5]) < 0.01 < float(as_fast[5])
+    assert never[2:4] == ["0", "2.100 after 100"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "target"),
+    [("ours", 3.45), ("packed batches of 8, 5e-4", 3.6), ("bare loop, one document a step, 3e-4", 3.45)],
+)
+def test_an_entry_of_the_race_ends_at_its_target(monkeypatch, entry, target, one_thread):
+    for name, value in {"DOCUMENTS": 60, "DOCUMENTS_BETWEEN": 10, "WARMUP": 5, "HELD_OUT": 2, "TARGET": target}.items():
+        monkeypatch.setattr(speedrun, name, value)
+    options = argparse.Namespace(flags=None, precision="float32")
+    found = speedrun.one_run(options, entry, 1)
+    documents = speedrun.reached(found["marks"], "documents")
+    assert documents is not None and 0 < documents < 60
+    assert (
+        found["marks"][-1]["bits_per_byte"] <= target < min([99.0, *[m["bits_per_byte"] for m in found["marks"][:-1]]])
+    )
