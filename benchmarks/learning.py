@@ -64,7 +64,7 @@ ARMS: dict[str, list[str]] = {
     "sgd, rate 0.2": ["--optim", "sgd", "--learning_rate", "0.2"],
     "adafactor, rate 5e-3": ["--optim", "adafactor", "--learning_rate", "5e-3"],
     "adafactor, rate 1e-3": ["--optim", "adafactor", "--learning_rate", "1e-3"],
-    # The built-in tokenizer, once more since all bytes are scored; and one trained on the corpus, by its number of tokens.
+    # The built-in tokenizer, once more for all bytes; one trained on the corpus, by its number of tokens.
     "builtin": ["--tokenizer", "builtin"],
     **{f"corpus {size}": ["--tokenizer", f"corpus:{size}"] for size in (4096, 6144, 8192, 12288, 16384)},
     # What else was tried on the default.
