@@ -42,6 +42,15 @@ class Corpus:
     """Whether it is that share that is read, and not all the rest."""
 
     @property
+    def comes_from_hub(self) -> bool:
+        return self.repo is not None or any(shard.url.startswith("hf://") for shard in self.files[:1])
+
+    @property
+    def is_on_this_machine(self) -> bool:
+        """Whether it is local files (the embedded corpus, which comes with us, is not what is asked for here)."""
+        return self.mirror == "local" and all(shard.is_local for shard in self.files)
+
+    @property
     def reading(self) -> Reading:
         return Reading(self.text_column, self.txt_documents)
 

@@ -10,7 +10,7 @@ import contextlib
 import os
 import pickle
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Client, Connection, Listener
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,7 +33,7 @@ class Machine:
     """The processes `ranks` of this machine, of which the first makes the samples of all. `place`: that of its socket,
     and the key to it; None in the first itself, which opens it."""
 
-    def __init__(self, ranks: range, place: tuple[str, bytes] | None = None) -> None:
+    def __init__(self, ranks: Sequence[int], place: tuple[str, bytes] | None = None) -> None:
         self.ranks = ranks
         self._listener: Listener | None = None
         if place is None:

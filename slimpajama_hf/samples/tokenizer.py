@@ -26,7 +26,7 @@ from slimpajama_hf.errors import UserError
 from slimpajama_hf.files import looks_local
 
 if TYPE_CHECKING:
-    from slimpajama_hf.corpus.corpus import Corpus
+    pass
 
 
 BUILTIN = "builtin"
@@ -324,10 +324,3 @@ def _not_a_model(path: Path) -> str | None:
     except OSError as error:
         return error.strerror
     return not_a_download(start) if start else "it is empty"
-
-
-def tokenizer_for(asked: str, corpus: Corpus) -> str:
-    """`auto` is GPT-2's tokenizer where the corpus comes from the Hub anyway, else the one that ships with us."""
-    if asked != "auto":
-        return asked
-    return "gpt2" if any(shard.url.startswith("hf://") for shard in corpus.files[:1]) or corpus.repo else "builtin"

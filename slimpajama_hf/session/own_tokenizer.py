@@ -1,7 +1,9 @@
 """The tokenizer of a run: one that is named, or with `--tokenizer corpus:N` one of N tokens trained on its own corpus.
 
-That is trained before the first step on the first documents of the corpus, which are read again as usual after that. It
-lies in every checkpoint, and in `tokenizer/` of the run: a run that goes on takes it from there and trains none.
+Where none is named (`auto`): GPT-2's for a corpus of the Hub, one of its own for local files that have enough
+text, else the built-in one. One of its own is trained before the first step on the first documents of the corpus, which
+are read again as usual after that. It lies in every checkpoint, and in `tokenizer/` of the run: a run that goes on
+takes it from there and trains none.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from slimpajama_hf import screen
 from slimpajama_hf.corpus.documents import Cursor, Document
 from slimpajama_hf.corpus.patience import Patience
 from slimpajama_hf.errors import UserError
-from slimpajama_hf.samples.tokenizer import from_sentencepiece, load_tokenizer, tokenizer_for
+from slimpajama_hf.samples.tokenizer import BUILTIN, from_sentencepiece, load_tokenizer
 from slimpajama_hf.samples.tokenizer_training import train_tokenizer
 from slimpajama_hf.session.resume import is_asked
-from slimpajama_hf.settings.arguments import corpus_vocabulary
+from slimpajama_hf.settings.arguments import CORPUS_VOCABULARY, corpus_vocabulary
 
 if TYPE_CHECKING:
     from slimpajama_hf.corpus.corpus import Corpus
@@ -47,7 +49,11 @@ def load(
     goes_on = is_asked(settings.training.resume_from_checkpoint) and folder.record.is_file()
     begun_with = folder.read_record()["tokenizer"] if goes_on else None
     asked = settings.model.tokenizer
-    name = begun_with if begun_with and asked == "auto" else tokenizer_for(asked, corpus)
+    data = settings.data
+    texts = _Texts(corpus, data.skip_broken_shards, Patience(data.stream_patience, visible=True))
+    name = asked
+    if asked == "auto":
+        name = begun_with or team.first_does(lambda: _usual(corpus, texts, waiting))
     size = corpus_vocabulary(name)
     if size is None:
         return name, load_tokenizer(name)
@@ -56,8 +62,6 @@ def load(
     if kept and begun_with is not None and corpus_vocabulary(begun_with) == size:
         return name, load_tokenizer(str(kept[0]))
     waiting(f"training a tokenizer of {size:,} tokens on the first documents of {corpus.name}")
-    data = settings.data
-    texts = _Texts(corpus, data.skip_broken_shards, Patience(data.stream_patience, visible=True))
     model = team.first_does(lambda: _train(texts, corpus.name, size))
     with tempfile.TemporaryDirectory(prefix="slimpajama_hf-tokenizer-") as place:
         path = Path(place) / "tokenizer.model"
@@ -69,6 +73,18 @@ def keep(folder: RunFolder, name: str, tokenizer: Any) -> None:
     """Write a tokenizer that was trained for the run into its folder, if it is not there."""
     if corpus_vocabulary(name) is not None and not folder.tokenizer.exists():
         tokenizer.save_pretrained(folder.tokenizer)
+
+
+def _usual(corpus: Corpus, texts: _Texts, waiting: Callable[[str], None]) -> str:
+    """The name of the tokenizer of a run that names none. Local files have one of their own from as much text on as was
+    measured (docs/recipe.md): on less the built-in one has seen more."""
+    if corpus.comes_from_hub:
+        return "gpt2"
+    if corpus.is_on_this_machine:
+        waiting(f"looking how much text {corpus.name} has for a tokenizer")
+        if texts.fill():
+            return f"corpus:{CORPUS_VOCABULARY}"
+    return BUILTIN
 
 
 def _train(texts: _Texts, name: str, size: int) -> bytes:
@@ -89,13 +105,22 @@ def _train(texts: _Texts, name: str, size: int) -> bytes:
 
 
 class _Texts:
-    """The first texts of a corpus in its own order, counted; held-out documents are not among them."""
+    """The first texts of a corpus in its own order, counted; held-out documents are not among them. Read once."""
 
     def __init__(self, corpus: Corpus, skip_broken_shards: bool, patience: Patience) -> None:
         self._records = lambda: corpus.records(Cursor(), skip_broken_shards=skip_broken_shards, patience=patience)
         self.documents, self.characters = 0, 0
+        self._kept: list[str] | None = None
+
+    def fill(self) -> bool:
+        """Read them; whether they are as many characters as a tokenizer is trained on."""
+        self._kept = list(self)
+        return self.characters >= CHARACTERS
 
     def __iter__(self) -> Iterator[str]:
+        if self._kept is not None:
+            yield from self._kept
+            return
         for record in self._records():
             if self.documents >= DOCUMENTS or self.characters >= CHARACTERS:
                 return

@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 import os
 import signal
+import socket
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -82,9 +84,7 @@ class Processes:
     def agree(self, failure: Exception | None) -> None:
         """Wait until all are here. Raises the failure of this process, else an OSError with that of another."""
         if self.world_size > 1:
-            told: list[Any] = [None] * self.world_size
-            with others_lost():
-                dist.all_gather_object(told, str(failure) if failure else None, group=self.group)
+            told = self._told_by_all(str(failure) if failure else None)
             if failure is None:
                 failed = [(rank, words) for rank, words in enumerate(told) if words]
                 if failed:
@@ -93,20 +93,25 @@ class Processes:
             raise failure
 
     def machine(self) -> Machine | None:
-        """The processes of this machine, the way to the first of them open; None where there is one alone, or where the
-        launcher does not say which they are."""
-        local_rank, local_size = (int(os.environ.get(f"LOCAL_{name}", -1)) for name in ("RANK", "WORLD_SIZE"))
+        """The processes of this machine, the way to the first of them open; None where there is one alone.
+
+        Those are of one machine that see the same folder for temporary files: in it lies the way.
+        """
         if self.world_size == 1:
             return None
-        first = self.rank - local_rank
-        known = local_rank >= 0 and local_size > 1
-        machine = Machine(range(first, first + local_size)) if known and local_rank == 0 else None
+        temporary = os.stat(tempfile.gettempdir())
+        here = (socket.gethostname(), temporary.st_dev, temporary.st_ino)
+        ranks = tuple(rank for rank, there in enumerate(self._told_by_all(here)) if there == here)
+        machine = Machine(ranks) if len(ranks) > 1 and self.rank == ranks[0] else None
+        places = self._told_by_all(machine and machine.place)
+        return Machine(ranks, places[ranks[0]]) if machine is None and len(ranks) > 1 else machine
+
+    def _told_by_all(self, value: Any) -> list[Any]:
+        """What each process says, in the order of ranks."""
         told: list[Any] = [None] * self.world_size
         with others_lost():
-            dist.all_gather_object(told, machine and machine.place, group=self.group)
-        if machine is None and known and told[first] is not None:
-            machine = Machine(range(first, first + local_size), told[first])
-        return machine
+            dist.all_gather_object(told, value, group=self.group)
+        return told
 
     def most(self, numbers: list[float]) -> list[float]:
         """Of each number the greatest that any process has."""

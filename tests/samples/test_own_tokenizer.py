@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +76,46 @@ def test_without_a_checkpoint_it_is_taken_from_the_folder_of_the_run(whole, shar
     again = run_script("--output_dir", str(alone), "--resume_from_checkpoint", "true")
     assert again.returncode == 0, again.stderr
     assert "trained on the first" not in again.stderr and rows(alone) == rows(run)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A folder of 12 MB of text that lies on every machine with a Python."""
+    folder = tmp_path_factory.mktemp("large")
+    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py"))
+    texts = (path.read_text("utf-8", errors="ignore") for path in sources if "site-packages" not in path.parts)
+    length, lines = 0, []
+    for text in texts:
+        for start in range(0, len(text), 4000):
+            lines.append(json.dumps({"text": text[start : start + 4000]}))
+            length += len(lines[-1])
+        if length > 12e6:
+            break
+    (folder / "texts.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_local_files_with_enough_text_have_a_tokenizer_of_their_own_unasked(large, tmp_path):
+    run = tmp_path / "run"
+    nano = [word for word in NANO_UNSEEN if word not in ("--tokenizer", "builtin")]
+    asked = [*nano, "--dataset", str(large), "--max_steps", "4", "--save_steps", "2", "--output_dir", str(run)]
+    done = run_script(*asked)
+    assert done.returncode == 0, done.stderr
+    assert "tokenizer of 8,192 tokens trained on the first" in done.stderr and "corpus:8192" in done.stderr
+    assert json.loads((run / "run.json").read_text())["tokenizer"] == "corpus:8192"
+    on = run_script("--output_dir", str(run), "--resume_from_checkpoint", "true", "--max_steps", "6")
+    assert on.returncode == 0 and "trained on the first" not in on.stderr, on.stderr
+    assert checks.verify(run).ok
+    named = run_script(*asked, "--tokenizer", "builtin", "--overwrite_output_dir")
+    assert named.returncode == 0 and "trained on the first" not in named.stderr, named.stderr
+
+
+def test_local_files_with_less_have_the_built_in_one(shards, tmp_path):
+    nano = [word for word in NANO_UNSEEN if word not in ("--tokenizer", "builtin")]
+    run = tmp_path / "run"
+    done = run_script(*nano, "--dataset", f"{shards}/*.jsonl.zst", "--max_steps", "2", "--output_dir", str(run))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "run.json").read_text())["tokenizer"] == "builtin"
 
 
 def test_two_processes_have_the_one_tokenizer(whole, shards, tmp_path):
