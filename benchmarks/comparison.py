@@ -5,6 +5,8 @@
     python benchmarks/comparison.py --name 'a sample' --table      # what is there already, without running anything
     python benchmarks/comparison.py --name 'a sample' --plot FILE.png
 
+`--arms` has more than these: plain loops with AdamW at other rates, for docs/batch-one.md.
+
 The stock Trainer is `transformers.Trainer` with what it does by default (dropout 0.1, AdamW, clipping at 1): with one
 document a step as ours, and with batches of 8 packed windows as `run_clm.py` makes them. Ours is the program at its
 defaults, everything on. All train the same size in the same precision on the same order of documents, with as long a
@@ -17,26 +19,55 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import learning
 from transformers import TrainerCallback
 
 RATES_OF_8 = ("3e-4", "5e-4", "1e-3", "2e-3", "4e-3")
+RATES_OF_LOOP = ("2e-4", "3e-4", "4e-4", "5e-4", "7e-4", "1e-3")
 
-#: Windows of a step, and the peak rate; None: the program.
-ARMS: dict[str, tuple[int, float] | None] = {
-    "ours": None,
-    "stock Trainer": (1, 1e-3),
-    "stock Trainer, 3e-4": (1, 3e-4),
-    **{f"packed batches of 8, {rate}": (8, float(rate)) for rate in RATES_OF_8},
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One program: `ours`, the `stock` Trainer, or a plain `loop` around AdamW."""
+
+    how: str
+    windows: int = 1
+    """Of a step, each of 256 tokens; one: the beginning of a document."""
+    rate: float = 1e-3
+    """The highest."""
+    flags: tuple[str, ...] = ()
+    """Of ours."""
+    half_life: float | None = None
+    """Of AdamW's second moment, tokens; None: beta2 is 0.999. Of a loop."""
+    cosine: bool = False
+    """Whether the rate falls to nothing at the end, as half a cosine, and does not stay. Of a loop."""
+
+
+ARMS: dict[str, Arm] = {
+    "ours": Arm("ours"),
+    "stock Trainer": Arm("stock"),
+    "stock Trainer, 3e-4": Arm("stock", rate=3e-4),
+    **{f"packed batches of 8, {rate}": Arm("stock", 8, float(rate)) for rate in RATES_OF_8},
+    # Batches of one document as Marek et al. 2025 (arXiv 2507.07101) make them.
+    **{
+        f"AdamW loop, {rate}{', half-life 1M' * (life is not None)}{', cosine' * cosine}": Arm(
+            "loop", rate=float(rate), half_life=life, cosine=cosine
+        )
+        for rate in RATES_OF_LOOP
+        for life in (None, 1e6)
+        for cosine in (False, True)
+    },
 }
 
 MAX_LENGTH = 256
@@ -112,9 +143,52 @@ def lengths(options: argparse.Namespace) -> list[int]:
     return [len(ids) for ids in itertools.islice(windows(options, "truncate"), options.documents)]
 
 
-def stock(
-    options: argparse.Namespace, batch: int, rate: float, seed: int, clock_of: Callable[..., Clock] = Clock
-) -> Clock:
+def loop(options: argparse.Namespace, arm: Arm, seed: int, clock_of: Callable[..., Clock] = Clock) -> Clock:
+    """A plain loop at one document a step: fused AdamW without weight decay, clipping at 1, autocast, no dropout."""
+    import torch
+
+    from slimpajama_hf.model import presets
+    from slimpajama_hf.samples.tokenizer import load_tokenizer
+
+    tokenizer, documents = load_tokenizer("builtin"), options.documents
+    model = presets.build(presets.model_config("tiny", "", tokenizer, MAX_LENGTH), seed)
+    of_documents = lengths(options)
+    beta2 = 0.999
+    if arm.half_life is not None:
+        beta2 = 0.5 ** (sum(of_documents) / documents / arm.half_life)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arm.rate, betas=(0.9, beta2), weight_decay=0.0, fused=True)
+    warmup = max(1, round(documents * options.warmup_share))
+
+    def share(step: int) -> float:
+        falls = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, documents - warmup)))
+        return min(1.0, (step + 1) / warmup) * (falls if arm.cosine else 1.0)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    clock = clock_of(options, iter(of_documents))
+    clock.tokenizer = tokenizer
+    clock.trainer = SimpleNamespace(model=model, accelerator=SimpleNamespace(unwrap_model=lambda model: model))
+    state = SimpleNamespace(global_step=0, max_steps=documents)
+    control = SimpleNamespace(should_training_stop=False)
+    device = next(model.parameters()).device
+    clock.on_train_begin(None, state, control)
+    for ids in itertools.islice(windows(options, "truncate"), documents):
+        inputs = torch.tensor([ids], device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+            loss = model(input_ids=inputs, labels=inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        state.global_step += 1
+        clock.on_step_end(None, state, control)
+        model.train()
+        if control.should_training_stop:
+            break
+    return clock
+
+
+def stock(options: argparse.Namespace, arm: Arm, seed: int, clock_of: Callable[..., Clock] = Clock) -> Clock:
     """`transformers.Trainer`; packed where a step has more than one window."""
     import datasets
     import torch
@@ -125,7 +199,7 @@ def stock(
     from slimpajama_hf.samples.tokenizer import load_tokenizer
 
     screen.quiet_libraries()
-    tokenizer = load_tokenizer("builtin")
+    tokenizer, batch = load_tokenizer("builtin"), arm.windows
     of_documents = lengths(options)
     if batch == 1:
         tokens, count = iter(of_documents), options.documents
@@ -141,7 +215,7 @@ def stock(
     clock.tokenizer = tokenizer
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=batch, max_steps=count, learning_rate=rate,
+            output_dir=folder, per_device_train_batch_size=batch, max_steps=count, learning_rate=arm.rate,
             lr_scheduler_type="constant_with_warmup", warmup_steps=round(count * options.warmup_share), seed=seed,
             save_strategy="no", report_to="none", disable_tqdm=True, bf16=options.precision == "bfloat16",
             use_cpu=not torch.cuda.is_available(),
@@ -158,10 +232,8 @@ def stock(
     return clock
 
 
-def ours(
-    options: argparse.Namespace, seed: int, more: Sequence[str] = (), clock_of: Callable[..., Clock] = Clock
-) -> Clock:
-    """The program at its defaults, or with `more` flags."""
+def ours(options: argparse.Namespace, arm: Arm, seed: int, clock_of: Callable[..., Clock] = Clock) -> Clock:
+    """The program at its defaults, or with the flags of the arm."""
     import run_clm_slimpajama
     from slimpajama_hf.session import session
 
@@ -177,7 +249,7 @@ def ours(
     flags = [
         "--dataset", options.dataset, "--tokenizer", "builtin", "--model", "tiny", "--precision", options.precision,
         "--max_steps", str(options.documents), "--warmup_steps", str(round(options.documents * options.warmup_share)),
-        "--seed", str(seed), "--epochs", "1000", *more,
+        "--seed", str(seed), "--epochs", "1000", *arm.flags,
     ]  # fmt: skip
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -189,10 +261,11 @@ def ours(
     return clock
 
 
+HOW = {"ours": ours, "stock": stock, "loop": loop}
+
+
 def one_run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
-    how = ARMS[arm]
-    clock = ours(options, seed) if how is None else stock(options, *how, seed)
-    return {"marks": clock.marks}
+    return {"marks": HOW[ARMS[arm].how](options, ARMS[arm], seed).marks}
 
 
 def results_file(options: argparse.Namespace) -> Path:
@@ -288,7 +361,7 @@ def main() -> None:
     parser.add_argument("--dataset", help="documents to learn, as --dataset of the program")
     parser.add_argument("--held_out", help="documents to score, likewise")
     parser.add_argument("--name", required=True, help="what the results call this corpus")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=[arm for arm in ARMS if "loop" not in arm])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--documents", type=int, default=10_000, help="whose tokens each has to learn from [10,000]")
     parser.add_argument("--warmup_share", type=float, default=0.1, help="of the steps [0.1]")

@@ -14,6 +14,7 @@ docs/speedrun.md. Results: benchmarks/results/speedrun.jsonl, a line a run; what
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -24,6 +25,7 @@ from typing import Any
 
 import comparison
 import learning
+from comparison import Arm
 
 RESULTS = learning.RESULTS.parent / "speedrun.jsonl"
 
@@ -34,14 +36,13 @@ HELD_OUT = 200
 SEEDS = tuple(range(1, 11))
 
 #: The entry that the others have to beat is the first.
-ENTRIES: dict[str, list[str] | tuple[str, int, float]] = {
-    "ours": [],
-    "ours, corpus:8192": ["--tokenizer", "corpus:8192"],
-    # (how, windows of a step, rate)
-    "stock Trainer, one document a step, 3e-4": ("stock", 1, 3e-4),
-    "stock Trainer, one document a step, 1e-3": ("stock", 1, 1e-3),
-    "packed batches of 8, 5e-4": ("stock", 8, 5e-4),
-    "bare loop, one document a step, 3e-4": ("bare", 1, 3e-4),
+ENTRIES: dict[str, Arm] = {
+    "ours": Arm("ours"),
+    "ours, corpus:8192": Arm("ours", flags=("--tokenizer", "corpus:8192")),
+    "stock Trainer, one document a step, 3e-4": Arm("stock", rate=3e-4),
+    "stock Trainer, one document a step, 1e-3": Arm("stock"),
+    "packed batches of 8, 5e-4": Arm("stock", 8, 5e-4),
+    "AdamW loop, one document a step, 3e-4": Arm("loop", rate=3e-4),
 }
 
 
@@ -88,56 +89,14 @@ def corpus_hash() -> str:
     return hashlib.sha256("\0".join(held_out()).encode()).hexdigest()[:12]
 
 
-def bare(options: argparse.Namespace, rate: float, seed: int) -> Race:
-    """A plain loop at one document a step, as nanoGPT's `train.py` has it: fused AdamW (betas 0.9 and 0.95, weight
-    decay 0.1 for matrices), clipping at 1, autocast; warm-up and a constant rate as the others."""
-    from types import SimpleNamespace
-
-    import torch
-
-    from slimpajama_hf.model import presets
-    from slimpajama_hf.samples.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer("builtin")
-    model = presets.build(presets.model_config("tiny", "", tokenizer, comparison.MAX_LENGTH), seed)
-    matrices = [each for each in model.parameters() if each.ndim >= 2]
-    others = [each for each in model.parameters() if each.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
-    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
-    race = Race(1.0, options, itertools.repeat(0))
-    race.tokenizer = tokenizer
-    race.trainer = SimpleNamespace(model=model, accelerator=SimpleNamespace(unwrap_model=lambda model: model))
-    state = SimpleNamespace(global_step=0, max_steps=DOCUMENTS)
-    control = SimpleNamespace(should_training_stop=False)
-    race.on_train_begin(None, state, control)
-    for ids in comparison.windows(options, "truncate"):
-        inputs = torch.tensor([ids])
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
-            loss = model(input_ids=inputs, labels=inputs).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        warm_up.step()
-        state.global_step += 1
-        race.on_step_end(None, state, control)
-        if control.should_training_stop or state.global_step == DOCUMENTS:
-            break
-    return race
-
-
 def one_run(options: argparse.Namespace, entry: str, seed: int) -> dict[str, Any]:
     options.dataset, options.documents, options.warmup_share = "embedded", DOCUMENTS, WARMUP / DOCUMENTS
-    how = options.flags.split() if options.flags is not None else ENTRIES[entry]
-    if isinstance(how, list):
-        race: Any = comparison.ours(options, seed, how, partial(Race, 1.0))
-    elif how[0] == "bare":
-        race = bare(options, how[2], seed)
-    else:
-        a_step = how[1] * comparison.MAX_LENGTH * DOCUMENTS / sum(comparison.lengths(options)) if how[1] > 1 else 1.0
-        race = comparison.stock(options, how[1], how[2], seed, partial(Race, a_step))
-    return {"corpus": corpus_hash(), "flags": how, "marks": race.marks}
+    arm = ENTRIES[entry] if options.flags is None else Arm("ours", flags=tuple(options.flags.split()))
+    a_step = 1.0
+    if arm.windows > 1:
+        a_step = arm.windows * comparison.MAX_LENGTH * DOCUMENTS / sum(comparison.lengths(options))
+    race = comparison.HOW[arm.how](options, arm, seed, partial(Race, a_step))
+    return {"corpus": corpus_hash(), "entry": dataclasses.asdict(arm), "marks": race.marks}
 
 
 def reached(marks: list[dict[str, Any]], what: str) -> float | None:
