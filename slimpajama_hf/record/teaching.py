@@ -136,8 +136,8 @@ def in_words(whole: Taught, domains: Sequence[Taught]) -> str | None:
     if whole.own.count < FEWEST:
         return None
     return (
-        f"an update changes the loss of its own document by {_change(whole.own)} nats per token, that of the next, not "
-        f"learned yet, by {_change(whole.same)} if it is of the same domain, {_change(whole.other)} if of another "
+        f"an update changes the loss of its own document by {_change(whole.own)} nats per token; of the next document, "
+        f"not learned yet, where it has the same domain: {_change(whole.same)}, another: {_change(whole.other)} "
         f"({whole.own.count:,} measured); {verdict(domains)}"
     )
 

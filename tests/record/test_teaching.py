@@ -196,8 +196,8 @@ def test_it_finds_what_is_there():
     words = teaching.in_words(whole, domains)
     assert words == (
         f"an update changes the loss of its own document by {-(whole.own.mean or 0):+.4f} ± {whole.own.error:.4f} nats per "
-        f"token, that of the next, not learned yet, by {-(whole.same.mean or 0):+.4f} ± {whole.same.error:.4f} if it is of "
-        f"the same domain, {-(whole.other.mean or 0):+.4f} ± {whole.other.error:.4f} if of another "
+        f"token; of the next document, not learned yet, where it has the same domain: {-(whole.same.mean or 0):+.4f} ± "
+        f"{whole.same.error:.4f}, another: {-(whole.other.mean or 0):+.4f} ± {whole.other.error:.4f} "
         f"({whole.own.count} measured); {teaching.verdict(domains)}"
     )
 

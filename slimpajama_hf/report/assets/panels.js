@@ -223,7 +223,7 @@ function showTeaching() {
     }))));
   const said = (fall) => (fall.count < needed ? "measured too few times to say" : fall.stands_out ? `${fall.mean > 0 ? "lower" : "higher"} by ${fixed(1000 * Math.abs(fall.mean), 1)}` : "the same within noise");
   box.replaceChildren(...head,
-    element("p.lead", {}, `After an update the loss of its own document is ${said(all.own)}; that of the next, not learned yet, is ${said(all.same)} if it is of the same domain, ${said(all.other)} if of another. ${verdict[0].toUpperCase()}${verdict.slice(1)}.`),
+    element("p.lead", {}, `After an update the loss of its own document is ${said(all.own)}. The next document is not learned yet. Its loss, where it has the same domain: ${said(all.same)}; where it has another: ${said(all.other)}. ${verdict[0].toUpperCase()}${verdict.slice(1)}.`),
     element("div.scroll.taught-scroll", { tabindex: "0", role: "region", "aria-label": "Which documents teach, as a table" }, element("table.figures-table.taught-table", {},
       element("thead", {}, element("tr", {}, ["learned", "updates", "itself", "next, same", "next, other"].map((name) => element("th", { scope: "col" }, name)), element("td"))),
       element("tbody", {}, row(all, "all", null), domains.map((taught, k) => [taught, k]).filter(([taught]) => taught.own.count).map(([taught, k]) => row(taught, run.meta.domains[k].name, css(onPaper(run.meta.domains[k].colour))))))),
