@@ -304,6 +304,34 @@ def test_a_process_that_is_killed_ends_the_job_and_it_goes_on_with_fewer(corpus,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["truncate", "pack"])
+def test_three_then_two_then_three_with_a_kill_between_learn_every_document_once(encoder, tmp_path, mode):
+    corpus, run = tmp_path / "corpus", tmp_path / "run"
+    corpus.mkdir()
+    for number in range(3):
+        write_records(corpus / f"{number}.jsonl.zst", make_records(150, seed=20 + number))
+    flags = flags_of(corpus, run, 5000, "--save_steps", "4", "--sample_mode", mode, "--resume_from_checkpoint", "true")
+    rows, sizes = 0, []
+    for processes, rank in ((3, 1), (2, 0)):
+        process = start(torchrun(processes), flags)
+        # Behind its first checkpoint.
+        wait_for_rows(run, rows + 6, process)
+        os.kill(ranks_of(run)[rank], signal.SIGKILL)
+        process.communicate(timeout=90)
+        assert process.returncode != 0
+        while ranks_of(run):
+            time.sleep(0.1)
+        rows = len((run / "ledger.jsonl").read_bytes().splitlines())
+    launch(torchrun(3), flags)
+    assert documents(run) == of_the_corpus(corpus, encoder, mode)
+    for row in read_ledger(run):
+        sizes += [len(row["samples"])] if not sizes or sizes[-1] != len(row["samples"]) else []
+    # The last step has what is left.
+    assert sizes[:3] == [3, 2, 3], sizes
+    assert_verified(run)
+
+
+@pytest.mark.slow
 def test_two_launches_are_two_machines(corpus, two, tmp_path):
     run = tmp_path / "run"
     with socket.socket() as free:
