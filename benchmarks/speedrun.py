@@ -30,8 +30,8 @@ from comparison import Arm
 RESULTS = learning.RESULTS.parent / "speedrun.jsonl"
 
 #: Bits per byte.
-TARGET = 1.8
-DOCUMENTS, DOCUMENTS_BETWEEN, WARMUP = 10_000, 500, 1_000
+TARGET = 2.0
+DOCUMENTS, DOCUMENTS_BETWEEN, WARMUP = 8_000, 250, 300
 HELD_OUT = 200
 SEEDS = tuple(range(1, 11))
 
