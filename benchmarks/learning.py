@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
-import math
 import os
 import random
 import statistics
@@ -202,7 +201,7 @@ def one_run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
 def score_parts(network: Any, tokenizer: Any, folder: str) -> dict[str, dict[str, float]]:
     """Loss (nats per predicted token) and bits per byte of a model on both parts of the held-out documents: of what
     fits into 256 tokens, and of all their bytes."""
-    from slimpajama_hf.corpus import documents, opening
+    from slimpajama_hf.corpus import opening
     from slimpajama_hf.model.presets import vocabulary
     from slimpajama_hf.samples.encoder import Encoder
     from slimpajama_hf.samples.stream import SampleStream
@@ -211,36 +210,13 @@ def score_parts(network: Any, tokenizer: Any, folder: str) -> dict[str, dict[str
     encoder, scores = Encoder(tokenizer), {}
     for part in ("select", "report"):
         corpus = opening.open_corpus(str(Path(folder) / f"{part}.jsonl"))
-        found = score(network, SampleStream(corpus, encoder, "truncate", 256), vocabulary(tokenizer))["all"]
-        texts = [document.text for document in corpus.records(documents.Cursor())]
+        stream = SampleStream(corpus, encoder, "truncate", 256)
+        found = score(network, stream, vocabulary(tokenizer), whole=(encoder, 256))["all"]
         scores[part] = {
             "loss": found.loss, "bits_per_byte": found.bits_per_byte, "documents": found.samples,
-            "all_bits_per_byte": bits_per_byte_of_all(network, encoder, texts, vocabulary(tokenizer)),
+            "all_bits_per_byte": found.whole_bits_per_byte,
         }  # fmt: skip
     return scores
-
-
-def bits_per_byte_of_all(network: Any, encoder: Any, texts: list[str], vocabulary: int, length: int = 256) -> float:
-    """Bits per byte of whole texts, however many tokens they have, so that tokenizers compare: windows of `length`
-    tokens, each half a window on from the one before, in which only what is new counts. The first token of a text
-    costs ln(vocabulary)."""
-    import torch
-
-    nats, size = 0.0, 0
-    network.eval()
-    with torch.no_grad():
-        for text in texts:
-            ids, size = encoder.encode(text)[0], size + len(text.encode())
-            nats, done = nats + math.log(vocabulary), 1
-            while done < len(ids):
-                end = length if done == 1 else min(done + length // 2, len(ids))
-                window = torch.tensor([ids[max(0, end - length) : end]])
-                logits = network(input_ids=window).logits[0, :-1].float()
-                new = len(window[0]) - 1 if done == 1 else end - done
-                nats += torch.nn.functional.cross_entropy(logits[-new:], window[0, -new:], reduction="sum").item()
-                done = min(end, len(ids))
-    network.train()
-    return nats / math.log(2) / size
 
 
 def documents_a_step(arm: str) -> int:

@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Iterator
 from functools import partial
@@ -67,11 +68,16 @@ class Race(comparison.Clock):
     def score(self, network: Any) -> dict[str, Any]:
         from slimpajama_hf.model.presets import vocabulary
         from slimpajama_hf.samples.encoder import Encoder
+        from slimpajama_hf.training.evaluation import nats_of_whole
 
+        encoder = Encoder(self.tokenizer)
+        nats = len(self._texts) * math.log(vocabulary(self.tokenizer))
+        network.eval()
         with self.averaged():
-            bits = learning.bits_per_byte_of_all(
-                network, Encoder(self.tokenizer), self._texts, vocabulary(self.tokenizer)
-            )
+            for text in self._texts:
+                nats += nats_of_whole(network, encoder.encode(text)[0], comparison.MAX_LENGTH)
+        network.train()
+        bits = nats / math.log(2) / sum(len(text.encode()) for text in self._texts)
         return {"documents": round(self._steps * self._documents_a_step), "bits_per_byte": round(bits, 5)}
 
 

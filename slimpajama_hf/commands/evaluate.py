@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--documents", type=positive, default=500, help="documents scored [500]")
     parser.add_argument("--max_seq_length", type=positive, help="tokens of a document; default: those of the run")
+    parser.add_argument(
+        "--whole", action="store_true", help="bits per byte of all bytes too: whole documents, in overlapping windows"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -42,13 +45,15 @@ def main(options: argparse.Namespace) -> int:
         options.text_column,
         options.split,
         options.txt_documents,
+        options.whole,
     )
     if options.json:
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
         return 0
     lines = [
         f"{result['checkpoint']} on {result['corpus']}, first {result['max_seq_length']} tokens of each document",
-        f"{'domain':<24}{'documents':>10}{'loss':>9}{'perplexity':>12}{'accuracy':>10}{'bits/byte':>11}",
+        f"{'domain':<24}{'documents':>10}{'loss':>9}{'perplexity':>12}{'accuracy':>10}{'bits/byte':>11}"
+        + f"{'of all bytes':>14}" * options.whole,
     ]
     averaged = {
         f"{domain}, averaged": scores for domain, scores in (result["averaged"] or {}).items() if domain == "all"
@@ -57,6 +62,7 @@ def main(options: argparse.Namespace) -> int:
         lines.append(
             f"{domain:<24}{scores['samples']:>10,}{scores['loss']:>9.4f}{scores['perplexity']:>12,.1f}"
             f"{scores['accuracy']:>10.1%}{scores['bits_per_byte']:>11.4f}"
+            + (f"{scores['whole_bits_per_byte']:>14.4f}" if options.whole else "")
         )
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
@@ -70,6 +76,7 @@ def of_checkpoint(
     text_column: str,
     split: str,
     txt_documents: str = "line",
+    whole: bool = False,
 ) -> dict[str, Any]:
     """Scores of a saved checkpoint (or of the newest one of a run): `python -m slimpajama_hf evaluate`."""
     from pathlib import Path
@@ -120,9 +127,10 @@ def of_checkpoint(
         samples = list(itertools.islice(stream, documents))
     vocabulary, averaged = size_of_vocabulary(encoder.tokenizer), None
     with bars.Counting("Scoring", len(samples) * (1 + has_average)) as counting:
-        scores = score(model, samples, vocabulary, counting)
+        windows = (encoder, length) if whole else None
+        scores = score(model, samples, vocabulary, counting, windows)
         if has_average:
-            averaged = score(average, samples, vocabulary, lambda done: counting(len(samples) + done))
+            averaged = score(average, samples, vocabulary, lambda done: counting(len(samples) + done), windows)
     if not scores["all"].samples:
         raise UserError(f"{corpus.name}: no document in it that can be scored{stream.why_nothing()}")
     return {

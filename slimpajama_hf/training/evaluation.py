@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from slimpajama_hf.files import GrowingFile
 if TYPE_CHECKING:
     from slimpajama_hf.corpus.corpus import Corpus
     from slimpajama_hf.record.run_folder import RunFolder
+    from slimpajama_hf.samples.encoder import Encoder
     from slimpajama_hf.samples.sample import Sample
 
 
@@ -33,6 +34,9 @@ class Scores:
     first_nats: float = 0.0
     """Code length of the first tokens, at their uniform cost ln(vocabulary)."""
     text_bytes: int = 0
+    whole_nats: float = 0.0
+    """Code length of whole texts, where that is asked for, and `whole_bytes` their bytes."""
+    whole_bytes: int = 0
     guesses: list[torch.Tensor] = dataclasses.field(default_factory=list)
     targets: list[torch.Tensor] = dataclasses.field(default_factory=list)
     """Token ids, each of shape (T-1,)."""
@@ -51,6 +55,11 @@ class Scores:
         """Code length of all tokens over the UTF-8 bytes that they cover: comparable across tokenizers."""
         return (self.nats + self.first_nats) / math.log(2) / self.text_bytes
 
+    @property
+    def whole_bits_per_byte(self) -> float:
+        """The same over all bytes of the texts: comparable where tokenizers differ in how much of a text fits."""
+        return self.whole_nats / math.log(2) / self.whole_bytes
+
     def accuracy(self, metric: Any) -> float:
         """Fraction of next tokens right, by an `evaluate` metric."""
         return metric.compute(
@@ -58,6 +67,7 @@ class Scores:
         )["accuracy"]
 
     def to_dict(self, metric: Any) -> dict[str, Any]:
+        whole = {"whole_bits_per_byte": self.whole_bits_per_byte} if self.whole_bytes else {}
         return {
             "samples": self.samples,
             "tokens": self.predicted,
@@ -65,7 +75,7 @@ class Scores:
             "perplexity": self.perplexity,
             "accuracy": self.accuracy(metric),
             "bits_per_byte": self.bits_per_byte,
-        }
+        } | whole
 
 
 def next_token_accuracy() -> Any:
@@ -97,11 +107,16 @@ def next_token_accuracy() -> Any:
 
 
 def score(
-    model: Any, samples: Iterable[Sample], vocabulary: int, on_sample: Callable[[int], None] = lambda done: None
+    model: Any,
+    samples: Iterable[Sample],
+    vocabulary: int,
+    on_sample: Callable[[int], None] = lambda done: None,
+    whole: tuple[Encoder, int] | None = None,
 ) -> dict[str, Scores]:
     """Scores of `model` on samples, by domain, and over all under `all`. The model's mode is restored after.
 
-    `vocabulary`: tokens that a text may begin with; the model may have more, to pad its matrices.
+    `vocabulary`: tokens that a text may begin with; the model may have more, to pad its matrices. `whole`: score the
+    whole texts of the samples too, with this encoder, in windows of so many tokens.
     """
     by_domain: dict[str, Scores] = {}
     total = Scores()
@@ -116,18 +131,43 @@ def score(
                 targets = input_ids[0, 1:]  # (T-1,)
                 nats = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
                 guesses = logits.argmax(-1).cpu()
+                whole_nats, text = 0.0, b""
+                if whole is not None:
+                    encoder, length = whole
+                    text = sample.document.text.encode()
+                    whole_nats = first_nats + nats_of_whole(model, encoder.encode(sample.document.text)[0], length)
                 for scores in (total, by_domain.setdefault(sample.document.domain, Scores())):
                     scores.samples += 1
                     scores.predicted += len(targets)
                     scores.nats += nats
                     scores.first_nats += first_nats
                     scores.text_bytes += sample.text_bytes
+                    scores.whole_nats += whole_nats
+                    scores.whole_bytes += len(text)
                     scores.guesses.append(guesses)
                     scores.targets.append(targets.cpu())
                 on_sample(done)
     finally:
         model.train(training)
     return {"all": total, **dict(sorted(by_domain.items()))}
+
+
+@torch.no_grad()
+def nats_of_whole(model: Any, ids: Sequence[int], length: int) -> float:
+    """Nats of all tokens of a text but its first, in windows of `length` tokens.
+
+    Each window lies half a window on from the one before, and only what is new in it counts: a token is predicted from
+    half a window or more of what stands before it, as far as there is so much.
+    """
+    nats, done = 0.0, 1
+    while done < len(ids):
+        end = min(length if done == 1 else done + length // 2, len(ids))
+        window = torch.tensor([ids[max(0, end - length) : end]], device=model.device)  # (1, <= length)
+        logits = model(input_ids=window).logits[0, -1 - (end - done) : -1].float()  # (end - done, V)
+        targets = window[0, done - end :]  # (end - done,)
+        nats += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        done = end
+    return nats
 
 
 def metrics_of(scores: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from slimpajama_hf.corpus import opening
 from slimpajama_hf.corpus.documents import Cursor
 from slimpajama_hf.record import columns
 from slimpajama_hf.training import evaluation
-from tests.conftest import NANO_UNSEEN, make_records, run_command, run_script, write_records
+from tests.conftest import NANO_UNSEEN, make_records, make_text, run_command, run_script, write_records
 
 
 def test_scores_equal_a_recomputation_by_domain(finished, tmp_path, encoder):
@@ -46,6 +46,37 @@ def test_scores_equal_a_recomputation_by_domain(finished, tmp_path, encoder):
         assert scores["accuracy"] == pytest.approx(right / predicted, abs=1e-9)
         bits = (nats + samples * math.log(4096)) / math.log(2) / size
         assert scores["bits_per_byte"] == pytest.approx(bits, abs=1e-5)
+
+
+def test_whole_texts_are_scored_in_windows_and_each_token_once(finished, tmp_path, encoder):
+    """Tokens are predicted from half a window or more of what stands before them; a text that fits is one window."""
+    from transformers import AutoModelForCausalLM
+
+    records = [{"text": make_text(number, words)} for number, words in enumerate((20, 150, 400))]
+    path = write_records(tmp_path / "held_out.jsonl.gz", records)
+    asked = ("evaluate", str(finished), "--dataset", str(path), "--max_seq_length", "64")
+    done = run_command(*asked, "--whole", "--json")
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(done.stdout)["scores"]["all"]
+    model = AutoModelForCausalLM.from_pretrained(finished / "checkpoint-40").eval()
+    nats, size = 0.0, 0
+    for record in records:
+        ids, size = encoder.encode(record["text"])[0], size + len(record["text"].encode())
+        nats += math.log(4096)
+        for place in range(1, len(ids)):
+            # Windows end at 64, 96, 128, ...; the last one ends with the text.
+            end = min(len(ids), 64 if place < 64 else 64 + 32 * ((place - 64) // 32 + 1))
+            before = torch.tensor([ids[max(0, end - 64) : place]])
+            with torch.no_grad():
+                nats -= torch.log_softmax(model(input_ids=before).logits[0, -1], -1)[ids[place]].item()
+    assert scores["whole_bits_per_byte"] == pytest.approx(nats / math.log(2) / size, abs=1e-5)
+    assert scores["whole_bits_per_byte"] != pytest.approx(scores["bits_per_byte"], abs=1e-3)
+    plain = run_command(*asked, "--whole")
+    assert f"{scores['whole_bits_per_byte']:.4f}" in plain.stdout and "of all bytes" in plain.stdout
+    whole = run_command(*asked[:4], "--max_seq_length", "128", "--documents", "1", "--whole", "--json")
+    short = json.loads(whole.stdout)["scores"]["all"]
+    assert short["whole_bits_per_byte"] == pytest.approx(short["bits_per_byte"], abs=1e-9)
+    assert "whole_bits_per_byte" not in run_command(*asked, "--json").stdout
 
 
 def test_accuracy_is_an_evaluate_metric_that_needs_no_network():
