@@ -115,8 +115,8 @@ def reached(marks: list[dict[str, Any]], what: str) -> float | None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line for each entry: documents and seconds to the target, mean and standard error over seeds; `p`: how probable
-    so much shorter times than those of the first entry would be by chance (Mann-Whitney, one-sided)."""
+    """A line for each entry: documents and seconds to the target, mean and standard error over seeds; from three seeds
+    on how probable so much shorter times than the first entry's would be by chance (Mann-Whitney, one-sided)."""
     from scipy.stats import mannwhitneyu
 
     lines = [
@@ -130,7 +130,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         documents = [found for row in of_entry if (found := reached(row["marks"], "documents")) is not None]
         machines = ", ".join(dict.fromkeys(f"{row['machine']['processor']}, {row['commit']}" for row in of_entry))
         if seconds:
-            p = f"{mannwhitneyu(seconds, first, alternative='less').pvalue:.4f}" if first else ""
+            p = f"{mannwhitneyu(seconds, first, alternative='less').pvalue:.5f}" if first and len(seconds) > 2 else ""
             cells = [mean_and_error(documents, 0), mean_and_error(seconds, 1), p]
             first = first or seconds
         else:
