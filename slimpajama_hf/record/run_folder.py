@@ -149,11 +149,12 @@ def prepare(path: str, at_end: contextlib.ExitStack, resume: bool, overwrite: bo
         if not resume and not overwrite:
             _refuse_a_run(folder, path)
         folder.path.mkdir(parents=True, exist_ok=True)
-        files.write_whole(folder.path / "_writable", b"")
-        (folder.path / "_writable").unlink()
         held = FolderLock(folder.path)
         at_end.callback(held.release)
         held.take()
+        # Behind the lock: two starts at once would remove it for one another.
+        files.write_whole(folder.path / "_writable", b"")
+        (folder.path / "_writable").unlink(missing_ok=True)
         # Left by a start that was killed while it replaced a run.
         settle_replaced(folder)
         if not resume:
