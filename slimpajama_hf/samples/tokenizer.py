@@ -14,20 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
-    from transformers import PreTrainedTokenizerBase
-
-from typing import TYPE_CHECKING
-
 from slimpajama_hf import ROOT
 from slimpajama_hf.corpus.sniffing import not_a_download
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.files import looks_local
 
 if TYPE_CHECKING:
-    pass
-
+    from sentencepiece import SentencePieceProcessor
+    from transformers import PreTrainedTokenizerBase
 
 BUILTIN = "builtin"
 BUILTIN_MODEL = ROOT / "slimpajama_hf" / "assets" / "builtin.model"

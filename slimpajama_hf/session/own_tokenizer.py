@@ -8,6 +8,7 @@ takes it from there and trains none.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
 import time
@@ -113,8 +114,14 @@ class _Texts:
         self._kept: list[str] | None = None
 
     def fill(self) -> bool:
-        """Read them; whether they are as many characters as a tokenizer is trained on."""
-        self._kept = list(self)
+        """Read them; whether they are as many characters as a tokenizer is trained on.
+
+        What cannot be read ends them here. The stream says so when it comes there: a run learns what lies before it.
+        """
+        kept: list[str] = []
+        with contextlib.suppress(UserError, OSError):
+            kept.extend(self)
+        self._kept = kept
         return self.characters >= CHARACTERS
 
     def __iter__(self) -> Iterator[str]:

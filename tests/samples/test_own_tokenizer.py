@@ -184,3 +184,16 @@ def test_a_layer_more_that_a_resume_allows_has_no_weights_to_go_on_with(whole, t
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "its transformer.h.1.ln_1.weight is not there, and that of the model is [32]" in done.stderr
+
+
+def test_a_record_that_cannot_be_read_is_met_by_the_stream_and_not_by_the_search_for_text(tmp_path):
+    """What lies before it is learned, as with a tokenizer that is named."""
+    records = [json.dumps({"text": f"document {number} of some words"}) for number in range(6)]
+    (tmp_path / "torn.jsonl").write_text("\n".join([*records, '{"text": "half a rec', *records]))
+    nano = [word for word in NANO_UNSEEN if word not in ("--tokenizer", "builtin")]
+    said = {}
+    for name, more in (("auto", []), ("named", ["--tokenizer", "builtin"])):
+        run = tmp_path / name
+        done = run_script(*nano, "--dataset", str(tmp_path / "torn.jsonl"), "--output_dir", str(run), *more)
+        said[name] = done.returncode, len(read_ledger(run))
+    assert said["auto"] == said["named"] and said["auto"][1] >= 6
