@@ -76,7 +76,7 @@ bench: $(DEV_STAMP) $(VENV)/litgpt/bin/python ## measure the step, what seeing c
 	@$(BIN)/python benchmarks/steps.py --model small --steps 25 --rounds 2
 	@$(BIN)/python benchmarks/growth.py
 
-speedrun: $(DEV_STAMP) ## seconds to a fixed score on the embedded corpus, ten seeds, beside the table so far; an hour
+speedrun: $(DEV_STAMP) ## seconds to a fixed score on the embedded corpus, ten seeds, beside the table so far; half an hour
 	@$(BIN)/python benchmarks/speedrun.py
 
 docs: $(DEV_STAMP) ## the documentation as a site in site/; a link that leads nowhere is an error

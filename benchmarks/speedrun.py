@@ -68,14 +68,14 @@ class Race(comparison.Clock):
     def score(self, network: Any) -> dict[str, Any]:
         from slimpajama_hf.model.presets import vocabulary
         from slimpajama_hf.samples.encoder import Encoder
-        from slimpajama_hf.training.evaluation import nats_of_whole
+        from slimpajama_hf.training.evaluation import nats_behind
 
         encoder = Encoder(self.tokenizer)
         nats = len(self._texts) * math.log(vocabulary(self.tokenizer))
         network.eval()
         with self.averaged():
             for text in self._texts:
-                nats += nats_of_whole(network, encoder.encode(text)[0], comparison.MAX_LENGTH)
+                nats += nats_behind(network, encoder.encode(text)[0], 1, comparison.MAX_LENGTH)
         network.train()
         bits = nats / math.log(2) / sum(len(text.encode()) for text in self._texts)
         return {"documents": round(self._steps * self._documents_a_step), "bits_per_byte": round(bits, 5)}
@@ -146,11 +146,15 @@ def mean_and_error(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):,.{digits}f}{error}"
 
 
-def done() -> list[dict[str, Any]]:
-    """What was run on the corpus that this Python has."""
+def done(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What was run to this target on the corpus that this Python has, in this precision and as many at once."""
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-    here = corpus_hash()
-    return [row for row in map(json.loads, lines) if row["corpus"] == here]
+    facts = facts_of(options) | {"corpus": corpus_hash()}
+    return [row for row in map(json.loads, lines) if facts.items() <= row.items()]
+
+
+def facts_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {"precision": options.precision, "jobs": options.jobs, "model": "tiny", "target": TARGET}
 
 
 def main() -> None:
@@ -174,14 +178,13 @@ def main() -> None:
         return
     if not options.table:
         entries = options.entries if options.name is None else [options.name]
-        there = {(row["arm"], row["seed"]) for row in done()}
+        there = {(row["arm"], row["seed"]) for row in done(options)}
         missing = [(entry, seed) for entry in entries for seed in options.seeds if (entry, seed) not in there]
         words = [__file__, "--one", "--precision", options.precision]
         if options.name is not None:
             words += [f"--name={options.name}", f"--flags={options.flags}"]
-        facts = {"precision": options.precision, "jobs": options.jobs, "model": "tiny", "target": TARGET}
-        learning.run_all(missing, words, dict.fromkeys(entries, facts), RESULTS, options)
-    print(table(done()))
+        learning.run_all(missing, words, dict.fromkeys(entries, facts_of(options)), RESULTS, options)
+    print(table(done(options)))
 
 
 if __name__ == "__main__":

@@ -50,19 +50,21 @@ def main(options: argparse.Namespace) -> int:
     if options.json:
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
         return 0
+    length = result["max_seq_length"]
+    whole = f"; whole: bits per byte of all of it, in windows of {length} that overlap by half" if options.whole else ""
     lines = [
-        f"{result['checkpoint']} on {result['corpus']}, first {result['max_seq_length']} tokens of each document",
-        f"{'domain':<24}{'documents':>10}{'loss':>9}{'perplexity':>12}{'accuracy':>10}{'bits/byte':>11}"
-        + f"{'of all bytes':>14}" * options.whole,
+        f"{result['checkpoint']} on {result['corpus']}, first {length} tokens of each document{whole}",
+        f"{'domain':<23}{'documents':>10}{'loss':>8}{'perplexity':>12}{'accuracy':>9}{'bits/byte':>10}"
+        + f"{'whole':>8}" * options.whole,
     ]
     averaged = {
         f"{domain}, averaged": scores for domain, scores in (result["averaged"] or {}).items() if domain == "all"
     }
     for domain, scores in (result["scores"] | averaged).items():
         lines.append(
-            f"{domain:<24}{scores['samples']:>10,}{scores['loss']:>9.4f}{scores['perplexity']:>12,.1f}"
-            f"{scores['accuracy']:>10.1%}{scores['bits_per_byte']:>11.4f}"
-            + (f"{scores['whole_bits_per_byte']:>14.4f}" if options.whole else "")
+            f"{domain:<23}{scores['samples']:>10,}{scores['loss']:>8.4f}{scores['perplexity']:>12,.1f}"
+            f"{scores['accuracy']:>9.1%}{scores['bits_per_byte']:>10.4f}"
+            + (f"{scores['whole_bits_per_byte']:>8.4f}" if options.whole else "")
         )
     sys.stdout.write("\n".join(lines) + "\n")
     return 0

@@ -135,7 +135,9 @@ def score(
                 if whole is not None:
                     encoder, length = whole
                     text = sample.document.text.encode()
-                    whole_nats = first_nats + nats_of_whole(model, encoder.encode(sample.document.text)[0], length)
+                    ids = encoder.encode(sample.document.text)[0]
+                    # The sample is the first window.
+                    whole_nats = first_nats + nats + nats_behind(model, ids, len(sample.input_ids), length)
                 for scores in (total, by_domain.setdefault(sample.document.domain, Scores())):
                     scores.samples += 1
                     scores.predicted += len(targets)
@@ -153,13 +155,14 @@ def score(
 
 
 @torch.no_grad()
-def nats_of_whole(model: Any, ids: Sequence[int], length: int) -> float:
-    """Nats of all tokens of a text but its first, in windows of `length` tokens.
+def nats_behind(model: Any, ids: Sequence[int], done: int, length: int) -> float:
+    """Nats of the tokens of a text behind its first `done`, in windows of `length` tokens.
 
     Each window lies half a window on from the one before, and only what is new in it counts: a token is predicted from
-    half a window or more of what stands before it, as far as there is so much.
+    half a window or more of what stands before it, as far as there is so much. The first token of a text is predicted
+    from nothing: `done` is at least 1.
     """
-    nats, done = 0.0, 1
+    nats = 0.0
     while done < len(ids):
         end = min(length if done == 1 else done + length // 2, len(ids))
         window = torch.tensor([ids[max(0, end - length) : end]], device=model.device)  # (1, <= length)

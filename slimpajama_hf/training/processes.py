@@ -17,6 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -95,12 +96,15 @@ class Processes:
     def machine(self) -> Machine | None:
         """The processes of this machine, the way to the first of them open; None where there is one alone.
 
-        Those are of one machine that see the same folder for temporary files: in it lies the way.
+        Those are of one machine that see the same folder for temporary files under the same running kernel: in it lies
+        the way.
         """
         if self.world_size == 1:
             return None
-        temporary = os.stat(tempfile.gettempdir())
-        here = (socket.gethostname(), temporary.st_dev, temporary.st_ino)
+        temporary, boot = os.stat(tempfile.gettempdir()), Path("/proc/sys/kernel/random/boot_id")
+        # Names of machines are not always their own.
+        kernel = boot.read_text() if boot.exists() else ""
+        here = (socket.gethostname(), kernel, temporary.st_dev, temporary.st_ino)
         ranks = tuple(rank for rank, there in enumerate(self._told_by_all(here)) if there == here)
         machine = Machine(ranks) if len(ranks) > 1 and self.rank == ranks[0] else None
         places = self._told_by_all(machine and machine.place)

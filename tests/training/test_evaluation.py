@@ -72,7 +72,8 @@ def test_whole_texts_are_scored_in_windows_and_each_token_once(finished, tmp_pat
     assert scores["whole_bits_per_byte"] == pytest.approx(nats / math.log(2) / size, abs=1e-5)
     assert scores["whole_bits_per_byte"] != pytest.approx(scores["bits_per_byte"], abs=1e-3)
     plain = run_command(*asked, "--whole")
-    assert f"{scores['whole_bits_per_byte']:.4f}" in plain.stdout and "of all bytes" in plain.stdout
+    assert f"{scores['whole_bits_per_byte']:.4f}" in plain.stdout and "whole" in plain.stdout
+    assert all(len(line) <= 80 for line in plain.stdout.splitlines()[1:])
     whole = run_command(*asked[:4], "--max_seq_length", "128", "--documents", "1", "--whole", "--json")
     short = json.loads(whole.stdout)["scores"]["all"]
     assert short["whole_bits_per_byte"] == pytest.approx(short["bits_per_byte"], abs=1e-9)
