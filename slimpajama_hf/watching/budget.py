@@ -66,7 +66,9 @@ def affordable(
     return spent + next_cost <= max(least, min(advance, whole), whole * passed)
 
 
-def is_left(trainer: SlimPajamaTrainer, spent: float, next_cost: float, reserved: float) -> bool:
+def is_left(
+    trainer: SlimPajamaTrainer, spent: float, next_cost: float, reserved: float = CHART_SECONDS + END_SECONDS
+) -> bool:
     """Whether `next_cost` seconds are left of what all watchers together may take, when they have taken `spent`, the
     end takes `reserved`, and everything but the charts takes `TO_COME` of the time that is left."""
     expected = session_seconds(trainer)

@@ -30,7 +30,7 @@ class Keeper(TrainerCallback):
         path: Path,
         share: float,
         ahead_seconds: float,
-        seeing_seconds: Callable[[], float] = lambda: 0.0,
+        seeing_seconds: Callable[[], float],
     ) -> None:
         """`seeing_seconds`: what all that looks at the run has taken so far."""
         self._trainer, self._seeing_seconds = trainer, seeing_seconds
@@ -56,12 +56,7 @@ class Keeper(TrainerCallback):
             least=LEAST_SECONDS,
         )
         # What others took too early is not there either.
-        return own and budget.is_left(
-            self._trainer,
-            self._seeing_seconds(),
-            self._last_seconds,
-            reserved=budget.CHART_SECONDS + budget.END_SECONDS,
-        )
+        return own and budget.is_left(self._trainer, self._seeing_seconds(), self._last_seconds)
 
     def _guarded(self, step: int, what: str, act: Callable[[], None]) -> None:
         """Do it while the clock of training stands still; a failure is said once."""

@@ -92,8 +92,8 @@ class SamplePassports(Keeper):
         trainer: SlimPajamaTrainer,
         folder: RunFolder,
         encoder: Encoder,
+        seeing_seconds: Callable[[], float],
         interval: int | None = None,
-        seeing_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
         super().__init__(trainer, folder.path / PASSPORTS, budget.PASSPORTS, PASSPORTS_AHEAD_SECONDS, seeing_seconds)
         self._ledger = folder.ledger

@@ -39,8 +39,8 @@ class FixedPrompts(Keeper):
         trainer: SlimPajamaTrainer,
         folder: RunFolder,
         encoder: Encoder,
+        seeing_seconds: Callable[[], float],
         interval: int | None = None,
-        seeing_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
         super().__init__(trainer, folder.path / PROMPTS, budget.PROMPTS, PROMPTS_AHEAD_SECONDS, seeing_seconds)
         self._encoder, self._interval = encoder, interval

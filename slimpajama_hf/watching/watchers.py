@@ -49,13 +49,16 @@ class Watchers:
         self.progress = ShowProgress(has_bar=not notebook.is_here())
         self.notebook = [NotebookDisplay(folder)] if notebook.is_here() else []
         self._measuring = trainer.measuring
-        self.samples = GenerateSamples(
-            trainer, folder, encoder, run.display_samples, "display_samples" in typed, lambda: self.seconds
-        )
-        self.passports = SamplePassports(trainer, folder, encoder, seeing_seconds=lambda: self.seconds)
-        self.prompts = FixedPrompts(trainer, folder, encoder, seeing_seconds=lambda: self.seconds)
+
+        def taken() -> float:
+            return self.seconds
+
+        obeyed = "display_samples" in typed
+        self.samples = GenerateSamples(trainer, folder, encoder, run.display_samples, obeyed, taken)
+        self.passports = SamplePassports(trainer, folder, encoder, taken)
+        self.prompts = FixedPrompts(trainer, folder, encoder, taken)
         self.views = ViewProcess(folder, *views.caption_of(record), max_steps=settings.training.max_steps)
-        self.drawing = DrawViews(trainer, self.views, run.viz_interval, "viz_interval" in typed, lambda: self.seconds)
+        self.drawing = DrawViews(trainer, self.views, run.viz_interval, "viz_interval" in typed, taken)
         names, first = training_arguments.asked(settings.training.report_to), record["sessions"][-1]["step"]
         self.arithmetic = [MeasureArithmetic(trainer, folder, record["model"]["precision"])] if run.watch else []
         # A run that was begun before it had a project of its own goes on in that of transformers.

@@ -74,8 +74,7 @@ class GenerateSamples(TrainerCallback):
         ):
             return False
         # What the early charts took is not there for samples.
-        reserved = budget.CHART_SECONDS + budget.END_SECONDS
-        return budget.is_left(self._trainer, self._seeing_seconds(), cost, reserved)
+        return budget.is_left(self._trainer, self._seeing_seconds(), cost)
 
     def _sample(self, trainer: SlimPajamaTrainer, step: int) -> dict[str, Any]:
         """What the model writes after the opening of the step's document, with the accuracy of the step itself."""

@@ -35,8 +35,8 @@ def trained(corpus: Path, run: Path, encoder: Any, steps: int = 40, watched: boo
     """A trained trainer with both callbacks."""
     trainer = make_trainer(corpus, run, steps)
     if watched:
-        sample = passports.SamplePassports(trainer, RunFolder(run), encoder, options.get("interval", 10))
-        prompts = FixedPrompts(trainer, RunFolder(run), encoder, options.get("prompt_interval", 20))
+        sample = passports.SamplePassports(trainer, RunFolder(run), encoder, lambda: 0.0, options.get("interval", 10))
+        prompts = FixedPrompts(trainer, RunFolder(run), encoder, lambda: 0.0, options.get("prompt_interval", 20))
         for callback in (sample, prompts):
             trainer.add_callback(callback)
         trainer.recorder.listeners.append(sample.on_row)
@@ -127,7 +127,7 @@ def test_without_an_interval_it_keeps_to_its_budget(corpus, encoder, tmp_path, m
 
 def test_a_failure_is_said_once_and_training_goes_on(corpus, encoder, tmp_path, capsys):
     trainer = make_trainer(corpus, tmp_path / "run", 12)
-    callback = passports.SamplePassports(trainer, RunFolder(tmp_path / "run"), encoder, 1)
+    callback = passports.SamplePassports(trainer, RunFolder(tmp_path / "run"), encoder, lambda: 0.0, 1)
     trainer.add_callback(callback)
 
     def broken(module: Any, arguments: Any, output: Any) -> None:
