@@ -298,7 +298,7 @@ def check(path: Path, steps: int | None = None) -> Kept:
     chain, size, step = CHAIN_START.encode(), 0, 0
     predicted_, losses = array.array("q"), array.array("d")
     if path.is_file():
-            # With the default buffer of 8 KB, lines of 600 bytes take a fifth longer.
+        # With the default buffer of 8 KB, lines of 600 bytes take a fifth longer.
         with open(path, "rb", buffering=2**20) as file:
             for line in file:
                 if step == steps or not line.endswith(b"\n"):
