@@ -52,7 +52,7 @@ def go_on(folder: RunFolder, stream: ExactStream, checkpoint: Path | None) -> Re
             raise UserError(f"{checkpoint}: not a whole checkpoint of this run ({wrong}); {advice}")
         _same_stream(folder, stream)
     elif folder.ledger.is_file() and folder.ledger.stat().st_size:
-        screen.say(f"{folder.path}: what a start before this one did is dropped, for it has saved no checkpoint")
+        screen.say(f"{folder.path}: the steps of an earlier start are dropped, because it saved no checkpoint")
     for left in folder.path.glob(f"{checkpoints.STAGING}.*"):
         shutil.rmtree(left, ignore_errors=True)
     point = resume.go_on(folder, checkpoint)

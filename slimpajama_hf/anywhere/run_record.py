@@ -368,7 +368,7 @@ def _generators() -> dict[str, Any]:
 
 def _load_generators(path: Path) -> None:
     if not path.is_file():
-        screen.say(f"{path}: not there, for the run had fewer processes: it goes on exactly, but not bit for bit")
+        screen.say(f"{path}: missing, because the run had fewer processes: it goes on exactly, but not bit for bit")
         return
     with torch.serialization.safe_globals(_of_numpy()):
         states = torch.load(path, weights_only=True)

@@ -77,8 +77,8 @@ def forget(path: str | Path, wanted: list[str], output_dir: str | None = None) -
     run = Run(path)
     if run.record["model"]["sample_mode"] == "pack":
         raise UserError(
-            f"{path}: its steps hold several documents joined together (--sample_mode pack), and without one all that "
-            "follow are joined otherwise; only runs that truncate or window can forget"
+            f"{path}: its steps hold several documents joined together (--sample_mode pack), and without one all later "
+            "ones would be joined differently; only runs that truncate or window can forget"
         )
     config = run.config_to_train()
     found, rows, samples, dropped = _find(run, set(wanted))
@@ -88,8 +88,8 @@ def forget(path: str | Path, wanted: list[str], output_dir: str | None = None) -
         raise UserError(f"{path}: it has read none of the {len(wanted):,} documents; there is nothing to forget")
     if samples > rows:
         raise UserError(
-            f"{path}: some of its steps hold several documents, and which meet hangs on all before; only runs of one "
-            "document a step can forget"
+            f"{path}: some of its steps hold several documents, and which ones share a step depends on all before; "
+            "only runs of one document a step can forget"
         )
     if dropped == samples:
         raise UserError(f"{path}: it has read nothing else; start a new run")

@@ -270,8 +270,8 @@ def _of_the_schedule(config: dict[str, Any], plan: _Plan) -> list[str]:
     warmup = replay.replayed_config(config).get("warmup_steps", 0)
     if plan.left_out_steps and plan.left_out_steps[0] < float(warmup):
         return [
-            "the learning rate goes by the step, and its warm-up was on: those that followed were learned at the rate "
-            "of the step before theirs"
+            "the learning rate depends on the step, and the run was in warm-up: later documents were learned at the "
+            "rate of an earlier step"
         ]
     return []
 

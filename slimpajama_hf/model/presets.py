@@ -246,7 +246,7 @@ def _checked(changes: dict[str, Any], config: PreTrainedConfig, tokenizer: PreTr
             value = _of_its_type(asked, value, fields[name], config)
         _refuse_no_size(asked, name, value, config)
         if name == "initializer_range" and not value > 0:
-            raise UserError(f"{asked}: expected a number above 0, for what is all zeros never learns")
+            raise UserError(f"{asked}: expected a number above 0, because weights of 0 never learn")
         _refuse_unknown_activation(asked, name, value, config)
         if name == _own_name(config, "vocab_size") and value < vocabulary(tokenizer):
             raise UserError(

@@ -310,7 +310,7 @@ def cut_to(source: RunFolder, target: RunFolder, steps: int) -> ledger.Kept:
         if damaged:
             screen.say(
                 f"{target.surprisals}: the tokens of {len(damaged):,} steps do not have their loss as their mean (the "
-                f"first: step {damaged[0]}); those are not known from here on, the ledger is whole"
+                f"first: step {damaged[0]}); their surprisals are dropped, the ledger is whole"
             )
     for name in GROWING:
         if (source.path / name).is_file():
