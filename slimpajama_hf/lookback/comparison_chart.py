@@ -24,8 +24,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ("-", "--", ":", "-.")
 
 
-# ---- the chart ----
-
 #: Panels: axis, title, label.
 _PANELS = (
     ("steps", "Loss by step", "optimizer steps"),

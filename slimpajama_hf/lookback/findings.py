@@ -7,8 +7,6 @@ from collections.abc import Generator
 
 from slimpajama_hf.lookback.run import Row
 
-# ---- what a check says ----
-
 
 @dataclasses.dataclass(frozen=True)
 class Finding:

@@ -28,8 +28,6 @@ SCRIPT = ROOT / "run_clm_slimpajama.py"
 #: Keys of run_config.yaml that a replay omits: they cost time or act outside of the run, and do not affect a step.
 _NOT_REPLAYED = re.compile(r"output_dir|eval_steps|eval_on_start|report_to|run_name|trackio_.*|push_to_hub|hub_.*")
 
-# ---- replay ----
-
 
 def parse_range(text: str) -> tuple[int, int]:
     """`A:B` as (A, B). Raises UsageError if it is not a range of steps."""

@@ -27,9 +27,6 @@ class Report:
     """JSON values."""
 
 
-# ---- the run ----
-
-
 class Run:
     """A stored run. Raises UserError if the folder is not that of a run."""
 

@@ -23,9 +23,6 @@ MOST_TRIGRAMS = 48
 AROUND = 60
 
 
-# ---- searching ----
-
-
 @dataclasses.dataclass(frozen=True)
 class Read:
     """A step that trained the TEXT or a part of it."""

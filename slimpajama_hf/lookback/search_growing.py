@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 CHUNK_STEPS = 1000
 
 
-# ---- growing with the ledger ----
-
-
 @dataclasses.dataclass(frozen=True)
 class Extent:
     """How far an index goes."""

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from slimpajama_hf.samples.encoder import Encoder
 
 
-# ---- with what loss ----
-
-
 @dataclasses.dataclass(frozen=True)
 class Losses:
     """The loss of a step and of the TEXT in it."""

@@ -21,7 +21,7 @@ from slimpajama_hf import devices
 ROWS_AT_ONCE = 4096
 
 #: The library behind `torch.mm` in float32, in words.
-MM = "MKL (it is only slower on AMD)" if torch.backends.mkl.is_available() else "torch.mm (this torch has no MKL)"
+MM = "MKL (slower only on AMD)" if torch.backends.mkl.is_available() else "torch.mm (this torch has no MKL)"
 
 
 @functools.cache
