@@ -65,7 +65,7 @@ WEIGHT_NORM = """
 
 
 def add_weight_norm(house: Path) -> None:
-    change(house, "training/step_numbers.py", ('"""Loss of the next document before it."""', WEIGHT_NORM))
+    change(house, "training/step_numbers.py", ('"""Loss of the next document before this update."""', WEIGHT_NORM))
 
 
 def test_a_number_per_step_is_one_place_and_appears_everywhere(house, corpus, tmp_path):

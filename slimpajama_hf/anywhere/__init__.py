@@ -1,1 +1,1 @@
-"""The stream, the record and the parts of this program for training scripts that others wrote."""
+"""The stream, the record and other parts of this program for other people's training scripts."""

@@ -1,4 +1,4 @@
-"""`ExactCheckpoints`: the checkpoints of any Trainer are staged, verified and renamed."""
+"""`ExactCheckpoints`: stages, verifies and renames the checkpoints of any Trainer."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from slimpajama_hf.anywhere.loaders import processes
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.record import checkpoints
 
-#: What the Trainer writes its state into.
+#: The file with the Trainer's state.
 _TRAINER_STATE = "trainer_state.json"
 
 
 class StagedSaves:
-    """A Trainer's save led into a folder of its own, and into its place when it is whole.
+    """Redirects a Trainer's save to a staging folder, and moves it into place when it is complete.
 
-    Trainer writes where `args.output_dir` says. So that is another folder from the end of a step that is to be saved
+    A Trainer saves into `args.output_dir`. So this is set to another folder from the end of a step that may be saved
     until the save is over.
     """
 
     def __init__(self) -> None:
         self._output_dir: str | None = None
-        """Where checkpoints belong while it is led elsewhere."""
+        """The real output folder while saves are redirected."""
         self._staged = contextlib.ExitStack()
         self.about: dict[str, Any] = {}
         """Goes into the manifest."""
 
     def refuse(self, args: Any) -> None:
-        """Raise UserError for a Trainer whose saves cannot be led."""
+        """Raise UserError for a Trainer whose saves cannot be redirected."""
         if args.push_to_hub and getattr(args.hub_strategy, "value", args.hub_strategy) != "end":
             raise UserError(
                 f"hub_strategy={args.hub_strategy.value}: the Trainer would push a checkpoint before it is whole; set "
@@ -43,9 +43,9 @@ class StagedSaves:
             )
 
     def lead(self, args: Any, state: Any, control: Any, before: Callable[[], dict[str, Any]]) -> None:
-        """At the end of a step: if it is to be saved, lead the save away. `before` is done first, and its answer goes
-        into the manifest."""
-        # Whether a step is the best so far is known after its evaluation, which comes later.
+        """At the end of a step that may be saved, redirect the save. `before` is called first; the manifest includes
+        what it returns."""
+        # Whether this step is the best so far is only known after its evaluation.
         may_be_saved = control.should_save or (_value(args.save_strategy) == "best" and control.should_evaluate)
         if not may_be_saved or self._output_dir is not None:
             return
@@ -61,10 +61,10 @@ class StagedSaves:
         args.output_dir = staging[0]
 
     def end(self, args: Any, state: Any, complete: Callable[[Path], None]) -> Path:
-        """After the save: `complete` the folder that it is given, and rename it into its place, which is returned."""
+        """After the save: call `complete` with the folder, and move that into its place, which is returned."""
         step = state.global_step
         if self._output_dir is None:
-            # Asked for by a callback that comes behind this one.
+            # A later callback has requested this save.
             raise UserError(
                 "a callback behind this one asked for a checkpoint, which then is not staged; put it before this one "
                 "in callbacks=[...]"
@@ -73,7 +73,7 @@ class StagedSaves:
         self._put_back(args)
         rank, world = processes()
         if world > 1:
-            # Each writes something of its own into it.
+            # Every process writes files of its own into the folder.
             torch.distributed.barrier()
         if rank == 0:
             _with_best(state, folder, checkpoints.path_of(run, step))
@@ -86,7 +86,7 @@ class StagedSaves:
         return checkpoints.path_of(run, step)
 
     def nothing_saved(self, args: Any) -> None:
-        """The next step begins: a save that was led away and did not come is forgotten."""
+        """At the beginning of the next step, undo a redirection if no save came."""
         if self._output_dir is not None:
             self._put_back(args)
             with contextlib.suppress(FileNotFoundError):
@@ -101,16 +101,16 @@ def _value(choice: Any) -> Any:
 
 
 def _with_best(state: Any, folder: Path, place: Path) -> None:
-    """The Trainer's state names the best checkpoint by the place that it will have."""
+    """Correct the Trainer's state, which names the best checkpoint by its path: it must have the final one."""
     if state.best_model_checkpoint and Path(state.best_model_checkpoint) == folder:
         state.best_model_checkpoint = str(place)
         state.save_to_json(str(folder / _TRAINER_STATE))
 
 
 def newest(output_dir: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint of a folder that is whole, for `train(resume_from_checkpoint=...)`; None: there is none.
+    """The newest complete checkpoint in a folder, for `train(resume_from_checkpoint=...)`; None if there is none.
 
-    One that is not (its bytes are not as its manifest says) is named and passed over.
+    Checkpoints whose bytes are not as their manifest says are named and passed over.
     """
     found, complaints = checkpoints.newest_good(Path(output_dir))
     for complaint in complaints:
@@ -119,14 +119,15 @@ def newest(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 class ExactCheckpoints(TrainerCallback):
-    """Checkpoints that are whole or not there, for any Trainer; `RunRecord` does the same by itself.
+    """Checkpoints that are complete or absent, for any Trainer; `RunRecord` includes this.
 
         trainer = Trainer(model, args, train_dataset=data, callbacks=[ExactCheckpoints()])
         trainer.train(resume_from_checkpoint=ExactCheckpoints.newest(args.output_dir))
 
-    Each is written beside its place, synced, given a manifest with the SHA-256 of every file, and renamed. They are
-    kept by step number (`save_total_limit`), never by the clock. Callbacks that ask for checkpoints, or write into
-    them, come before it. Raises UserError for `hub_strategy` other than `end`: a push would take what is not whole.
+    Each is written beside its place, synced, given a manifest with the SHA-256 of every file, and renamed. The newest
+    are kept by step number (`save_total_limit`), never by the clock. Callbacks that request checkpoints or write into
+    them must come before this one. Raises UserError for a `hub_strategy` other than `end`: it would push incomplete
+    checkpoints.
     """
 
     newest = staticmethod(newest)

@@ -1,4 +1,4 @@
-"""`ExactStream`: the samples of a corpus as a dataset for any loader, that goes on exactly where training stopped."""
+"""`ExactStream`: the samples of a corpus as a dataset for any loader, which goes on exactly where training stopped."""
 
 from __future__ import annotations
 
@@ -22,48 +22,47 @@ from slimpajama_hf.samples.sample import Sample
 from slimpajama_hf.samples.stream import SampleStream
 from slimpajama_hf.samples.tokenizer import load_tokenizer
 
-#: How documents become samples; `cutting.py` has what each does.
+#: How documents become samples; see `cutting.py`.
 MODES = ("truncate", "window", "pack")
 
-#: Says that a label is not to be predicted.
+#: The label of positions that are not predicted.
 IGNORED = -100
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a stream stands."""
+    """A position in a stream."""
 
     cursor: Cursor = dataclasses.field(default_factory=Cursor)
     """What is read next."""
     samples: int = 0
-    """Samples before it, since the beginning of the run."""
+    """Samples before this place, since the beginning of the run."""
     origin: int = 0
-    """Sample from which on the batches of several workers or processes are counted."""
+    """The sample from which the batches of several workers or processes are counted."""
 
 
 class ExactStream(IterableDataset):
-    """The samples of a corpus, in one order whatever the loader, the workers and the processes.
+    """The samples of a corpus, in an order that does not depend on the loader, its workers or the processes.
 
         stream = ExactStream("slimpajama", tokenizer, max_length=256, shuffle_buffer=10_000)
 
-    Each item is `{"input_ids": [...], "labels": [...]}`, lists of 2 to `max_length` ids; `labels=False` leaves the
-    second out, for collators that make their own (`DataCollatorForLanguageModeling`). `collate` is a collator that
-    pads.
+    Each item is `{"input_ids": [...], "labels": [...]}`, lists of 2 to `max_length` ids. `labels=False` omits the
+    labels, for collators that make their own (`DataCollatorForLanguageModeling`). `collate` is a collator that pads.
 
-    `dataset`: what `--dataset` takes: `slimpajama`, `embedded`, files, a folder, a glob, an id on the Hub; or a
+    `dataset`: what `--dataset` takes (`slimpajama`, `embedded`, files, a folder, a glob, an id on the Hub), or a
     `Corpus`. `tokenizer`: a tokenizer of transformers, or what `--tokenizer` takes. `mode`: `truncate` (a sample is the
-    beginning of a document), `window` (documents in consecutive samples) or `pack` (documents joined by EOS, samples of
-    `max_length`). `shuffle_buffer`: documents that are shuffled at a time, 0 for none. `epochs`: passes over the
-    corpus.
+    beginning of a document), `window` (consecutive samples cover the document) or `pack` (documents are joined by EOS
+    and cut into samples of `max_length`). `shuffle_buffer`: how many documents are shuffled at a time, 0 for none.
+    `epochs`: passes over the corpus.
 
-    With `RunRecord` it knows what training has taken. Alone it is `Stateful` as torchdata understands it:
-    `state_dict()` is the place behind what was given out by the iterator of this process, and `load_state_dict` goes on
-    there. A loader with workers needs `batch_size` (`RunRecord` sets it): worker w of W makes the batches w, w + W,
-    ..., so that the order is that of no workers. Each worker reads the corpus whole; one thread of the process reads
-    ahead anyway.
+    With `RunRecord` the stream knows what training has taken. Without it, it is `Stateful` in torchdata's sense:
+    `state_dict()` is the place after the last item that this process' iterator has given out, and `load_state_dict`
+    goes on there. A loader with workers needs `batch_size` (`RunRecord` sets it): worker w of W makes the batches w,
+    w + W, ..., so that the order is the same as without workers. Each worker reads the whole corpus; without workers, a
+    thread of the process already reads ahead.
 
-    `rank` and `world_size`: this process' share of each batch, where nobody else (accelerate) shares it out. Raises
-    UserError where the corpus or the tokenizer cannot be had, UsageError for a setting that cannot be.
+    `rank` and `world_size`: this process' share of each batch, if accelerate does not share it out. Raises UserError if
+    the corpus or the tokenizer cannot be opened, UsageError for an invalid setting.
     """
 
     def __init__(
@@ -115,19 +114,19 @@ class ExactStream(IterableDataset):
                 skip_broken_shards=skip_broken_shards,
             )
         self.block: int | None = None
-        """Samples that one batch of the loader stands for in the order of the stream; None: not known."""
+        """How many samples of the stream one batch of the loader takes from all processes; None: unknown."""
         self._start = self._given = Place()
         self._notes: Notes | NotesOfWorkers | None = None
-        """What training has not taken yet; None: nobody asks (`track`)."""
+        """What training has not taken yet; None: not tracked (`track`)."""
         self.is_over = False
-        """Whether the run is through: then it gives nothing,"""
+        """Whether the run is complete; then the stream gives no items."""
         self.fills_a_batch = False
-        """or one item that nobody is to see, where accelerate would not take an empty loader."""
+        """Whether a complete run gives one item that is not trained: accelerate does not accept an empty loader."""
         self._folder: Path | None = None
         self._reading: Any = None
         self._ended: SampleStream | None = None
         """The stream that was read to its end."""
-        # Seen by workers that are forked; those that are spawned are seen when this is pickled.
+        # Shared with forked workers, which set it; spawned workers set it when this object is pickled.
         self._worked_on = mmap.mmap(-1, 1)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -144,7 +143,7 @@ class ExactStream(IterableDataset):
     # ---- items ----
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """From the place that was taken or loaded on. Raises UserError where several workers would not know which
+        """Items from the place that was taken or loaded. Raises UserError if several workers would not know which
         samples are theirs, and as `SampleStream` does."""
         number, workers = 0, 1
         notes: Any = self._notes
@@ -159,7 +158,7 @@ class ExactStream(IterableDataset):
                     "would come in another order; say ExactStream(..., batch_size=N), the batch_size of the loader"
                 )
         elif self._notes is not None:
-            # Read anew from what was taken: what was given out before and not taken is given out again.
+            # Samples that were given out but not taken by training are given out again.
             notes = self._notes = Notes()
         return self._items(number, workers, notes)
 
@@ -187,7 +186,7 @@ class ExactStream(IterableDataset):
                     notes.add(sample)
                 if place // share == self.rank:
                     own.append((sample, Place(sample.after, position + 1, start.origin)))
-            # Of several processes each knows the whole batch before it gives its part of it away.
+            # With several processes, each reads the whole batch before it gives out its share.
             if own and (self.world_size == 1 or place == block - 1):
                 yield from self._given_out(own)
                 own = []
@@ -196,7 +195,7 @@ class ExactStream(IterableDataset):
             notes.end()
         yield from self._given_out(own)
         if notes is None:
-            # Whoever begins once more begins at the beginning, as with any dataset.
+            # A second iteration begins at the beginning, as with any dataset.
             self._start = self._given = Place()
 
     def _given_out(self, own: list[tuple[Sample, Place]]) -> Iterator[dict[str, Any]]:
@@ -204,9 +203,9 @@ class ExactStream(IterableDataset):
             yield self._item(sample)
 
     def has_more(self) -> bool:
-        """Whether there is a sample behind what was taken."""
+        """Whether there is a sample after what was taken."""
         if self.cursor.size:
-            # Inside of a shuffled block, which would have to be read whole.
+            # Within a shuffled block, which would have to be read as a whole.
             return True
         behind = self.samples(self.cursor)
         behind.passes = dataclasses.replace(behind.passes, shuffle_buffer=0)
@@ -233,8 +232,8 @@ class ExactStream(IterableDataset):
         return {"input_ids": ids, "labels": list(ids)} if self.labels else {"input_ids": ids}
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Items as a batch: `input_ids`, `attention_mask` and `labels`, (items, longest) each. What is filled up behind
-        a sample is masked and not predicted."""
+        """Items as a batch: `input_ids`, `attention_mask` and `labels`, (items, longest) each. Padding is masked and
+        not predicted."""
         longest = max(len(item["input_ids"]) for item in items)
         ids = torch.zeros(len(items), longest, dtype=torch.long)
         labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
@@ -244,7 +243,7 @@ class ExactStream(IterableDataset):
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def as_datasets(self) -> Any:
-        """This stream as a `datasets.IterableDataset`, for a Trainer that takes no other (TRL's)."""
+        """This stream as a `datasets.IterableDataset`, for Trainers that accept nothing else (TRL's)."""
         import datasets
         from datasets.iterable_dataset import ExamplesIterable
 
@@ -252,11 +251,11 @@ class ExactStream(IterableDataset):
         info = datasets.DatasetInfo(features=datasets.Features(kinds))
         return datasets.IterableDataset(ExamplesIterable(_examples, {"stream": _Shared(self)}), info=info)
 
-    # ---- where it stands ----
+    # ---- its place ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the iterator of this process stands: behind the last item that it gave out, or, with `RunRecord`,
-        behind the last sample that training has taken. Raises UserError where workers have the iterators."""
+        """The place of this process' iterator: after the last item that it gave out, or, with `RunRecord`, after the
+        last sample that training has taken. Raises UserError if workers have the iterators."""
         tracked = self._notes is not None
         if not tracked and get_worker_info() is None and self._worked_on[0]:
             raise UserError(
@@ -266,19 +265,19 @@ class ExactStream(IterableDataset):
         return dataclasses.asdict(self._start if tracked else self._given)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. Raises UserError for something else."""
+        """Go on where `state_dict` was taken. Raises UserError for anything else."""
         try:
             place = Place(**state | {"cursor": Cursor(**state["cursor"])})
         except (TypeError, KeyError):
             raise UserError("ExactStream.load_state_dict: not what ExactStream.state_dict() has given") from None
         self._start = self._given = place
 
-    # ---- for those who know what training has taken ----
+    # ---- for callers that know what training has taken ----
 
     def track(self, folder: Path, workers: int, block: int, here: bool) -> None:
-        """From now on `take` says what training has taken, which begins at the place that was loaded. `workers` of the
-        loader, in whose batches `block` samples stand; `folder` for the notes of workers. `here`: whether it is this
-        process that keeps the record."""
+        """Track from now on what training takes (`take`), beginning at the loaded place. `workers`: of the loader;
+        `block`: samples in its batches of all processes; `folder`: for the notes of workers. `here`: whether this
+        process keeps the record."""
         self.block = block
         self._start = self._given = dataclasses.replace(self._start, origin=self._start.samples)
         self._folder, self._notes = None, None
@@ -289,8 +288,8 @@ class ExactStream(IterableDataset):
             self._notes = Notes()
 
     def take(self, count: int) -> list[Sample]:
-        """The next `count` samples as taken by training (fewer at the end of the stream), without their texts. Raises
-        UserError where so many were not given out."""
+        """Mark the next `count` samples as taken by training and return them without their texts; fewer at the end of
+        the stream. Raises UserError if fewer were given out."""
         assert self._notes is not None
         taken = self._notes.take(count)
         if len(taken) < count and not self._notes.ended:
@@ -305,7 +304,7 @@ class ExactStream(IterableDataset):
         return taken
 
     def close(self) -> None:
-        """Read no more: the thread that reads ahead ends."""
+        """Stop reading: the thread that reads ahead ends."""
         if self._reading is not None:
             self._reading.close()
 
@@ -315,12 +314,12 @@ class ExactStream(IterableDataset):
         return self._start.cursor
 
     def passed_over_at_end(self) -> tuple[list[dict[str, Any]], dict[str, int]]:
-        """Gaps, and records by reason, behind the last sample of a stream that this process has read to its end."""
+        """Gaps, and records by reason, after the last sample of a stream that this process has read to its end."""
         return (self._ended.gaps_at_end, self._ended.skipped_at_end) if self._ended is not None else ([], {})
 
 
 class _Shared:
-    """A stream that stays the one that it is where `datasets` copies what a generator is given."""
+    """Holds a stream; `datasets` deep-copies the arguments of a generator, but must not copy the stream."""
 
     def __init__(self, stream: ExactStream) -> None:
         self.stream = stream
@@ -334,7 +333,7 @@ def _examples(stream: _Shared) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def stream_of(dataset: Any) -> ExactStream | None:
-    """The stream that a loader's dataset is or is made of."""
+    """The stream in a loader's dataset, or None."""
     while dataset is not None and not isinstance(dataset, ExactStream):
         examples = getattr(getattr(dataset, "_ex_iterable", None), "kwargs", None)
         if isinstance(examples, dict) and isinstance(examples.get("stream"), _Shared):

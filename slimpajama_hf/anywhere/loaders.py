@@ -1,4 +1,4 @@
-"""How a loader, as PyTorch or accelerate made it, hands out the samples of a stream."""
+"""How a loader, made by PyTorch or by accelerate, takes samples from a stream."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from slimpajama_hf.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Handing:
-    """What is taken of the stream, in its order, at a time."""
+    """How many samples of the stream are taken at a time, in its order."""
 
     samples: int
-    """By all processes together, when each takes a batch of the loader."""
+    """By all processes together, when each takes one batch."""
     block: int
-    """By a worker of the loader, before it is the turn of the next."""
+    """By one worker of the loader, before the next worker's turn."""
     workers: int
     batch: int
-    """Samples of one process in a batch."""
+    """Samples in the batch of one process."""
 
 
 def processes() -> tuple[int, int]:
-    """(rank, how many) of the processes that train together."""
+    """(rank, number) of the processes that train together."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
@@ -33,18 +33,18 @@ def processes() -> tuple[int, int]:
 
 
 def of_loader(loader: Any, stream: ExactStream) -> Handing:
-    """How `loader` hands out `stream`. Raises UserError where it does so in a way that cannot be followed exactly."""
+    """How `loader` takes samples from `stream`. Raises UserError if that cannot be followed exactly."""
     from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
 
     _refuse(loader, stream)
     batch, inner = loader.batch_size or 1, loader.dataset
     if type(loader) is DataLoaderDispatcher:
         world = loader.state.num_processes
-        # The first process reads, and shares out.
+        # The first process reads and shares out.
         whole = batch if loader.split_batches else batch * world
         return Handing(whole, batch, loader.num_workers, whole // world)
     if isinstance(inner, IterableDatasetShard):
-        # Each process reads all, and keeps its share.
+        # Each process reads everything and keeps its share.
         whole = inner.batch_size if inner.split_batches else inner.batch_size * inner.num_processes
         return Handing(whole, whole, loader.num_workers, whole // inner.num_processes)
     whole = batch * stream.world_size
@@ -91,8 +91,8 @@ def _refuse(loader: Any, stream: ExactStream) -> None:
 
 
 def keep_to_its_own_numbers(loader: Any) -> None:
-    """A loader draws a seed for its workers whenever it is begun: not from the generator that dropout draws from, which
-    would be another one after every resume."""
+    """Give a loader a generator of its own. It draws a seed for its workers whenever it begins. Drawn from the global
+    generator, that would change dropout after every resume."""
     loader = getattr(loader, "base_dataloader", loader)
     if getattr(loader, "generator", None) is None:
         loader.generator = torch.Generator()

@@ -18,15 +18,15 @@ from slimpajama_hf.record.noise import NoiseScale
 def noise_scale(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], *, measurements: int = 10, at_once: int = noise.DOCUMENTS
 ) -> NoiseScale | None:
-    """The gradient noise scale B = tr(S) / |G|^2 at the weights of `model`, in batches such as are given.
+    """The gradient noise scale B = tr(S) / |G|^2 at the weights of `model`, in batches of the given kind.
 
         found = noise_scale(model, DataLoader(stream, batch_size=1, collate_fn=stream.collate))
         print(found and f"{found.value:.0f} documents ({found.low:.0f} to {found.high})")
 
-    Far below it a batch twice as large is worth twice the steps (McCandlish et al. 2018, arXiv 1812.06162). Takes
-    `measurements` times `at_once` batches; of each the model is given `model(**batch)` and returns a `loss`. One
-    backward a batch; gradients that lie in the model are there afterwards as they were, and no weight is changed. None:
-    no signal stands out of the noise, or the batches were too few. Raises UserError where the model returns no loss.
+    Far below it, a batch twice as large is worth twice the steps (McCandlish et al. 2018, arXiv 1812.06162). Takes
+    `measurements` times `at_once` batches; `model(**batch)` must return a `loss`. There is one backward per batch.
+    Gradients of the model are restored afterwards, and no weight is changed. None: no significant signal, or too few
+    batches. Raises UserError if the model returns no loss.
     """
     parameters = [each for each in model.parameters() if each.requires_grad]
     before = [each.grad for each in parameters]

@@ -1,8 +1,8 @@
-"""What is known of the samples that a stream has given out and training has not taken yet.
+"""Notes of the samples that a stream has given out but training has not taken yet.
 
-Loaders read ahead, and their workers are processes of their own: what a batch was made of is noted where its samples
-are made, and looked up when the batch has been learned. Workers write their notes into files before they give the
-sample away, so that they are there whenever the batch is, and nobody waits for anybody.
+Loaders read ahead, in worker processes. So the facts about a sample are noted where the sample is made, and read when
+its batch has been learned. Workers write their notes into files before they give a sample out. So notes are there
+whenever the batch is, and nothing waits.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from typing import Any, BinaryIO
 
 from slimpajama_hf.samples.sample import Sample
 
-#: Notes in a file: read ones are deleted, so that they never grow with a run.
+#: Notes per file. Files that were read are deleted, so notes never grow with a run.
 NOTES_A_FILE = 4096
 _SIZE = struct.Struct("<I")
 
 
 def note_of(sample: Sample) -> Sample:
-    """The sample without its text and its ids, of which the number is kept."""
+    """The sample without its text and its ids, but with their number."""
     ids: Any = range(len(sample.input_ids))
     return dataclasses.replace(sample, input_ids=ids, document=dataclasses.replace(sample.document, text=""))
 
 
 class Notes:
-    """Notes of samples in their order, of this process."""
+    """Notes of samples in their order, made in this process."""
 
     def __init__(self) -> None:
         self._notes: deque[Sample] = deque()
         self.ended = False
-        """Whether no more will come, for the stream was read to its end."""
+        """Whether no more will come, because the stream was read to its end."""
 
     def end(self) -> None:
         """No more will come."""
         self.ended = True
 
     def add(self, sample: Sample) -> None:
-        """The next one."""
+        """Add the note of the next sample."""
         self._notes.append(note_of(sample))
 
     def take(self, count: int) -> list[Sample]:
-        """The next `count` samples, fewer where there are no more."""
+        """The next `count` samples; fewer if there are no more."""
         return [self._notes.popleft() for _ in range(min(count, len(self._notes)))]
 
 
 class WrittenNotes:
-    """Notes of worker `number` of a loader, in files of `folder`; `add` in the worker."""
+    """Notes of worker `number` of a loader, in files in `folder`; used in the worker."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self._folder, self._number = folder, number
@@ -58,12 +58,12 @@ class WrittenNotes:
         self._file: BinaryIO | None = None
 
     def add(self, sample: Sample) -> None:
-        """The next one of this worker; it can be read as soon as this returns."""
+        """Add the note of this worker's next sample; it can be read as soon as this returns."""
         data = pickle.dumps(note_of(sample), pickle.HIGHEST_PROTOCOL)
         self._write(data)
 
     def end(self) -> None:
-        """No more will come of this worker."""
+        """No more will come from this worker."""
         self._write(b"")
 
     def _write(self, data: bytes) -> None:
@@ -93,10 +93,10 @@ class NotesOfWorkers:
         self._read = [0] * workers
         self._files: list[BinaryIO | None] = [None] * workers
         self.ended = False
-        """Whether no more will come, for the worker whose turn it is has read the stream to its end."""
+        """Whether no more will come, because the worker whose turn it is has read the stream to its end."""
 
     def take(self, count: int) -> list[Sample]:
-        """The next `count` samples, fewer where there are no more."""
+        """The next `count` samples; fewer if there are no more."""
         found: list[Sample] = []
         while len(found) < count:
             note = self._next_of(self._taken // self._block % self._workers)
@@ -129,13 +129,13 @@ class NotesOfWorkers:
             file.seek(here)
             return None
         self._read[worker] += 1
-        # Written by a worker of this very process.
+        # Safe to unpickle: a worker of this very process wrote it.
         note: Sample = pickle.loads(data)
         return note
 
 
 def empty_folder(folder: Path) -> Path:
-    """A folder for notes, without those that a run which was killed has left."""
+    """An empty folder for notes; removes those of a run that was killed."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder

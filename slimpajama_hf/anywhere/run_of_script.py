@@ -1,4 +1,4 @@
-"""The run folder of a script of somebody else's: what the run is, written at each start, and where it goes on."""
+"""The run folder of another script: the facts about the run, written at each start, and where the run goes on."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 def open_folder(path: Path, at_end: contextlib.ExitStack, step: int) -> RunFolder:
-    """The run folder, tried and locked, of a run that is at `step`. Raises UserError where a run lies there that this
-    one does not go on with, or another is on."""
+    """Prepare and lock the folder of a run that is at `step`. Raises UserError if it has a run that this one does not
+    continue, or if another run is using it."""
     folder = RunFolder(path)
     if step == 0 and folder.path.is_dir() and checkpoints.steps(folder.path):
         raise UserError(
@@ -42,8 +42,8 @@ def open_folder(path: Path, at_end: contextlib.ExitStack, step: int) -> RunFolde
 
 
 def go_on(folder: RunFolder, stream: ExactStream, checkpoint: Path | None) -> ResumePoint:
-    """Cut the records of the run back to `checkpoint` (None: to nothing), lead the stream to its next document, and
-    return both. Raises UserError for a checkpoint that is not whole, and for a stream that is another."""
+    """Cut the records of the run back to `checkpoint` (None: to nothing) and move the stream to its next document.
+    Returns the resume point. Raises UserError for a checkpoint that is not whole, or another stream."""
     if checkpoint is not None:
         wrong = checkpoints.problem(checkpoint)
         if wrong is not None:
@@ -52,17 +52,17 @@ def go_on(folder: RunFolder, stream: ExactStream, checkpoint: Path | None) -> Re
             raise UserError(f"{checkpoint}: not a whole checkpoint of this run ({wrong}); {advice}")
         _same_stream(folder, stream)
     elif folder.ledger.is_file() and folder.ledger.stat().st_size:
-        screen.say(f"{folder.path}: what a start before this one did is dropped, for it has saved no checkpoint")
+        screen.say(f"{folder.path}: the steps of an earlier start are dropped, because it saved no checkpoint")
     for left in folder.path.glob(f"{checkpoints.STAGING}.*"):
         shutil.rmtree(left, ignore_errors=True)
     point = resume.go_on(folder, checkpoint)
-    # Nobody looks at single tokens here.
+    # Single tokens are not recorded here.
     folder.surprisals.unlink(missing_ok=True)
     return point
 
 
 def _same_stream(folder: RunFolder, stream: ExactStream) -> None:
-    """The stream reads the corpus that the run recorded, or is refused: what decides the order is as it was."""
+    """Give the stream the corpus of the record. Raises UserError if a setting that decides the order differs."""
     record = folder.read_record()
     if record.get("made_by") != OF_A_SCRIPT:
         raise UserError(f"{folder.path}: a run of run_clm_slimpajama.py, which goes on with it; name another folder")
@@ -81,7 +81,7 @@ def _same_stream(folder: RunFolder, stream: ExactStream) -> None:
 
 
 def settings_of(stream: ExactStream) -> dict[str, Any]:
-    """What decides which samples a stream gives, and in which order, beside the corpus."""
+    """The settings besides the corpus that decide which samples a stream gives, and in which order."""
     return {name: getattr(stream, name) for name in ("mode", "max_length", "shuffle_buffer", "seed", "epochs")}
 
 
@@ -93,8 +93,8 @@ def record_run(
     max_steps: int | None,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write `run.json` and `run_config.yaml`; returns the former. `settings`: what the script trains with, by the names
-    of TrainingArguments."""
+    """Write `run.json` and `run_config.yaml`; returns the former. `settings`: those of the script's training, with the
+    names of TrainingArguments."""
     _, world = processes()
     if point.checkpoint is not None:
         record = folder.read_record()
@@ -145,7 +145,7 @@ def _model(model: Any, stream: ExactStream) -> dict[str, Any]:
 
 
 def write_cursor(checkpoint: Path, stream: ExactStream) -> None:
-    """Into a checkpoint that is being saved: where reading goes on, and the tokenizer if it is not there."""
+    """Write into a checkpoint where reading goes on, and the tokenizer if it is not there."""
     state = {"cursor": dataclasses.asdict(stream.cursor)}
     files.write_json(checkpoint / checkpoints.DATA_STATE, state, indent=1)
     if not (checkpoint / "tokenizer_config.json").is_file():
@@ -153,7 +153,7 @@ def write_cursor(checkpoint: Path, stream: ExactStream) -> None:
 
 
 def draw(folder: RunFolder, max_steps: int) -> None:
-    """The last chart and the report; a failure is said, for the run is whole without them."""
+    """Draw the last chart and the report. A failure is reported; the run is complete without them."""
     from slimpajama_hf import report
     from slimpajama_hf.views import views
 

@@ -1,4 +1,4 @@
-"""`RunRecord`: the ledger, the exact resume and the report, for a Trainer or a loop of somebody else's."""
+"""`RunRecord`: the ledger, the exact resume and the report, for any Trainer or training loop."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ from slimpajama_hf.training.clock import TrainingClock
 from slimpajama_hf.training.recorder import StepRecorder
 from slimpajama_hf.training.step_numbers import StepNumbers
 
-#: The record of each folder that is on in this process. One that an error ended left its folder locked.
+#: The active record of each folder in this process. A run that ended with an error left its folder locked.
 _ON: dict[Path, RunRecord] = {}
 
-#: Notes of the workers of a loader lie here; the underscore keeps them out of uploads.
+#: Folder for the notes of a loader's workers; the underscore keeps it out of uploads.
 _NOTES = "_notes"
 _RNG = "rng_state_of_loop.pth"
 
 
 class RunRecord(TrainerCallback):
-    """Writes a row of the ledger at each step of a run over an `ExactStream`, and makes it resumable exactly.
+    """Writes a ledger row for each step of a run over an `ExactStream`, and makes the run exactly resumable.
 
         trainer = Trainer(model, args, train_dataset=stream, callbacks=[RunRecord("runs/mine", stream)])
         trainer.train(resume_from_checkpoint=RunRecord.newest("runs/mine"))
 
-    `folder` is the `output_dir` of the Trainer. Checkpoints are staged, given a manifest and renamed, and hold the
-    place behind the last document that was learned; a Trainer that resumes begins there, without reading what it has
-    read (`ignore_data_skip`). At the end the charts and the report are drawn (`report=False` leaves them out). The
-    commands `report`, `views`, `verify`, `inspect` and `compare` take the folder.
+    `folder` is the `output_dir` of the Trainer. Checkpoints are staged, given a manifest and renamed. They have the
+    place after the last learned document, and a resumed Trainer begins there without reading earlier ones again
+    (`ignore_data_skip`). At the end charts and report are drawn, unless `report=False`. The commands `report`, `views`,
+    `verify`, `inspect` and `compare` take the folder.
 
-    A row's loss and accuracy are means over the tokens that the step predicted, taken where the model returns them; its
-    `samples` have the documents of the batch. What a step teaches, noise, passports and surprisals need the step of
-    run_clm_slimpajama.py and are not there. Numbers are read some steps later, so that no device is waited for.
+    A row's loss and accuracy are means over the tokens that the step predicted, taken from what the model returns; its
+    `samples` are the documents of the batch. What a step teaches, noise, passports and surprisals are missing: they
+    need the step of run_clm_slimpajama.py. Numbers are read some steps later, so that nothing waits for the device.
 
-    In a loop of your own there is no callback: `begin`, `batches`, `step`, `saving` and `close` do it.
+    A loop of your own has no callbacks: it calls `begin`, `batches`, `step`, `saving` and `close`.
 
-    Raises UserError, from the Trainer's `__init__` or `train`, where something cannot be exact: see `loaders.py`.
+    Raises UserError, from the Trainer's `__init__` or `train`, if something cannot be exact: see `loaders.py`.
     """
 
     def __init__(self, folder: str | Path, stream: ExactStream, *, report: bool = True) -> None:
@@ -62,19 +62,19 @@ class RunRecord(TrainerCallback):
         self.stream = stream
         self.clock = TrainingClock()
         self.steps, self._world = 0, 1
-        """Steps that the run has made."""
+        """How many steps the run has made."""
         self._report = report
         self._saves = StagedSaves()
         self._seen = SeenNumbers()
         self._joined = False
-        """Whether the Trainer was told in time that it must not skip batches."""
+        """Whether the Trainer was told in time not to skip batches."""
         self._folder: RunFolder | None = None
         """None: this process keeps no record."""
         self._recorder: StepRecorder | None = None
         self._at_end = contextlib.ExitStack()
         self._handing: loaders.Handing | None = None
         self._batches = 0
-        """Batches of the step that is on."""
+        """Batches of the current step."""
         self._device = torch.device("cpu")
         self._rate = 0.0
         self._max_steps: int | None = None
@@ -83,13 +83,13 @@ class RunRecord(TrainerCallback):
 
     @staticmethod
     def newest(folder: str | Path) -> str | None:
-        """The newest whole checkpoint of a run folder, for `train(resume_from_checkpoint=...)`; None: there is none."""
+        """The newest whole checkpoint of a run folder, for `train(resume_from_checkpoint=...)`, or None."""
         from slimpajama_hf.anywhere.exact_checkpoints import newest
 
         return newest(folder)
 
     def attach(self, trainer: Any) -> Any:
-        """Have a Trainer that was made already train on the stream, with this record; returns the Trainer."""
+        """Make an existing Trainer train on the stream with this record; returns the Trainer."""
         trainer.train_dataset = self.stream
         trainer.args.ignore_data_skip = self._joined = True
         trainer.add_callback(self)
@@ -98,7 +98,7 @@ class RunRecord(TrainerCallback):
     # ---- a Trainer's events ----
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Read where the Trainer counts the batches to skip, which is before training begins.
+        # The Trainer reads this before on_train_begin, when it counts the batches to skip.
         args.ignore_data_skip = self._joined = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -119,7 +119,7 @@ class RunRecord(TrainerCallback):
         self.clock.start()
 
     def _is_over(self, state: Any, loader: Any) -> None:
-        """Of a run that goes on, whether there is nothing to do: a Trainer makes one more step before it looks."""
+        """Whether a resumed run has nothing left to do: a Trainer makes one more step before it checks that."""
         has_steps = state.global_step >= state.max_steps
         self.stream.is_over = has_steps or (self._resumed_from is not None and not self.stream.has_more())
         if self.stream.is_over:
@@ -175,7 +175,7 @@ class RunRecord(TrainerCallback):
                 "are not in the ledger"
             )
             self._batches = 0
-        # An epoch of a Trainer is the stream, or max_steps of it: a second one would begin it anew.
+        # A Trainer's epoch is the whole stream, or max_steps of it; a second one would begin it anew.
         control.should_training_stop = True
         self._saves.lead(args, state, control, self._ready_to_save)
 
@@ -194,8 +194,8 @@ class RunRecord(TrainerCallback):
     # ---- a loop of your own ----
 
     def begin(self, model: torch.nn.Module, max_steps: int | None = None, **settings: Any) -> Path | None:
-        """Before a loop of your own: the newest whole checkpoint of the folder, of which the loop loads what it saved
-        there; None: it begins anew. `settings`: what it trains with, for run_config.yaml."""
+        """Call this before a loop of your own. Returns the newest whole checkpoint of the folder, from which the loop
+        loads what it saved there; None: a new run. `settings`: those of the training, for run_config.yaml."""
         _, world = loaders.processes()
         found = self.newest(self.path) if self.path.is_dir() else None
         checkpoint = Path(found) if found else None
@@ -206,8 +206,8 @@ class RunRecord(TrainerCallback):
         return checkpoint
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """The batches of a loader over the stream, from the place on where training stopped. Once a batch was given out
-        and `step` was called, its documents are learned."""
+        """The batches of a loader over the stream, from where training stopped. The documents of a batch count as
+        learned when `step` is called after it."""
         self._handing = loaders.of_loader(loader, self.stream)
         self._begin_reading(loader)
         if self._resumed_from is not None:
@@ -222,8 +222,8 @@ class RunRecord(TrainerCallback):
     def step(
         self, loss: Any, *, learning_rate: float, grad_norm: Any = None, accuracy: Any = None, skipped: str = ""
     ) -> None:
-        """A step of the optimizer was made with the batches since the last one. `loss`: mean over the predicted tokens,
-        nats; a tensor is not waited for. `skipped`: why the weights were left as they were, if they were."""
+        """Call this after a step of the optimizer with the batches since the last one. `loss`: mean over the predicted
+        tokens, nats; tensors are not waited for. `skipped`: why the weights were not changed, if so."""
         values = [loss, 1.0, math.nan if accuracy is None else accuracy, math.nan if grad_norm is None else grad_norm]
         tensors = [each for each in values if isinstance(each, torch.Tensor)]
         device = tensors[0].device if tensors else self._device
@@ -234,8 +234,8 @@ class RunRecord(TrainerCallback):
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[Path]:
-        """A folder for what the loop saves; on leaving it is the checkpoint of this step, whole or not there. With
-        several processes all enter it."""
+        """Context with a folder for what the loop saves; on leaving, it becomes the checkpoint of this step, complete
+        or absent. With several processes all must enter it."""
         rank, world = loaders.processes()
         with contextlib.ExitStack() as staged, self.clock.paused("saving"):
             place = [""]
@@ -256,7 +256,7 @@ class RunRecord(TrainerCallback):
             torch.distributed.barrier()
 
     def close(self) -> None:
-        """The run is over: the ledger is closed, charts and report are drawn."""
+        """Call this at the end of the run: closes the ledger, draws charts and report."""
         self.stream.close()
         if self._recorder is not None and self._folder is not None:
             self._recorder.close()
@@ -266,7 +266,7 @@ class RunRecord(TrainerCallback):
         self.let_go()
 
     def let_go(self) -> None:
-        """Leave the folder to others, as it is."""
+        """Release the folder as it is."""
         self._seen.end()
         self._recorder = None
         self._at_end.close()
@@ -307,7 +307,7 @@ class RunRecord(TrainerCallback):
         self.stream.track(self.path / _NOTES, self._handing.workers, self._handing.block, self._folder is not None)
 
     def _finish_step(self, batches: int, values: torch.Tensor, skipped: str, counted: bool = True) -> None:
-        """The step that is on is over, with so many batches of each process."""
+        """Record the current step, which had `batches` batches in each process."""
         step, self.steps = self.steps, self.steps + 1
         seconds = self.clock.lap()
         if self._recorder is None:
@@ -333,7 +333,7 @@ class RunRecord(TrainerCallback):
         self._recorder.add(finished, values)
 
     def _ready_to_save(self) -> dict[str, Any]:
-        """What a checkpoint counts on is on the disk; what its manifest says of it."""
+        """Write what a checkpoint refers to to the disk; returns facts about it for the manifest."""
         assert self._recorder is not None and self._folder is not None
         self._recorder.write_all()
         beside = sums(self._folder, lengths(self._folder))
@@ -359,7 +359,7 @@ class RunRecord(TrainerCallback):
 
 
 def _generators() -> dict[str, Any]:
-    """The states of the generators that dropout and the rest draw from."""
+    """The states of the random generators, from which dropout and others draw."""
     states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.random.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.random.get_rng_state_all()
@@ -368,7 +368,7 @@ def _generators() -> dict[str, Any]:
 
 def _load_generators(path: Path) -> None:
     if not path.is_file():
-        screen.say(f"{path}: not there, for the run had fewer processes: it goes on exactly, but not bit for bit")
+        screen.say(f"{path}: missing, because the run had fewer processes: it goes on exactly, but not bit for bit")
         return
     with torch.serialization.safe_globals(_of_numpy()):
         states = torch.load(path, weights_only=True)
@@ -380,6 +380,6 @@ def _load_generators(path: Path) -> None:
 
 
 def _of_numpy() -> list[Any]:
-    """What of numpy stands in a saved state of its generator."""
+    """The numpy types in a saved state of its generator."""
     core = np._core if hasattr(np, "_core") else np.core
     return [core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]

@@ -1,7 +1,7 @@
-"""What a step of another's trainer gives: its loss, how many tokens were right, and the norm of its gradient.
+"""The numbers of a step of another trainer: its loss, how many tokens were right, and the norm of its gradient.
 
-Seen, not computed again: a hook at the model takes the loss that it returns and looks at its logits, and the norm is
-the one that the trainer clips by. Nothing waits for the device.
+They are observed, not computed again: a hook on the model takes the loss that it returns and reads its logits, and the
+norm is the one that the trainer clips by. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class SeenStep(Step):
-    """A step of which means alone are known."""
+    """A step of which only means are known."""
 
     listens: Any = None
-    """Is told how many tokens the step has predicted, and of how many samples' tokens."""
+    """Called with the number of tokens that the step predicted, and the number that its samples have to predict."""
 
     def unpacked(self, values: np.ndarray) -> Step:
-        """With its numbers, from what `SeenNumbers.of_step` has made: nats, predicted, right, norm."""
+        """This step with its numbers, from the result of `SeenNumbers.of_step`: nats, predicted, right, norm."""
         nats, predicted, right, norm = values.tolist()
         mean = (nats / predicted, right / predicted) if predicted else (math.nan, math.nan)
         if self.listens is not None and predicted:
@@ -40,7 +40,7 @@ class SeenStep(Step):
 
 
 class SeenNumbers:
-    """What is seen of the step that is on. `begin` it with the model, `end` it when training is over."""
+    """Observes the current step. Call `begin` with the model, and `end` when training is over."""
 
     def __init__(self) -> None:
         self._passes: list[torch.Tensor] = []
@@ -50,7 +50,7 @@ class SeenNumbers:
         self._said: set[str] = set()
 
     def begin(self, model: torch.nn.Module) -> None:
-        """Look at what `model` returns in training, and at what gradients are clipped by."""
+        """Observe what `model` returns in training, and the norm by which gradients are clipped."""
         self.end()
         self._hook = model.register_forward_hook(self._see, with_kwargs=True)
         utils: Any = torch.nn.utils
@@ -64,7 +64,7 @@ class SeenNumbers:
         utils.clip_grad_norm_ = seen
 
     def end(self) -> None:
-        """Look no more."""
+        """Stop observing."""
         if self._hook is not None:
             self._hook.remove()
             torch.nn.utils.clip_grad_norm_ = self._clip
@@ -104,7 +104,7 @@ class SeenNumbers:
             screen.say(what)
 
     def say_if_another(self, predicted: int, of_stream: int) -> None:
-        """Say once that a collator or a mask leaves out, or adds, tokens of the stream."""
+        """Say once if a collator or a mask removes tokens of the stream or adds some."""
         if predicted != of_stream:
             self._say(
                 "tokens",

@@ -1,4 +1,4 @@
-"""`StepCharts`: the chart of this program's runs, of any Trainer's training."""
+"""`StepCharts`: the chart of this program for any Trainer."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from slimpajama_hf import screen
 from slimpajama_hf.errors import UsageError
 from slimpajama_hf.record.columns import Columns
 
-#: What drawing takes of the time of a run, at most.
+#: The largest share of a run's time for drawing.
 SHARE = 0.02
 
 
 class StepCharts(TrainerCallback):
-    """Draws loss, learning rate and gradient norm of a Trainer as it goes on, into `FOLDER/training_latest.png`.
+    """Draws loss, learning rate and gradient norm of a Trainer during training, into `FOLDER/training_latest.png`.
 
         trainer = Trainer(model, args, train_dataset=data, callbacks=[StepCharts("runs/mine")])
 
-    It shows what the Trainer logs: each step with `logging_steps=1`. It draws every `every` steps where drawing has
-    taken no more than 2 % of the time so far, and at the end. A failure is said once, and training goes on. With
-    `RunRecord` it is not needed: that draws more, from its ledger. Raises UsageError where `every` is below 1.
+    It shows what the Trainer logs: each step with `logging_steps=1`. It draws every `every` steps if drawing has taken
+    no more than 2 % of the time so far, and at the end. A failure is reported once, and training goes on. `RunRecord`
+    does not need it: that draws more, from its ledger. Raises UsageError if `every` is below 1.
     """
 
     def __init__(self, folder: str | Path, every: int = 500) -> None:
@@ -46,7 +46,7 @@ class StepCharts(TrainerCallback):
         self._columns.append(row | {name: float(logs[name]) for name in names if logs.get(name) is not None})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # After what was logged of the step before.
+        # Only now has the step before been logged.
         step = state.global_step
         if step and step % self._every == 0 and self._is_left():
             self._draw(state)

@@ -1,4 +1,4 @@
-"""`TurnedMuon`: the optimizer of this program's runs, for any model and loop."""
+"""`TurnedMuon`: the optimizer of this program for any model and loop."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from slimpajama_hf.settings.arguments import HIDDEN_RATES
 
 
 class TurnedMuon(AdamWWithMuon):
-    """AdamW, and Muon for the matrices inside of the blocks, which take turns: each moves every 32nd document.
+    """AdamW, with Muon for the matrices in the blocks, which take turns: each moves at every 32nd document.
 
         trainer = Trainer(model, args, train_dataset=data, optimizers=(TurnedMuon(model, lr=1e-3), None))
 
-    A matrix moves by the average of its gradients made orthogonal, so far as AdamW would move it in as many steps
-    (`model/optimization.py` says why; docs/recipe.md what it gives). Embeddings, head, norms and biases learn by AdamW.
+    A matrix moves by the average of its gradients, made orthogonal, as far as AdamW would move it in as many steps
+    (reasons in `model/optimization.py`, results in docs/recipe.md). Embeddings, head, norms and biases learn by AdamW.
 
-    `lr`: of AdamW; the matrices learn at `hidden_rate` times that. `documents`: those of a step, by which it is counted
-    when it is a matrix' turn. `weight_decay` is of what has two dimensions or more. `product_dtype`: what the
-    orthogonal matrix is computed in; None: bfloat16 on a GPU, else float32. Its state_dict is loaded by another of the
-    same model. `fused` as for AdamW. Raises UsageError for a setting that cannot be, and for a model that has no such
+    `lr`: for AdamW; the matrices learn at `hidden_rate` times that. `documents`: how many a step has, to count when a
+    matrix has its turn. `weight_decay` applies to parameters of two dimensions or more. `product_dtype`: in what the
+    orthogonal matrix is computed; None: bfloat16 on a GPU, else float32. An optimizer of the same model can load its
+    state_dict. `fused`: as for AdamW. Raises UsageError for an invalid setting, and for a model without such a
     matrix."""
 
     def __init__(
@@ -58,5 +58,5 @@ class TurnedMuon(AdamWWithMuon):
         kept = [group for group in groups if group["params"]]
         super().__init__(kept, product_dtype, documents, lr=lr, betas=betas, eps=eps, fused=fused)
         set_apart(self, flat, hidden_rate, muon=True, steps=0)
-        # What holds the matrices of several experts stays with AdamW.
+        # Parameters that hold the matrices of several experts stay with AdamW.
         set_apart(self, [each for each in matrices if each.ndim > 2], hidden_rate)

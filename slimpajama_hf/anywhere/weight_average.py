@@ -1,4 +1,4 @@
-"""`WeightAverage`: the average of the weights beside any Trainer's training, saved with each checkpoint."""
+"""`WeightAverage`: an average of the weights for any Trainer, saved with each checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slimpajama_hf.record import checkpoints
 
 
 class WeightAverage(TrainerCallback):
-    """An exponential average of a model's weights, which training does not know of.
+    """An exponential average of a model's weights, which does not influence training.
 
         average = WeightAverage()
         trainer = Trainer(model, args, train_dataset=data, callbacks=[average, RunRecord("runs/mine", stream)])
@@ -23,11 +23,11 @@ class WeightAverage(TrainerCallback):
         with average.applied():
             trainer.evaluate()
 
-    `half_life`: steps after which what the weights were counts half; below 1 it is that share of the steps so far. Each
-    checkpoint has it in its folder `averaged`, which `from_pretrained` loads, and a Trainer that resumes goes on with
-    it. It stands before `RunRecord` or `ExactCheckpoints` in `callbacks`, so that it is in what they verify. Costs 4
-    bytes a parameter and, every tenth step, one pass over the weights. Raises UsageError for a half-life that is not
-    above 0."""
+    `half_life`: after so many steps, a step counts half as much; below 1, that share of the steps so far. Each
+    checkpoint has the average in its folder `averaged`, which `from_pretrained` loads, and a resumed Trainer goes on
+    with it. It must come before `RunRecord` or `ExactCheckpoints` in `callbacks`, so that they verify it too. It costs
+    4 bytes per parameter and, at every tenth step, one pass over the weights. Raises UsageError for a half-life that is
+    not above 0."""
 
     def __init__(self, half_life: float = 0.1) -> None:
         if not half_life > 0:
@@ -57,8 +57,8 @@ class WeightAverage(TrainerCallback):
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The model has the averaged weights inside, and its own again, bit for bit, outside. Raises UserError where
-        nothing has been averaged yet."""
+        """Context in which the model has the averaged weights; afterwards it has its own again, bit for bit. Raises
+        UserError if nothing has been averaged yet."""
         if self._average is None or not self._average.is_there:
             raise UserError("WeightAverage: nothing has been averaged yet; the first time is after ten steps or fewer")
         with self._average.applied():

@@ -1,1 +1,1 @@
-"""A run that is over, asked again: verified, rewound, compared, inspected, searched."""
+"""Commands about a finished run: verify, rewind, compare, inspect, search."""

@@ -1,4 +1,4 @@
-"""Checks of checkpoints: whole, of this run, on the chain of its ledger, at its documents."""
+"""Checks of checkpoints: are they complete, of this run, on the chain of its ledger, and at its documents?"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def checkpoint_files(run: Run) -> Finding:
 
 
 def checkpoint_identity(run: Run) -> Finding:
-    """Every checkpoint is of this run, and of the step that its folder is named after."""
+    """Every checkpoint is of this run, and of the step in its folder's name."""
     problems, own = Problems(), run.record.get("run_id")
     for step, manifest in run.manifests.items():
         if manifest is None:
@@ -42,7 +42,7 @@ def checkpoint_identity(run: Run) -> Finding:
 
 
 def checkpoint_chain(run: Run) -> Watch:
-    """Each checkpoint was taken of this very ledger: its chain hash is that of the last row before it."""
+    """Every checkpoint belongs to this ledger: its chain hash is that of the last row before it."""
     problems, agreeing, last = Problems(), 0, -1
     chains = {step: (manifest or {}).get("chain") for step, manifest in run.manifests.items()}
     while (row := (yield)) is not None:
@@ -61,9 +61,9 @@ def checkpoint_chain(run: Run) -> Watch:
 
 
 def checkpoint_cursor(run: Run) -> Watch:
-    """Reading goes on behind the document of the last row before each checkpoint."""
+    """In every checkpoint, reading goes on after the document of the last row before it."""
     problems = Problems()
-    # Only of documents taken whole and in order is the next place known exactly.
+    # Only `truncate` determines the next place exactly.
     exact = run.record.get("model", {}).get("sample_mode") == "truncate"
     shuffled = int(run.config().get("shuffle_buffer") or 0) > 1
     while (row := (yield)) is not None:
@@ -85,7 +85,7 @@ def _cursor_problem(path: Path, row: Row, exact: bool, shuffled: bool) -> str | 
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"no cursor can be read in {path.name}"
     if size or shuffled:
-        # Shard and row are where the block begins: of the last document they say nothing.
+        # Shard and row are the beginning of the block; they say nothing about the last document.
         return f"record {used} of a shuffled block of {size}" if size and not 0 <= used < size else None
     *_, row = ledger.each_sample(row)
     same = shard == row["shard"]

@@ -1,10 +1,10 @@
-"""Proof that a run is what its ledger says: its files agree with each other.
+"""Checks that a run is what its ledger says, and that its files agree with each other.
 
-Ledgers are streamed: nothing here grows with a row but 16 bytes for its document, 24 for its tokens and its loss, and 8
-for each number of `metrics_history.json`.
+Ledgers are streamed. Memory grows only by 16 bytes per row for its document, 24 for its tokens and loss, and 8 for each
+number in `metrics_history.json`.
 
-To add a check: a function and a row of `CHECKS`. It takes the run and returns its `Finding`; one that wants to see the
-rows is a generator that is sent each row in turn, then None, and returns its `Finding`.
+To add a check, write a function and add a row to `CHECKS`. It takes the run and returns its `Finding`. A check that
+needs the rows is a generator that is sent each row, then None, and returns its `Finding`.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 
 
 def rows_follow_each_other(run: Run) -> Watch:
-    """Strict JSON, steps 0..n-1, and the hash chain computed anew."""
+    """Rows are strict JSON, steps are 0..n-1, and the hash chain is right when it is computed again."""
     problems = Problems()
     expected, chain = 0, ledger.CHAIN_START
-    before: str | None = chain  # None: not known, so that one damage is told once
+    before: str | None = chain  # None: unknown, so that one damage is reported once
     while True:
         row = yield
         for words in run.unreadable:
@@ -61,7 +61,7 @@ def rows_follow_each_other(run: Run) -> Watch:
             problems.add(_gap(expected, row["step"]))
         elif before is not None and not ledger.follows(run.line, row, before):
             problems.add(f"step {expected}: a value was changed (its hash does not follow from the row)")
-        # After a gap the hash of this row cannot be computed: the row before it is not there.
+        # After a gap this row's hash cannot be checked, because the row before is missing.
         expected, before = row["step"] + 1, row["chain"]
         chain = row["chain"]
     if not expected:
@@ -77,7 +77,7 @@ def _gap(expected: int, found: int) -> str:
 
 
 def metrics_history(run: Run) -> Watch:
-    """metrics_history.json is the ledger's columns, as far as it goes (a killed run leaves a shorter one)."""
+    """metrics_history.json agrees with the ledger, as far as it goes (a killed run leaves a shorter one)."""
     problems, last = Problems(), -1
     path = run.folder.viz / "metrics_history.json"
     columns = _read_history(path)
@@ -101,16 +101,16 @@ def metrics_history(run: Run) -> Watch:
 
 
 def _read_history(path: Path) -> dict[str, np.ndarray]:
-    """Columns of metrics_history.json as arrays of shape (steps,), null as NaN; empty when there is no such file.
+    """Columns of metrics_history.json as arrays of shape (steps,), null as NaN; empty if there is no such file.
 
-    Raises ValueError when it is not what it should be.
+    Raises ValueError if a required key is missing or values are not numbers.
     """
     if not path.is_file():
         return {}
     history = files.strict_json(path.read_text(encoding="utf-8"))
     if missing := [key for key in list(METRICS)[:5] if key not in history]:
         raise ValueError(f"{path.name} has no {', '.join(missing)}")
-    # Lists are let go one by one: a million steps are 50 MB as arrays.
+    # Lists are freed one by one: a million steps are 50 MB as arrays.
     return {key: np.array(history.pop(key), dtype=np.float64) for key in METRICS if key in history}
 
 
@@ -119,7 +119,7 @@ def _same_number(shown: float, recorded: Any) -> bool:
 
 
 def text_samples(run: Run) -> Finding:
-    """text_samples.json is the objects of samples.jsonl, as far as it goes."""
+    """text_samples.json has the objects of samples.jsonl, as far as it goes."""
     problems, count = Problems(), 0
     path = run.folder.viz / "text_samples.json"
     if not path.is_file():
@@ -139,7 +139,7 @@ def text_samples(run: Run) -> Finding:
 
 
 def _elements(text: str) -> Iterator[Any]:
-    """The elements of a JSON array one by one. Raises ValueError where it is none."""
+    """The elements of a JSON array, one by one. Raises ValueError if the text is not a JSON array."""
     decoder, blank = json.JSONDecoder(parse_constant=files.refuse_constant), re.compile(r"[\s,]*")
     place = text.index("[") + 1
     while (place := blank.match(text, place).end()) < len(text) and text[place] != "]":  # type: ignore[union-attr]
@@ -154,7 +154,7 @@ def _samples(run: Run) -> Iterator[Any]:
 
 
 def samples_of_the_ledger(run: Run) -> Watch:
-    """Each sample's accuracy and domain are those of the row of its step."""
+    """Accuracy and domain of each sample are those of the row of its step."""
     problems, count, last = Problems(), 0, -1
     samples = _samples(run)
     sample = next(samples, None)
@@ -172,7 +172,7 @@ def samples_of_the_ledger(run: Run) -> Watch:
                             f"step {last}: {name} {shown_value(sample[name])}, the row has {shown_value(row[name])}"
                         )
             sample = next(samples, None)
-    # A sample is taken before its row is written: a run killed between the two leaves one more.
+    # A sample is written before its row, so a run that was killed in between has one more.
     while sample is not None:
         count += 1
         if sample["step"] != last + 1:
@@ -188,7 +188,7 @@ def latest_chart(run: Run) -> Watch:
         last = row["step"]
     found = {int(match[1]): path for path in run.folder.viz.glob("training_step_*.png")
              if (match := re.fullmatch(r"training_step_(\d+)\.png", path.name))}  # fmt: skip
-    # A resume cuts the ledger back, and leaves the charts of the steps that it does again.
+    # A resume cuts the ledger back, but leaves the charts of the steps that it repeats.
     charts = [found[step] for step in sorted(found) if step <= last + 1]
     latest = run.folder.latest_chart
     if not charts and not latest.exists():
@@ -203,7 +203,7 @@ def latest_chart(run: Run) -> Watch:
 
 
 def documents_once(run: Run) -> Watch:
-    """No document is trained twice in one pass over the corpus; that it is, is said and is no failure."""
+    """No document is trained twice in one pass over the corpus; if one is, that is noted but no failure."""
     shards: dict[tuple[str, str], int] = {}
     places, rows_of = (array("i"), array("q"), array("i")), array("q")
     while (row := (yield)) is not None:
@@ -224,11 +224,11 @@ def documents_once(run: Run) -> Watch:
 
 
 def _first_repetition(*columns: array) -> tuple[int, int, int] | None:
-    """(number of repetitions, place of the first that comes again, where it does) among the rows of some columns."""
+    """(number of repetitions, place of the first repeated row, place of its repetition) among rows of columns."""
     values = [np.frombuffer(column, dtype=column.typecode) for column in columns]
     if not len(values[0]):
         return None
-    order = np.lexsort(values)  # stable: equal ones stay in the order of the ledger
+    order = np.lexsort(values)  # stable: equal rows stay in the order of the ledger
     same = np.logical_and.reduce([value[order][1:] == value[order][:-1] for value in values])
     if not same.any():
         return None
@@ -240,7 +240,7 @@ def _first_repetition(*columns: array) -> tuple[int, int, int] | None:
 def code_bits(run: Run) -> Watch:
     """`code_bits` is `(loss * predicted + samples * ln V) / ln 2`, to 1e-9."""
     problems, count = Problems(), 0
-    # Runs before this had a name of its own had a model of just as many tokens.
+    # Runs without tokenizer_size are old; their model's vocabulary was exactly the tokenizer's.
     vocabulary = run.record.get("tokenizer_size") or run.record.get("model", {}).get("vocab_size")
     uniform = math.log(vocabulary or 1)
     while (row := (yield)) is not None:
@@ -261,7 +261,7 @@ def code_bits(run: Run) -> Watch:
 
 
 def surprisals_of_the_ledger(run: Run) -> Watch:
-    """The tokens of each step have the step's loss as their mean."""
+    """The mean surprisal of the tokens of each step is the step's loss."""
     problems, path = Problems(), run.folder.surprisals
     if not path.exists():
         return Finding(True, f"not looked at: a run without {path.name}")
@@ -273,7 +273,7 @@ def surprisals_of_the_ledger(run: Run) -> Watch:
     tokens, means = np.array(predicted), np.array(losses)
     begins = surprisals.offsets(tokens)
     whole = int(np.searchsorted(begins, path.stat().st_size // surprisals.DTYPE.itemsize, "right")) - 1
-    # A step without a loss, or one of a run that was begun before they were kept, is not looked at.
+    # Steps without a loss are not compared, nor are those from before surprisals were kept.
     values = np.memmap(path, surprisals.DTYPE, "r") if begins[whole] else np.zeros(0, surprisals.DTYPE)
     differ, looked_at = surprisals.compare(values, tokens[:whole], means[:whole])
     for place in differ:
@@ -285,7 +285,7 @@ def surprisals_of_the_ledger(run: Run) -> Watch:
 
 
 def growing_files(run: Run) -> Finding:
-    """What the run appends to beside its ledger begins as its newest checkpoint says."""
+    """The files that the run appends to besides its ledger begin as its newest checkpoint says."""
     step, manifest = next(((s, m) for s, m in reversed(run.manifests.items()) if m and "beside" in m), (0, None))
     if manifest is None:
         return Finding(True, "not looked at: no checkpoint has their sums")
@@ -298,7 +298,7 @@ def growing_files(run: Run) -> Finding:
 
 
 def configuration(run: Run) -> Finding:
-    """run_config.yaml says of what decides the numbers what `run.json` says of it."""
+    """The flags in run_config.yaml that decide the numbers are those of `run.json`."""
     recorded = run.record.get("config_sha256")
     if recorded is None:
         return Finding(True, "not looked at: run.json has no sum of it")
@@ -307,7 +307,7 @@ def configuration(run: Run) -> Finding:
     return Finding(True, f"{run.folder.config.name} is the one of run.json")
 
 
-#: Every check: its name on the screen, and the function.
+#: Every check: its name on the screen, and its function.
 CHECKS: tuple[tuple[str, Callable[[Run], Finding | Watch]], ...] = (
     ("ledger", rows_follow_each_other),
     ("code bits", code_bits),
@@ -327,7 +327,7 @@ CHECKS: tuple[tuple[str, Callable[[Run], Finding | Watch]], ...] = (
 )
 
 
-#: What no check notices.
+#: Changes that no check notices.
 NOT_COVERED = (
     "a changed value in run.json",
     "in run_config.yaml: names of corpus, tokenizer and model, and flags that decide no number",
@@ -336,7 +336,7 @@ NOT_COVERED = (
 
 
 class _Checking:
-    """One check on its way through the rows. Damage that it did not think of is a failure of it, not of the program."""
+    """One check during the pass over the rows. An error in the check counts as its failure."""
 
     def __init__(self, check: Callable[[Run], Finding | Watch], run: Run) -> None:
         self.finding: Finding | None = None
@@ -348,7 +348,7 @@ class _Checking:
         return outcome if isinstance(outcome, Finding) else (yield from outcome)
 
     def send(self, row: Row | None) -> bool:
-        """One more row; None: it begins, or there are no more. Whether it wants to see another."""
+        """Send one more row; None at the beginning and the end. Returns whether the check needs further rows."""
         try:
             self._check.send(row)
         except StopIteration as end:
@@ -361,7 +361,7 @@ class _Checking:
 
 
 def verify(path: str | Path) -> Report:
-    """All `CHECKS` on a run, in one pass over its ledger. Raises UserError when it is not the folder of a run."""
+    """All `CHECKS` on a run, in one pass over its ledger. Raises UserError if this is not the folder of a run."""
     run = Run(path)
     checking = [(name, _Checking(check, run)) for name, check in CHECKS]
     watching = [each for _, each in checking if each.finding is None]

@@ -1,7 +1,7 @@
-"""`compare RUN RUN...`: runs side by side, by step, by tokens and by training time; where two of one seed part.
+"""`compare RUN RUN...`: runs side by side, by step, tokens and training time; and where runs of one seed diverge.
 
-Ledgers alone are read. Loss at equal steps, tokens and seconds is the mean of the last 50 steps at the point that all
-runs have reached.
+Only ledgers and configurations are read. Loss at equal steps, tokens and seconds is the mean of the last 50 steps at
+the point that all runs have reached.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WINDOW = 50
 
 @dataclasses.dataclass
 class Course:
-    """A run as it went."""
+    """A run with its loss and time so far at each step."""
 
     name: str
     run: Run
@@ -37,25 +37,25 @@ class Course:
     tokens: np.ndarray
     """Tokens seen since the beginning, after each step; (steps,)."""
     means: np.ndarray
-    """Mean loss of the last `WINDOW` steps at each step, nats per token; (steps,). What is compared."""
+    """Mean loss of the last `WINDOW` steps at each step, nats per token; (steps,). For comparisons."""
     curve: np.ndarray
-    """Mean loss of the `WINDOW` steps around each step, nats per token; (steps,). What is drawn: it does not lag."""
+    """Mean loss of the `WINDOW` steps around each step, nats per token; (steps,). For charts: it does not lag."""
 
     def __len__(self) -> int:
         return len(self.columns)
 
     def axis(self, name: str) -> np.ndarray:
-        """`steps`, `tokens` or `seconds` after each step, (steps,), growing."""
+        """`steps`, `tokens` or `seconds` after each step, (steps,), ascending."""
         return {"steps": self.columns.step + 1, "tokens": self.tokens, "seconds": self.seconds}[name]
 
     def loss_at(self, name: str, value: float) -> float:
-        """The mean loss at the last step that was done by then (`axis`)."""
+        """The mean loss at the last step that was finished at `value` on the axis `name`."""
         place = int(np.searchsorted(self.axis(name), value * (1 + 1e-12), side="right")) - 1
         return float(self.means[place]) if place >= 0 else math.nan
 
 
 def read_course(path: str, name: str) -> Course:
-    """The course of a run. Raises UserError when its ledger cannot be read or has no step."""
+    """The course of a run. Raises UserError if its ledger cannot be read or has no step."""
     from slimpajama_hf.views.drawing import centred_mean, running_mean
 
     run, columns, seconds = Run(path), Columns(), array("d")
@@ -76,7 +76,7 @@ def read_course(path: str, name: str) -> Course:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """What to call the runs: the last part of each path, and as many parts before it as tell them apart."""
+    """Names for the runs: the last part of each path, and as many parts before it as distinguish them."""
     parts = [Path(path).resolve().parts for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-count:]) for each in parts]
@@ -85,7 +85,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
     raise UsageError("compare: the same folder is named twice; name each run once")
 
 
-#: Fields of two rows that differ, named in words.
+#: How many differing fields of two rows are named.
 _FIELDS_NAMED = 3
 
 
@@ -96,12 +96,12 @@ class Parting:
     left: str
     right: str
     same_steps: int
-    """Steps that are the same, bit by bit; the next one differs, or one of the runs ends."""
+    """Steps that are equal, bit for bit; the next one differs, or one of the runs ends."""
     fields: dict[str, tuple[Any, Any]]
-    """What differs at the next step; empty where one run is the beginning of the other."""
+    """The fields that differ at the next step; empty if one run is the beginning of the other."""
 
     def words(self) -> str:
-        """What there is to say, in a sentence."""
+        """The result in a sentence."""
         if self.fields:
             more = len(self.fields) - _FIELDS_NAMED
             named = ", ".join(list(self.fields)[:_FIELDS_NAMED]) + (f" and {more} more" if more > 0 else "")
@@ -117,7 +117,7 @@ class Comparison:
     partings: list[Parting]
 
     def reached(self, axis: str) -> float:
-        """The point of an axis (`steps`, `tokens`, `seconds`) that every run has reached."""
+        """The point on an axis (`steps`, `tokens`, `seconds`) that every run has reached."""
         return float(min(course.axis(axis)[-1] for course in self.courses))
 
     @property
@@ -126,7 +126,7 @@ class Comparison:
         return len({len(course) for course in self.courses}) == 1
 
     def table(self) -> list[dict[str, Any]]:
-        """The numbers of each run; None for what is no number."""
+        """The numbers of each run; None if not finite."""
         reached = {axis: self.reached(axis) for axis in ("steps", "tokens", "seconds")}
         return [
             {
@@ -145,7 +145,7 @@ class Comparison:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON values."""
+        """The comparison as JSON values."""
         return {
             "runs": self.table(),
             "equal": {axis: self.reached(axis) for axis in ("steps", "tokens", "seconds")},
@@ -167,7 +167,7 @@ def _last_mean(values: np.ndarray) -> float:
 
 
 def seed_of(run: Run) -> int | None:
-    """The seed of a run, as its configuration says; None where there is none to read."""
+    """The seed in a run's configuration; None if that cannot be read."""
     seed = run.config().get("seed")
     if seed is None and run.folder.config.is_file():
         from slimpajama_hf.settings.arguments import TRAINING_DEFAULTS
@@ -177,13 +177,13 @@ def seed_of(run: Run) -> int | None:
 
 
 def compare(paths: Sequence[str]) -> Comparison:
-    """Runs side by side. Raises UsageError for fewer than two, UserError for one that cannot be read."""
+    """Compare runs side by side. Raises UsageError for fewer than two, UserError for one that cannot be read."""
     if len(paths) < 2:
         raise UsageError(f"compare {' '.join(paths)}: expected two runs or more, as compare runs/a runs/b")
     courses = [read_course(path, name) for path, name in zip(paths, short_names(paths), strict=True)]
     partings, first_of_seed = [], dict[Any, Course]()
     for course in courses:
-        # Each is held against the first of its seed: that says of all of them where they part.
+        # Comparing each with the first of its seed shows for all of them where they diverge.
         seed = seed_of(course.run)
         first = first_of_seed.setdefault(seed, course)
         if seed is not None and first is not course:
@@ -194,7 +194,7 @@ def compare(paths: Sequence[str]) -> Comparison:
 
 # ---- the table ----
 
-#: Rows of the table: what it is, the key, how it is written.
+#: Lines of the table: title, key, format.
 _LINES: tuple[tuple[str, str, str], ...] = (
     ("steps", "steps", ",d"),
     ("tokens", "tokens", ",d"),
@@ -208,16 +208,16 @@ _LINES: tuple[tuple[str, str, str], ...] = (
     ("loss at {time} of training", "loss_at_equal_seconds", ".4f"),
 )
 
-#: Lines in which the least (-1) or the greatest (1) is the best.
+#: Lines with a best value: the lowest (-1) or the highest (1).
 _BEST = {"throughput": 1, "final_loss": -1, "final_accuracy": 1, "bits_per_byte": -1, "loss_at_equal_steps": -1,
          "loss_at_equal_tokens": -1, "loss_at_equal_seconds": -1}  # fmt: skip
 
-#: Lines of the end of each run, which say nothing about which is better where one has gone further.
+#: Lines about the end of each run, which cannot be compared if one run is longer.
 _OF_THE_END = ("final_loss", "final_accuracy", "bits_per_byte")
 
 
 def lines_of(comparison: Comparison) -> list[tuple[str, list[str], int | None]]:
-    """The table: what a line is, its text for each run, and which run is the best in it, if one alone is."""
+    """The lines of the table: title, text for each run, and which run is best, if only one is."""
     table = comparison.table()
     reached = {axis: comparison.reached(axis) for axis in ("steps", "tokens")}
     clock = format_time(comparison.reached("seconds"))

@@ -16,34 +16,32 @@ if TYPE_CHECKING:
     from slimpajama_hf.lookback.comparison import Comparison
 
 
-#: Okabe & Ito, "Color Universal Design" (https://jfly.uni-koeln.de/color/), without the yellow, which vanishes on
-#: white; from the eighth run on the lines are dashed.
+#: Okabe & Ito, "Color Universal Design" (https://jfly.uni-koeln.de/color/), without yellow, which is hard to see on
+#: white. From the eighth run on, lines are dashed.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 DASHES = ("-", "--", ":", "-.")
 
 
-# ---- the chart ----
-
-#: Panels: the axis, its title, its label.
+#: Panels: axis, title, label.
 _PANELS = (
     ("steps", "Loss by step", "optimizer steps"),
     ("tokens", "Loss by tokens", "tokens seen"),
     ("seconds", "Loss by time", "seconds of training"),
 )
 
-_WIDTH, _PLOT = 20.0, 4.1  # of the picture, and height of its plots; inches
+_WIDTH, _PLOT = 20.0, 4.1  # width of the picture, height of its plots; inches
 
 
-_LINE = 0.3  # of the table
+_LINE = 0.3  # height of a line of the table, inches
 
 
 _RUNS_SHOWN, _PARTINGS_SHOWN = 14, 3  # in the table and below it
 
 
 def draw(comparison: Comparison) -> Figure:
-    """Loss by step, by tokens and by training time, one line a run, and the table below."""
+    """Loss by step, by tokens and by training time, one line per run, with the table below."""
     from slimpajama_hf import palette
     from slimpajama_hf.agg import Figure, FigureCanvasAgg, matplotlib
     from slimpajama_hf.views import charts, drawing
@@ -76,7 +74,7 @@ def draw(comparison: Comparison) -> Figure:
 
 
 def line_style(number: int) -> tuple[str, str]:
-    """(colour, dashes) of the run `number`, from 0."""
+    """(colour, dashes) of run `number`, from 0."""
     return COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
 
 
@@ -91,7 +89,7 @@ def _draw_panel(ax: Axes, comparison: Comparison, axis: str, label: str) -> None
     reached = comparison.reached(axis)
     if reached < end:
         ax.axvline(reached, color=palette.MUTED, lw=1, ls=(0, (2, 3)), gid="reached")
-        # On the side where there is room, and few lines.
+        # On the side with more room and fewer lines.
         near = reached < 0.6 * end
         ax.annotate(
             "all runs come this far", (reached, 1), xycoords=("data", "axes fraction"), xytext=(6 if near else -6, -2),
@@ -118,7 +116,7 @@ def _draw_panel(ax: Axes, comparison: Comparison, axis: str, label: str) -> None
 
 
 def _draw_table(figure: Figure, comparison: Comparison, width: float, height: float, top: float) -> None:
-    """The table, one line a run, its first at `top` inches: below the plots, in the colours of the lines."""
+    """The table, one line per run in the style of its curve; the first line is at `top` inches."""
     from matplotlib.lines import Line2D
 
     from slimpajama_hf import palette
@@ -167,7 +165,7 @@ def _draw_table(figure: Figure, comparison: Comparison, width: float, height: fl
 
 
 def _two_lines(title: str) -> str:
-    """A title broken at the space nearest to its middle."""
+    """A title, broken at the space nearest to its middle."""
     spaces = [place for place, char in enumerate(title) if char == " "]
     if not spaces or len(title) < 12:
         return title
@@ -182,6 +180,6 @@ def render(comparison: Comparison) -> bytes:
     from slimpajama_hf.views import drawing
 
     content = io.BytesIO()
-    with matplotlib.rc_context(drawing.STYLE):  # ticks and texts are laid out only now
+    with matplotlib.rc_context(drawing.STYLE):  # saving lays out ticks and texts
         draw(comparison).savefig(content, format="png", dpi=drawing.DPI, facecolor=palette.PAPER)
     return content.getvalue()

@@ -7,21 +7,19 @@ from collections.abc import Generator
 
 from slimpajama_hf.lookback.run import Row
 
-# ---- what a check says ----
-
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """The outcome of one check."""
+    """The result of one check."""
 
     ok: bool
     words: str
     problems: tuple[str, ...] = ()
-    """The first of them, at most `Problems.KEPT`."""
+    """The first problems, at most `Problems.KEPT`."""
 
 
 class Problems:
-    """Collects what is wrong, in order; the first is what is shown."""
+    """Collects problems in order; the first one is shown."""
 
     KEPT = 20
 
@@ -35,12 +33,12 @@ class Problems:
             self.first.append(words)
 
     def finding(self, words_if_none: str) -> Finding:
-        """All is well with these words, or it failed with what was collected."""
+        """Success with these words, or a failure with the collected problems."""
         if not self.count:
             return Finding(True, words_if_none)
         more = f"; and {self.count - 1:,} more" if self.count > 1 else ""
         return Finding(False, self.first[0] + more, tuple(self.first))
 
 
-#: A check that sees the rows: it is sent each one, then None.
+#: A check that needs the rows: it is sent each row, then None.
 Watch = Generator[None, Row | None, Finding]

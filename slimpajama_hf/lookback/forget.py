@@ -1,9 +1,9 @@
-"""`forget RUN --documents FILE`: the run as it would be, had it never read some documents, with a certificate of that.
+"""`forget RUN --documents FILE`: trains a run as if it had never read some documents, and certifies that.
 
-The run is trained again from the last checkpoint before the first of them, with all of them left out. What comes out
-is, ledger and weights, bit for bit what a run gives that was told from the start to leave them out: before the
-checkpoint none of them was read, and behind it none is. `forgotten.json` in its folder says which documents, and by
-which sums one can see that; `verify` holds it against the run.
+The run is trained again from the last checkpoint before the first of these documents, with all of them left out. Ledger
+and weights are bit for bit those of a run that was told from the start to leave them out: before the checkpoint none of
+them was read, and after it none is. `forgotten.json` in the new folder has the documents and the sums that prove this;
+`verify` compares it with the run.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Forgotten:
-    """What was forgotten, and what came of it."""
+    """What was forgotten, and the new run."""
 
     run: str
     output_dir: str
     start: int
-    """Step of the checkpoint that training began from again (0: the very start)."""
+    """Step of the checkpoint from which training began again (0: the very start)."""
     steps: int
     """Steps of the new run."""
     documents: dict[str, dict[str, Any]]
-    """By `shard#row`: text_sha1, and the steps of the old run that had learned it."""
+    """By `shard#row`: text_sha1, and the steps of the old run that learned it."""
     never_read: tuple[str, ...]
-    """What was asked for and no step of the run had learned."""
+    """Documents that were asked for but that no step of the run learned."""
     seconds: float
     notes: tuple[str, ...]
 
 
 def read_list(path: Path) -> list[str]:
-    """The documents of a file, one a line: `shard#row`, or the SHA-1 of a whole text in UTF-8. Blank lines and what
-    follows a `# ` at their beginning are left out.
+    """The documents named in a file, one per line: `shard#row`, or the SHA-1 of a whole text in UTF-8. Blank lines and
+    lines that begin with `# ` are ignored.
 
-    Raises UsageError for a line that is neither.
+    Raises UsageError for any other line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -72,13 +72,13 @@ def read_list(path: Path) -> list[str]:
 def forget(path: str | Path, wanted: list[str], output_dir: str | None = None) -> Forgotten:
     """Train a run again as if it had never read the documents of `wanted` (`read_list`), in a folder of its own.
 
-    Raises UserError where it has read none of them, when the folder is taken, or when training does not succeed.
+    Raises UserError if it has read none of them, if the folder is not empty, or if training fails.
     """
     run = Run(path)
     if run.record["model"]["sample_mode"] == "pack":
         raise UserError(
-            f"{path}: its steps hold several documents joined together (--sample_mode pack), and without one all that "
-            "follow are joined otherwise; only runs that truncate or window can forget"
+            f"{path}: its steps hold several documents joined together (--sample_mode pack), and without one all later "
+            "ones would be joined differently; only runs that truncate or window can forget"
         )
     config = run.config_to_train()
     found, rows, samples, dropped = _find(run, set(wanted))
@@ -88,8 +88,8 @@ def forget(path: str | Path, wanted: list[str], output_dir: str | None = None) -
         raise UserError(f"{path}: it has read none of the {len(wanted):,} documents; there is nothing to forget")
     if samples > rows:
         raise UserError(
-            f"{path}: some of its steps hold several documents, and which meet hangs on all before; only runs of one "
-            "document a step can forget"
+            f"{path}: some of its steps hold several documents, and which ones share a step depends on all before; "
+            "only runs of one document a step can forget"
         )
     if dropped == samples:
         raise UserError(f"{path}: it has read nothing else; start a new run")
@@ -119,7 +119,7 @@ def forget(path: str | Path, wanted: list[str], output_dir: str | None = None) -
 
 
 def _find(run: Run, wanted: set[str]) -> tuple[dict[str, dict[str, Any]], int, int, int]:
-    """(documents that the run has learned, its steps, its samples, how many of these are of the documents)."""
+    """(wanted documents that the run has learned, its steps, its samples, how many of these are left out)."""
     found: dict[str, dict[str, Any]] = {}
     rows = samples = dropped = 0
     for row in run.whole_rows():
@@ -136,7 +136,7 @@ def _find(run: Run, wanted: set[str]) -> tuple[dict[str, dict[str, Any]], int, i
 
 
 def _certify(again: Run, run: Run, start: int, end: int, found: dict[str, dict[str, Any]]) -> None:
-    """Write `forgotten.json`. Raises UserError where the new run is not what it says."""
+    """Write `forgotten.json`. Raises UserError if the new run does not agree with it."""
     chain, count = ledger.CHAIN_START, 0
     for row in again.whole_rows():
         chain, count = row["chain"], count + 1
@@ -149,7 +149,7 @@ def _certify(again: Run, run: Run, start: int, end: int, found: dict[str, dict[s
         "documents": found,
         "from": rewind.origin(run, start),
         "steps": end,
-        # Of all rows up to the last step: no row of one of the documents can be among them.
+        # Covers all rows up to the last step, so no row of these documents can be among them.
         "chain": chain,
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None,
         "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

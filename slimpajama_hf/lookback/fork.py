@@ -1,8 +1,8 @@
-"""`fork RUN --from N --a FLAGS --b FLAGS`: two ways to go on from one checkpoint, over the same documents.
+"""`fork RUN --from N --a FLAGS --b FLAGS`: continues a run from one checkpoint in two ways, on the same documents.
 
-Each arm is a run like any other, in a folder of its own, begun with the rows and the checkpoint of the run that was
-forked. Both learn the same documents in the same order, so that the losses of a document can be paired: what varies
-from document to document falls out of their difference.
+Each arm is an ordinary run in a folder of its own that begins with the rows and the checkpoint of the forked run. Both
+learn the same documents in the same order, so the losses of each document can be paired. Then variation between
+documents cancels out of the difference.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from slimpajama_hf.record import ledger
 from slimpajama_hf.settings.flags import read_flags
 from slimpajama_hf.settings.what_matters import WHAT_MATTERS
 
-#: What decides which documents come, in which tokens: both arms have the run's.
+#: Flags that decide the documents and their tokens; both arms have those of the run.
 _OF_THE_DOCUMENTS = frozenset(
     {
         "dataset", "dataset_config_name", "dataset_revision", "dataset_split", "text_column", "txt_documents",
@@ -33,24 +33,24 @@ _OF_THE_DOCUMENTS = frozenset(
         "gradient_accumulation_steps",
     }
 )  # fmt: skip
-#: What cannot change once there are weights and what the optimizer has kept of gradients.
+#: Flags that cannot change once there are weights and an optimizer state.
 _AT_THE_START_ONLY = frozenset({"model", "config_overrides", "hidden_optim", "optim"})
-#: What a fork sets itself.
+#: Flags that fork sets itself.
 _NOT_YOURS = frozenset({"output_dir", "resume_from_checkpoint", "max_steps", "overwrite_output_dir", "push_to_hub"})
 
-#: Documents in a row whose differences are taken together: weights that are better at one document are so at the next.
+#: Documents in a row whose differences are averaged into one value, because neighbouring differences are correlated.
 BLOCK = 25
 
-#: Blocks from which a standard error is taken, at least: of few documents they are shorter.
+#: Fewest blocks for a standard error; with few documents the blocks are shorter.
 FEWEST = 8
 
-#: Standard errors from which on a difference is said to be one.
+#: From how many standard errors on a difference counts as one.
 CLEAR = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One document, as both arms had it."""
+    """One document with its loss in both arms."""
 
     domain: str
     a: float
@@ -59,19 +59,19 @@ class Pair:
 
     @property
     def difference(self) -> float:
-        """Nats per token by which b's loss is lower: above 0, b is better."""
+        """Nats per token by which b's loss is lower; above 0, b is better."""
         return self.a - self.b
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """The mean of some pairs."""
+    """The mean difference of several pairs."""
 
     documents: int
     mean: float
     """Nats per token; above 0, b is better."""
     error: float
-    """Its standard error, from means of `BLOCK` documents in a row; NaN where there are too few."""
+    """Its standard error, from means of up to `BLOCK` documents in a row; NaN if there are too few."""
 
     @property
     def errors(self) -> float:
@@ -93,13 +93,13 @@ class Difference:
         return f"{said}: within noise; if it stays so, about {needed:,} documents would be needed to say"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values; None for what is no number."""
+        """The difference as JSON values; None if not finite."""
         error = self.error if math.isfinite(self.error) else None
         return {"documents": self.documents, "mean": self.mean, "error": error}
 
 
 def difference_of(forks: Iterable[Sequence[Pair]]) -> Difference:
-    """The mean difference over all pairs of one fork or several, and its error.
+    """The mean difference over all pairs of one or several forks, and its error.
 
     A block never spans two forks. Fewer than `FEWEST` documents have no error.
     """
@@ -115,7 +115,7 @@ def difference_of(forks: Iterable[Sequence[Pair]]) -> Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Fork:
-    """What came of one checkpoint."""
+    """The two runs from one checkpoint."""
 
     start: int
     arms: dict[str, Path]
@@ -126,8 +126,8 @@ class Fork:
 
 
 def refuse_flags(name: str, flags: str, starts: Sequence[int]) -> list[str]:
-    """The flags of an arm in words, with the `--allow_changes` that they need. Raises UsageError for those that would
-    leave nothing to compare."""
+    """The flags of an arm as words, with the `--allow_changes` that they need. Raises UsageError for flags that make
+    the arms incomparable."""
     try:
         words = shlex.split(flags)
     except ValueError as error:
@@ -150,10 +150,10 @@ def refuse_flags(name: str, flags: str, starts: Sequence[int]) -> list[str]:
 
 
 def fork(path: str | Path, start: int, flags: dict[str, str], documents: int, output: Path) -> Fork:
-    """Train both arms of `flags` from the checkpoint of a run at step `start` (0: the very start) over `documents`
+    """Train both arms of `flags` from the checkpoint of a run at step `start` (0: the very start) for `documents`
     steps, in folders inside `output`.
 
-    Raises UserError when there is no such checkpoint, when a folder is taken, or when training does not succeed.
+    Raises UserError if there is no such checkpoint, if a folder is not empty, or if training fails.
     """
     run = Run(path)
     nearest, notes = replay.nearest_checkpoint(run, start)
@@ -175,9 +175,9 @@ def fork(path: str | Path, start: int, flags: dict[str, str], documents: int, ou
 
 
 def _paired(arms: dict[str, Path], start: int, asked: int) -> list[Pair]:
-    """The documents of both arms in the `asked` steps behind `start`.
+    """The documents of both arms in the `asked` steps from `start` on.
 
-    Raises UserError where they are not the same, or none has a loss in both.
+    Raises UserError if they are not the same, or if none has a loss in both.
     """
     pairs: list[Pair] = []
     steps = without = 0

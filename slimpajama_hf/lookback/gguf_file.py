@@ -1,7 +1,7 @@
-"""A saved GPT-2 as one GGUF file, which llama.cpp and what stands on it read: weights as they are, vocabulary exact.
+"""Writes a saved GPT-2 as one GGUF file for llama.cpp and programs that use it: same weights, same vocabulary.
 
-llama.cpp tokenizes by itself. What it would tokenize in another way is refused: a model is worth nothing with other
-ids. The `gguf` package, which knows the format, is not needed for anything else here.
+llama.cpp tokenizes by itself. A tokenizer that it would apply differently is refused, because a model is useless with
+other ids. The `gguf` package, which knows the format, is needed only here.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from slimpajama_hf.errors import UserError
 from slimpajama_hf.samples import portable_tokenizer
 from slimpajama_hf.samples.tokenizer import AS_TRAINED
 
-#: Weights that transformers keeps as (in, out), and everybody else as (out, in).
+#: Weights that transformers stores as (in, out), and GGUF as (out, in).
 _TURNED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
-#: What llama.cpp's GPT-2 computes: names of the same function.
+#: Names of the activation that llama.cpp's GPT-2 computes.
 _ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What a GGUF file holds."""
+    """A summary of the written file."""
 
     parameters: int
     tokens: int
@@ -34,7 +34,7 @@ class Written:
 def write(folder: Path, target: Path) -> Written:
     """Write the model in `folder` (a checkpoint, or its `averaged`) to `target`.
 
-    Raises UserError where the `gguf` package is missing and for a model or tokenizer that llama.cpp has not got.
+    Raises UserError if the `gguf` package is missing, or for a model or tokenizer that llama.cpp does not support.
     """
     try:
         import gguf
@@ -83,7 +83,7 @@ def _refuse_another_model(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _add_weights(writer: Any, folder: Path, config: dict[str, Any]) -> int:
-    """All weights as float32; how many numbers they are."""
+    """Add all weights as float32; returns the number of their elements."""
     import gguf
     import numpy as np
     from safetensors import safe_open
@@ -110,8 +110,8 @@ def _add_weights(writer: Any, folder: Path, config: dict[str, Any]) -> int:
 
 
 def _add_vocabulary(writer: Any, folder: Path, config: dict[str, Any]) -> int:
-    """Tokens with their scores or merges; how many there are, without those that only fill up the embedding."""
-    # A checkpoint of an older version is read as one of this would have been saved.
+    """Add tokens with scores or merges; returns how many there are, without those that only pad the embedding."""
+    # A checkpoint of an older version is read as this version would have saved it.
     made = portable_tokenizer.files_for(folder, config["n_positions"])
     tokenizer_config = json.loads(_content(made, folder, "tokenizer_config.json"))
     if (why := portable_tokenizer.why_not_everywhere(tokenizer_config)) is not None:
@@ -128,7 +128,7 @@ def _add_vocabulary(writer: Any, folder: Path, config: dict[str, Any]) -> int:
     ):
         if (token := tokenizer_config.get(name)) is not None:
             add(ids[token["content"] if isinstance(token, dict) else token])
-    # Training puts nothing before or behind a text by itself.
+    # Training itself adds nothing before or after a text.
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     return tokens
@@ -161,7 +161,7 @@ def _add_sentencepiece(writer: Any, model: Path, rows: int) -> tuple[int, dict[s
     writer.add_token_list(pieces + filling)
     writer.add_token_scores([processor.get_score(index) for index in range(size)] + [-1e9] * len(filling))
     writer.add_token_types(kinds + [TokenType.UNUSED] * len(filling))
-    # Those whose twin is exact take text as it is.
+    # Tokenizers with an exact counterpart here take text as it is.
     writer.add_add_space_prefix(False)
     writer.add_remove_extra_whitespaces(False)
     return size, {piece: index for index, piece in enumerate(pieces)}
@@ -207,5 +207,5 @@ def _add_byte_bpe(
 
 
 def _filling(count: int) -> list[str]:
-    """Names for rows of an embedding that are no token's."""
+    """Names for rows of an embedding that belong to no token."""
     return [f"[unused {number}]" for number in range(count)]

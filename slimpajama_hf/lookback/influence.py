@@ -1,4 +1,4 @@
-"""What `influence RUN --text T` trains: the last steps of a run again, as they were and without one document each."""
+"""The trainings of `influence RUN --text T`: the last steps of a run, unchanged and without one document each."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Candidate:
-    """A document of the window."""
+    """A document in the window."""
 
     row: Row
-    """Of the ledger."""
+    """Its row of the ledger."""
     ids: list[int]
     """Its tokens as they were trained."""
     estimate: float = 0.0
-    """By gradients (`model/influence_estimate.py`); above 0, it helped."""
+    """From gradients (`model/influence_estimate.py`); above 0, the document helped."""
     effect: float | None = None
-    """Nats per token by which the loss of the text is higher without it; None: not tried."""
+    """Nats per token by which the loss of the text is higher without the document; None: not tried."""
 
     @property
     def name(self) -> str:
@@ -37,7 +37,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """The steps that are looked at: from a checkpoint to `end`."""
+    """The steps that are repeated: from a checkpoint to `end`."""
 
     start: int
     """Step of the checkpoint (0: the very start)."""
@@ -46,9 +46,9 @@ class Window:
 
 
 def window_of(run: Run, step: int | None, documents: int) -> Window:
-    """The steps from the nearest checkpoint at least `documents` before `step` (None: the end of the run) on.
+    """The steps from the nearest checkpoint that is at least `documents` before `step` (None: the end of the run).
 
-    Raises UserError where the run has no such step, or steps of several documents.
+    Raises UserError if the run has no such step, or steps of several documents.
     """
     rows = list(run.whole_rows())
     end = len(rows) if step is None else step
@@ -61,7 +61,7 @@ def window_of(run: Run, step: int | None, documents: int) -> Window:
 
 
 def train(run: Run, window: Window, left_out: Sequence[str], folder: Path) -> Path:
-    """The window again without the documents `left_out`, in `folder`; the checkpoint at its end."""
+    """Train the window again without the documents `left_out`, in `folder`; returns the checkpoint at its end."""
     config = run.config_to_train()
     if left_out:
         config["leave_out"] = [*(config.get("leave_out") or []), *left_out]

@@ -1,7 +1,7 @@
-"""The passport of a step, its text, and how much each of its tokens surprised the model.
+"""Everything about a step: its ledger row, its text, and how much each of its tokens surprised the model.
 
-Works from the ledger and the corpus: the text is fetched again by its place and checked by its hash (`reread.py`). What
-surprised the model then is in `surprisals.f32`; with a checkpoint the same tokens are put before that checkpoint.
+The ledger and the corpus are enough: the text is read again from its place and checked by its hash (`reread.py`).
+Surprisals at that time are in `surprisals.f32`. With a checkpoint, that checkpoint scores the same tokens too.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from slimpajama_hf.samples.encoder import Encoder
 
 
-#: Guesses of a checkpoint shown for each token, the likeliest first.
+#: Guesses of a checkpoint that are shown for each token, the likeliest first.
 GUESSES = 5
-#: Difference of the mean of kept surprisals from the ledger's loss beyond which they are not its, nats.
+#: If the mean of kept surprisals differs by more from the ledger's loss, they belong to another ledger; nats.
 _SAME_LOSS = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class Guess:
-    """One of the tokens that a checkpoint found likely at a place."""
+    """A token that a checkpoint found likely at a place."""
 
     id: int
     text: str
@@ -50,10 +50,10 @@ class Guess:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointView:
-    """How a checkpoint sees the tokens of a step."""
+    """How a checkpoint scores the tokens of a step."""
 
     step: int
-    """Of the checkpoint."""
+    """Step of the checkpoint."""
     nats: np.ndarray
     """Surprisal of each token but the first, (T - 1,), float32."""
     guesses: list[list[Guess]]
@@ -70,24 +70,24 @@ class Inspection:
     row: dict[str, Any]
     """The row of the ledger."""
     record: dict[str, Any]
-    """`run.json`."""
+    """The content of `run.json`."""
     places: list[Place]
     documents: list[Document] = dataclasses.field(default_factory=list)
     tokens: list[TokenAgain] = dataclasses.field(default_factory=list)
     names: dict[int, str] = dataclasses.field(default_factory=dict)
-    """Names of the control tokens among `tokens`, by id."""
+    """Names of the control tokens in `tokens`, by id."""
     then: np.ndarray | None = None
-    """Surprisal of each token but the first when it was trained, (T - 1,), nats; None where it was not kept."""
+    """Surprisal of each token but the first when it was trained, (T - 1,), nats; None if not kept."""
     then_source: str | None = None
     now: CheckpointView | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def text_of(self, token: TokenAgain) -> str:
-        """The characters that a token stands for; the name of a control token."""
+        """The characters of a token, or the name of a control token."""
         return self.documents[token.document].text[token.start : token.end] or self.names.get(token.id, "")
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON values."""
+        """The inspection as JSON values."""
         then, now = self._column(self.then), self._column(self.now.nats if self.now else None)
         tokens = []
         for index, token in enumerate(self.tokens):
@@ -120,7 +120,7 @@ class Inspection:
         }  # fmt: skip
 
     def _column(self, nats: np.ndarray | None) -> list[float | None]:
-        """A value for each token, None for the first and for what is not known."""
+        """A value for each token; None for the first and for unknown ones."""
         if nats is None:
             return [None] * len(self.tokens)
         return [None, *(value if math.isfinite(value) else None for value in nats.tolist())]
@@ -135,7 +135,7 @@ def mean_of(nats: np.ndarray | None) -> float | None:
 
 
 def find_row(folder: RunFolder, step: int) -> tuple[dict[str, Any], int]:
-    """(row of a step, tokens predicted before it). Raises UserError when the ledger has not got it."""
+    """(row of a step, tokens predicted before it). Raises UserError if the ledger does not have it."""
     predicted = number = 0
     try:
         for row in ledger.rows(folder.ledger):
@@ -149,7 +149,7 @@ def find_row(folder: RunFolder, step: int) -> tuple[dict[str, Any], int]:
 
 
 def checkpoint_folder(folder: RunFolder, step: int) -> Path:
-    """The folder of a checkpoint by its step. Raises UserError naming those that are there."""
+    """The folder of a checkpoint by its step. Raises UserError that names the checkpoints that are there."""
     there = checkpoints.steps(folder.path)
     if step not in there:
         names = ", ".join(map(str, there)) or "none at all"
@@ -158,14 +158,14 @@ def checkpoint_folder(folder: RunFolder, step: int) -> Path:
 
 
 def view_of(checkpoint: Path, step: int, ids: list[int], encoder: Encoder) -> CheckpointView:
-    """How a checkpoint sees `ids` (T), computed in float32. Raises UserError when it cannot be loaded."""
+    """How a checkpoint scores `ids` (T), computed in float32. Raises UserError if it cannot be loaded."""
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(str(checkpoint), trust_remote_code=False).float().eval()
     except Exception as error:
-        # torch, safetensors and transformers have errors of their own for a damaged file.
+        # torch, safetensors and transformers raise errors of their own for a damaged file.
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{checkpoint}: cannot be loaded ({reason}); see python -m slimpajama_hf verify {checkpoint.parent}"
@@ -186,7 +186,7 @@ def view_of(checkpoint: Path, step: int, ids: list[int], encoder: Encoder) -> Ch
 
 
 def one_sample(row: dict[str, Any], predicted: int, number: int | None) -> tuple[dict[str, Any], int]:
-    """The row of sample `number` of a step (None: its first) and the tokens predicted before that. Raises UserError."""
+    """The row of sample `number` of a step (None: the first), and the tokens predicted before it. Raises UserError."""
     count = ledger.samples_of(row)
     if number is not None and not 0 <= number < count:
         there = f"has samples 0 to {count - 1}" if count > 1 else "has one sample"
@@ -201,7 +201,7 @@ def one_sample(row: dict[str, Any], predicted: int, number: int | None) -> tuple
 
 
 def passport(path: str | Path, step: int, sample: int | None = None) -> tuple[Inspection, int]:
-    """What the ledger alone says about a step, and the tokens predicted before it. Raises UserError."""
+    """What the ledger says about a step, and the tokens predicted before it. Raises UserError."""
     folder = RunFolder(Path(path).expanduser())
     record = folder.read_record()
     whole, predicted = find_row(folder, step)
@@ -216,9 +216,9 @@ def passport(path: str | Path, step: int, sample: int | None = None) -> tuple[In
 
 
 def inspect(path: str | Path, step: int, checkpoint: int | None = None, sample: int | None = None) -> Inspection:
-    """Everything about a step; with `checkpoint` (a step) that checkpoint's view of it too.
+    """Everything about a step; with `checkpoint` (a step), that checkpoint's scores too.
 
-    Raises UserError when the run has no such step or checkpoint, and when the corpus has not got its text any more.
+    Raises UserError if the run has no such step or checkpoint, or if the corpus no longer has the text.
     """
     found, predicted = passport(path, step, sample)
     complete(found, predicted, checkpoint)
@@ -226,7 +226,7 @@ def inspect(path: str | Path, step: int, checkpoint: int | None = None, sample: 
 
 
 def complete(found: Inspection, predicted: int, checkpoint: int | None) -> None:
-    """Add text, tokens and surprisals to what the ledger says of a step."""
+    """Add text, tokens and surprisals to what the ledger says about a step."""
     from slimpajama_hf import screen
 
     folder, row = RunFolder(Path(found.run).expanduser()), found.row
@@ -254,7 +254,7 @@ def complete(found: Inspection, predicted: int, checkpoint: int | None) -> None:
 
 
 def _other_precision(found: Inspection) -> str:
-    """What to say where a checkpoint sees in float32 what was trained in bfloat16."""
+    """A note if the run was trained in another precision than float32, in which the checkpoint scores."""
     precision, loss, now = found.record["model"]["precision"], found.row["loss"], found.now
     said = f"the run was trained in {precision}, a checkpoint is asked in float32: the same weights differ a little"
     if now is not None and now.step == found.row["step"] and loss is not None:
@@ -265,7 +265,7 @@ def _other_precision(found: Inspection) -> str:
 def _add_then(
     found: Inspection, folder: RunFolder, predicted: int, ids: list[int], encoder: Encoder, waiting: Waiting
 ) -> None:
-    """The surprisals of the step: kept ones, else those of the checkpoint that was saved just before it."""
+    """Add the surprisals of the step: those that were kept, or else those of the checkpoint saved just before it."""
     step, loss = found.row["step"], found.row["loss"]
     nats = surprisals.read(folder.surprisals, predicted, len(ids) - 1)
     mean = float(nats.astype(np.float64).mean())

@@ -1,4 +1,4 @@
-"""Steps of a run trained again from the nearest checkpoint and compared bit by bit."""
+"""Trains steps of a run again from the nearest checkpoint and compares them bit for bit."""
 
 from __future__ import annotations
 
@@ -25,14 +25,12 @@ from slimpajama_hf.record.run_folder import RunFolder
 
 SCRIPT = ROOT / "run_clm_slimpajama.py"
 
-#: Keys of run_config.yaml that a replay leaves out: they cost time or reach the outside, and do not touch a step.
+#: Keys of run_config.yaml that a replay omits: they cost time or act outside of the run, and do not affect a step.
 _NOT_REPLAYED = re.compile(r"output_dir|eval_steps|eval_on_start|report_to|run_name|trackio_.*|push_to_hub|hub_.*")
-
-# ---- replay ----
 
 
 def parse_range(text: str) -> tuple[int, int]:
-    """`A:B` as (A, B). Raises UsageError when it is no range of steps."""
+    """`A:B` as (A, B). Raises UsageError if it is not a range of steps."""
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if match is None or int(match[1]) >= int(match[2]):
         raise UsageError(f"--replay {text}: expected A:B, the steps from A up to and without B, as 100:200")
@@ -40,10 +38,10 @@ def parse_range(text: str) -> tuple[int, int]:
 
 
 def replay(path: str | Path, first: int, end: int) -> Report:
-    """Do the steps `first` to `end - 1` of a run again, elsewhere, and compare their rows bit by bit.
+    """Train the steps `first` to `end - 1` of a run again in a temporary folder, and compare their rows bit for bit.
 
-    Starts from the nearest whole checkpoint at or before `first`, else from the very start. Raises UserError when the
-    ledger has no such steps, or when training them again does not succeed.
+    Starts from the nearest whole checkpoint at or before `first`, or from the very start. Raises UserError if the
+    ledger does not have these steps, or if training fails.
     """
     run = Run(path)
     run_folder.refuse_of_a_script(run.folder.path, run.record, "training its steps again")
@@ -77,7 +75,7 @@ def replay(path: str | Path, first: int, end: int) -> Report:
 
 
 def _refuse_range(run: Run, first: int, end: int) -> None:
-    """Raise UserError when the ledger has not got these steps."""
+    """Raise UserError if the ledger does not have these steps."""
     count = 0
     if run.folder.ledger.is_file():
         with open(run.folder.ledger, "rb") as file:
@@ -89,7 +87,7 @@ def _refuse_range(run: Run, first: int, end: int) -> None:
 
 
 def nearest_checkpoint(run: Run, step: int) -> tuple[int, list[str]]:
-    """The newest whole checkpoint at or before `step` (0: none), and what was wrong with those passed over."""
+    """The newest whole checkpoint at or before `step` (0: none), and what was wrong with newer ones."""
     notes: list[str] = []
     for candidate in reversed([each for each in run.manifests if each <= step]):
         wrong = checkpoint_problem(run, candidate)
@@ -100,7 +98,7 @@ def nearest_checkpoint(run: Run, step: int) -> tuple[int, list[str]]:
 
 
 def not_as_it_was(record: dict[str, Any]) -> list[str]:
-    """What this machine has otherwise than the one of the run, where sums may come out in other bits."""
+    """Differences between this machine and that of the run that may change bits, in words."""
     notes = []
     for name, version in record.get("libraries", {}).items():
         here = importlib.metadata.version(name)
@@ -112,13 +110,13 @@ def not_as_it_was(record: dict[str, Any]) -> list[str]:
 
 
 def other_threads(run: Run, again: Run) -> list[str]:
-    """Whether steps were done again with another number of threads, in words."""
+    """A note if the steps were repeated with another number of threads."""
     before, now = run.record.get("torch_threads"), again.record.get("torch_threads")
     return [f"torch ran with {before} threads, now with {now}: bits may differ"] if before and before != now else []
 
 
 def _lay_out(run: Run, start: int, again: Path) -> None:
-    """A run folder that stands at step `start`: record, first rows, checkpoint. Nothing of the run is written to."""
+    """Make a run folder at step `start`: record, first rows, checkpoint. Does not write to the run itself."""
     again.mkdir()
     shutil.copyfile(run.folder.record, RunFolder(again).record)
     if run.folder.tokenizer.is_dir():
@@ -134,20 +132,20 @@ def _lay_out(run: Run, start: int, again: Path) -> None:
     )
 
 
-#: Flags of a replay: nothing but its ledger matters.
+#: Flags of a replay: only its ledger is needed.
 _SEEN_BY_NOBODY = ("--no-checkpoint", "--viz_interval", "0", "--display_samples", "0")
 
-#: Likewise, and its end is kept.
+#: The same, but the last checkpoint is kept.
 SAVED_AT_ITS_END = ("--save_steps", "1000000000", "--viz_interval", "0", "--display_samples", "0")
 
 
 def train_again(
     run: Run, config: dict[str, Any], end: int, again: Path, settings: Path, flags: Sequence[str] = _SEEN_BY_NOBODY
 ) -> None:
-    """The real training script, in a process of its own, on the folder `again` up to step `end`.
+    """Run the real training script in a separate process on the folder `again` up to step `end`.
 
-    `config`: what run_config.yaml of `run` says, written to `settings` without what reaches the outside. Raises
-    UserError with its exit code when it fails; its stderr is ours, so that it is seen to move.
+    `config`: the content of the run's run_config.yaml; written to `settings` without keys that act outside of the run.
+    Raises UserError with the exit code if training fails. Its stderr is shown, for progress.
     """
     files.write_json(settings, replayed_config(config))
     processes = run.record.get("processes", 1)
@@ -158,13 +156,13 @@ def train_again(
     environment = dict(os.environ)
     threads = run.record.get("torch_threads")
     if threads:
-        # torch takes MKL's number over OpenMP's where both are set (aten/src/ATen/ParallelOpenMP.cpp).
+        # If both are set, torch uses MKL's number, not OpenMP's (aten/src/ATen/ParallelOpenMP.cpp).
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        # A Ctrl-C went to it too: it saves after the step that is on. Another one ends both.
+        # The Ctrl-C went to the process too; it saves after its current step. Another one ends both.
         process.wait()
         raise
     if code:
@@ -172,17 +170,17 @@ def train_again(
 
 
 def replayed_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's configuration without what reaches the outside, with a warm-up that does not hang on --max_steps."""
+    """A run's configuration without keys that act outside of it, and with a warm-up independent of --max_steps."""
     kept = {name: value for name, value in config.items() if not _NOT_REPLAYED.fullmatch(name)}
     warmup = float(kept.get("warmup_steps", 0))
     if 0 < warmup < 1:
-        # As TrainingArguments.get_warmup_steps does with the steps of the whole run.
+        # As TrainingArguments.get_warmup_steps computes it, with the steps of the whole run.
         kept["warmup_steps"] = math.ceil(int(config["max_steps"]) * warmup)
     return kept
 
 
 def _compare_replayed(run: Run, again: Run, first: int, end: int) -> list[tuple[int, dict[str, tuple[Any, Any]]]]:
-    """Steps from `first` to `end - 1` that differ between the ledger and its replay, with the fields that do."""
+    """The steps from `first` to `end - 1` that differ between the ledger and its replay, with the differing fields."""
     parted = []
     then, now = (itertools.islice(each.whole_rows(), first, end) for each in (run, again))
     for step, (left, right) in enumerate(itertools.zip_longest(then, now), start=first):

@@ -1,7 +1,7 @@
-"""What a run trained, read again: documents by their place in the corpus, checked by their hash, cut into tokens anew.
+"""Reads again what a run trained: documents by their place in the corpus, checked by their hash, and tokenized anew.
 
-A ledger holds no text. It says where the text of a step lies (mirror, shard, row), what its SHA-1 is and how many of
-its tokens were trained; from the corpus and the tokenizer follow the very tokens of the step.
+A ledger holds no text. It says where the text of a step is (mirror, shard, row), its SHA-1, and how many of its tokens
+were trained. With the corpus and the tokenizer, these facts give exactly the tokens of the step.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from slimpajama_hf.samples.encoder import Encoder
 
 
-#: Seconds that a Hub which fails is waited for: somebody sits in front of the screen.
+#: How long to wait for a failing Hub, in seconds; short, because a user is waiting.
 PATIENCE_SECONDS = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What of one document stands in a step."""
+    """The part of one document that is in a step."""
 
     shard: str
     row: int
@@ -42,7 +42,7 @@ class Place:
     """SHA-1 of the whole document in UTF-8, 40 hex digits."""
     first_token: int
     tokens: int
-    """Tokens of it in the step; in `pack` the EOS that ends the document is one of them."""
+    """Its tokens in the step; in `pack` with the EOS at the end of the document."""
 
     @property
     def name(self) -> str:
@@ -55,24 +55,24 @@ class TokenAgain:
 
     id: int
     document: int
-    """Which of the documents of the step it belongs to, from 0."""
+    """Which of the step's documents it belongs to, from 0."""
     start: int
     end: int
-    """The characters of that document that it covers: none where it ends inside a character or is the EOS."""
+    """Its characters in that document; none if it ends inside a character or is the EOS."""
 
 
 class NotTheDocument(UserError):
-    """The corpus has another document at this place than the one that was trained, or none."""
+    """The corpus has no document at this place, or another than the one that was trained."""
 
 
-# ---- where the text of a step lies ----
+# ---- where the text of a step is ----
 
 
 def places(row: dict[str, Any], mode: str, max_length: int) -> list[Place]:
-    """The documents of a ledger row, in their order in the step, of all its samples. `mode`: how the run makes samples.
+    """The documents of a ledger row, with all its samples, in their order in the step. `mode`: the run's sample mode.
 
-    Of a last window of 2 tokens the first may be borrowed from the window before: `tokens_again` finds out. Raises
-    UserError for a packed row of a version that noted only the first of its documents.
+    The first of a last window's 2 tokens may belong to the window before: `tokens_again` finds that out. Raises
+    UserError for a packed row of a version that recorded only the first of its documents.
     """
     if row.get("samples"):
         return [place for sample in ledger.each_sample(row) for place in places(sample, mode, max_length)]
@@ -100,9 +100,9 @@ def corpus_of(record: dict[str, Any]) -> Corpus:
 
 
 def shard_of(corpus: Corpus, name: str) -> Shard:
-    """The shard of that name. Raises NotTheDocument when the corpus has none."""
+    """The shard with that name. Raises NotTheDocument if the corpus has none."""
     if corpus.repo is not None:
-        # Pinned by its commit: the 59,166 names need not be listed to open one.
+        # The commit pins the file, so the 59,166 names need not be listed.
         return Shard(name, f"hf://datasets/{corpus.repo}@{corpus.revision}/{name}")
     for shard in corpus.files:
         if shard.name == name:
@@ -114,7 +114,7 @@ def shard_of(corpus: Corpus, name: str) -> Shard:
 
 
 class Rereader:
-    """Reads documents again by their places. What is asked for in the corpus' order is read in one go."""
+    """Reads documents again by their places. Places in the order of the corpus are read in one pass."""
 
     def __init__(self, corpus: Corpus, patience: Patience | None = None) -> None:
         self.corpus = corpus
@@ -124,7 +124,7 @@ class Rereader:
         self._next_row = 0
 
     def close(self) -> None:
-        """Close the shard that is open."""
+        """Close the open shard."""
         close = getattr(self._records, "close", None)
         if close is not None:
             close()
@@ -137,8 +137,8 @@ class Rereader:
         self.close()
 
     def read(self, place: Place) -> Document:
-        """The document at `place`. Raises NotTheDocument when it is not the one that was trained or cannot be had,
-        and OutOfPatience when the Hub does not answer."""
+        """The document at `place`. Raises NotTheDocument if it is not the one that was trained or cannot be read,
+        and OutOfPatience if the Hub does not answer."""
         if self._shard != place.shard or place.row < self._next_row:
             self.close()
             shard = shard_of(self.corpus, place.shard)
@@ -175,7 +175,7 @@ class Rereader:
 
 
 def read_places(corpus: Corpus, wanted: Iterable[Place], patience: Patience | None = None) -> list[Document]:
-    """The documents at `wanted`, in that order. Raises UserError naming the one that is not what was trained."""
+    """The documents at `wanted`, in that order. Raises UserError that names one that is not what was trained."""
     with Rereader(corpus, patience) as rereader:
         try:
             return [rereader.read(place) for place in wanted]
@@ -187,15 +187,15 @@ def read_places(corpus: Corpus, wanted: Iterable[Place], patience: Patience | No
 
 
 def vocabulary_sha256(tokenizer: Any) -> str:
-    """What `run.json` calls `tokenizer_sha256`."""
+    """The `tokenizer_sha256` of `run.json`."""
     content = json.dumps(sorted(tokenizer.get_vocab().items()), sort_keys=True)
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def encoder_of(folder: RunFolder, record: dict[str, Any]) -> Encoder:
-    """The tokenizer of a run: the one saved with a checkpoint, else the one that the run was started with.
+    """The tokenizer of a run: from a checkpoint, or else the one with which the run was started.
 
-    Raises UserError when its vocabulary is not the one that the run recorded.
+    Raises UserError if its vocabulary is not the one that the run recorded.
     """
     from slimpajama_hf.samples.encoder import Encoder
     from slimpajama_hf.samples.tokenizer import load_tokenizer
@@ -215,7 +215,7 @@ def encoder_of(folder: RunFolder, record: dict[str, Any]) -> Encoder:
 def tokens_again(encoder: Encoder, found: list[Place], documents: list[Document], mode: str) -> list[TokenAgain]:
     """The tokens of a step from its places and their documents, as training made them (`samples/stream.py`).
 
-    Raises UserError when the documents have not got so many tokens: then the tokenizer or its library is another.
+    Raises UserError if the number of tokens differs: then the tokenizer or its library has changed.
     """
     tokens: list[TokenAgain] = []
     for number, (place, document) in enumerate(zip(found, documents, strict=True)):
@@ -230,7 +230,7 @@ def tokens_again(encoder: Encoder, found: list[Place], documents: list[Document]
 
 
 def _tokens_of(encoder: Encoder, place: Place, document: Document, mode: str) -> Iterator[tuple[int, int, int]]:
-    """(id, first character, character behind it) of what a step has of a document."""
+    """(id, first character, one past the last character) of each token that a step has of a document."""
     text = document.text
     first, last = place.first_token, place.first_token + place.tokens
     with contextlib.closing(_all_tokens(encoder, text, mode)) as every:
@@ -238,7 +238,7 @@ def _tokens_of(encoder: Encoder, place: Place, document: Document, mode: str) ->
         for position, token in enumerate(every):
             if position >= last:
                 break
-            # One token more is kept: a last window of one token borrows the one before.
+            # One token before is kept, because a last window of one token borrows it.
             if position >= first - 1:
                 kept.append(token)
     borrowed = mode == "window" and place.tokens == 2 and first > 0 and len(kept) == 2
@@ -262,7 +262,7 @@ def covered(tokens: list[TokenAgain], document: int) -> tuple[int, int]:
 
 
 def quiet_encoder_of(folder: RunFolder, record: dict[str, Any]) -> Encoder:
-    """The encoder of a run, loaded without a word of the libraries."""
+    """The encoder of a run, loaded without messages of the libraries."""
     from slimpajama_hf import screen
 
     screen.quiet_libraries()

@@ -1,10 +1,9 @@
-"""`rewind RUN --to N --drop STEP`: the run again from a checkpoint, without one document: what that document did.
+"""`rewind RUN --to N --drop STEP`: trains a run again from a checkpoint without one document, to show what it did.
 
-The new run is a run like any other, in a folder of its own: it begins with the rows and the checkpoint of the old one,
-and its configuration says which document it leaves out. What comes before that document must come out bit for bit as
-it did; what comes after it are the same documents in the same order, each as many steps earlier as steps were left
-out, and the learning rate stays that of the step. Nothing else differs, so the differences of the losses are what the
-document did.
+The new run is an ordinary run in a folder of its own. It begins with the rows and the checkpoint of the old one, and
+its configuration names the document that it leaves out. Steps before that document must be equal bit for bit. After it
+come the same documents in the same order, each as many steps earlier as steps were left out; the learning rate stays
+that of the step. Nothing else differs, so differences of losses are the effect of the document.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ if TYPE_CHECKING:
     from slimpajama_hf.lookback.run import Row
 
 
-#: Documents behind the one left out over which means are shown: does what it did last?
+#: Means are shown over so many documents after the one left out, to show how long its effect lasts.
 SPANS = (1, 10, 100, 1000)
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One document that followed, with and without the one that was left out."""
+    """A later document, with and without the document that was left out."""
 
     step: int
-    """In the old run; the new one trained it at `step_without`."""
+    """Its step in the old run; in the new run it is `step_without`."""
     step_without: int
     shard: str
     row: int
@@ -52,38 +51,38 @@ class Change:
 
     @property
     def difference(self) -> float | None:
-        """Nats per token by which its loss is higher without: above 0, the document that was left out had helped."""
+        """Nats per token by which its loss is higher without the left-out document; above 0, that had helped."""
         return None if self.loss is None or self.loss_without is None else self.loss_without - self.loss
 
 
 @dataclasses.dataclass(frozen=True)
 class Rewound:
-    """What was done and what came of it."""
+    """What was done, and the results."""
 
     run: str
     output_dir: str
     start: int
-    """Step of the checkpoint that it began from (0: the very start)."""
+    """Step of the checkpoint from which it began (0: the very start)."""
     end: int
-    """Steps that the new run has."""
+    """How many steps the new run has."""
     left_out: dict[str, Any] | None
-    """The row of the document that was left out; None: nothing was."""
+    """The row of the document that was left out; None: none was."""
     left_out_steps: tuple[int, ...]
-    """Its steps in the old run: several where it has several windows or passes."""
+    """Its steps in the old run; several if it has several windows or passes."""
     repeated: int
-    """Steps that were done again before the document, or altogether."""
+    """How many steps were repeated before the document, or in all."""
     parted: tuple[tuple[int, dict[str, tuple[Any, Any]]], ...]
-    """Those of them that are not bit-equal: their step, and the fields (old, new)."""
+    """The repeated steps that are not bit-equal, with the fields that differ (old, new)."""
     changes: tuple[Change, ...]
     notes: tuple[str, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether what came before the document came out bit for bit as it had."""
+        """Whether the repeated steps are equal bit for bit."""
         return not self.parted
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON values."""
+        """The result as JSON values."""
         return {
             "run": self.run,
             "output_dir": self.output_dir,
@@ -106,7 +105,7 @@ class Rewound:
 
 
 def summary(changes: Sequence[Change]) -> dict[str, Any]:
-    """Documents, how many of them changed, mean, mean size, least and greatest difference (nats per token)."""
+    """Documents, how many changed, and mean, mean size, least and greatest difference (nats per token)."""
     found = [change.difference for change in changes if change.difference is not None]
     count = len(found)
     return {
@@ -127,23 +126,23 @@ def by_domain(changes: Iterable[Change]) -> list[tuple[str, list[Change]]]:
     return sorted(groups.items(), key=lambda group: -len(group[1]))
 
 
-# ---- what is to be done ----
+# ---- planning ----
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     start: int
     end: int
-    """Behind the last step of the old run that is done again."""
+    """One past the last step of the old run that is repeated."""
     left_out: Row | None
     name: str
-    """What `--leave_out` calls it."""
+    """Its name for `--leave_out`."""
     left_out_steps: tuple[int, ...]
     notes: list[str]
 
 
 def _plan(run: Run, to: int | None, drop: int | None, steps: int | None) -> _Plan:
-    """Raises UserError when the run has no such steps, or nothing to compare."""
+    """What to train. Raises UserError if the run has no such steps, or nothing to compare."""
     count, left_out = 0, None
     for row in run.whole_rows():
         count += 1
@@ -187,11 +186,11 @@ def _plan(run: Run, to: int | None, drop: int | None, steps: int | None) -> _Pla
     return _Plan(start, end, left_out, name, left_out_steps, notes)
 
 
-# ---- doing it ----
+# ---- training ----
 
 
 def default_folder(run: Path, start: int, drop: int | None) -> Path:
-    """Where a rewound run goes when nobody says where: beside the old one."""
+    """The default folder of a rewound run: beside the old one."""
     what = f"from-{start}" if drop is None else f"without-{drop}"
     return run.with_name(f"{run.resolve().name}-{what}")
 
@@ -201,9 +200,9 @@ def rewind(
 ) -> Rewound:
     """Train a run again from the nearest checkpoint at or before step `to`, without the document of step `drop`.
 
-    `steps`: how many steps behind `drop` (or `to`) are done; None: all that the run has. With `drop` None nothing is
-    left out, and all must come out as it did. The new run stays in `output_dir`. Raises UserError when the run has no
-    such steps, when the folder is taken, or when training does not succeed.
+    `steps`: how many steps after `drop` (or `to`) to train; None: all that the run has. If `drop` is None, nothing is
+    left out and all steps must be equal. The new run stays in `output_dir`. Raises UserError if the run has no such
+    steps, if the folder is not empty, or if training fails.
     """
     run = Run(path)
     run_folder.refuse_of_a_script(run.folder.path, run.record, "training it again without a document")
@@ -236,19 +235,19 @@ def rewind(
 
 
 def refuse_taken(folder: Path) -> None:
-    """Raise UserError where a new run would find something in its folder."""
+    """Raise UserError if the folder for a new run is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: there is something in it already; name a new folder with --output_dir")
 
 
 def origin(run: Run, start: int) -> dict[str, Any]:
-    """Of which run, and of which step of it, a new one goes on; for its `run.json`."""
+    """The run and the step from which a new run goes on, for its `run.json`."""
     return {"run": str(run.folder.path.resolve()), "run_id": run.record.get("run_id"), "step": start}
 
 
 def lay_out(run: Run, start: int, again: Path, about: dict[str, Any]) -> None:
-    """A folder that stands at step `start` and is a run of its own, with `about` in its `run.json`. Nothing of the old
-    run is written to."""
+    """Make a folder at step `start` that is a run of its own, with `about` in its `run.json`. Does not write to the old
+    run."""
     old, new = run.folder, RunFolder(again)
     again.mkdir(parents=True, exist_ok=True)
     run_id = uuid.uuid4().hex
@@ -263,7 +262,7 @@ def lay_out(run: Run, start: int, again: Path, about: dict[str, Any]) -> None:
     target = checkpoints.path_of(again, start)
     shutil.copytree(checkpoints.path_of(old.path, start), target, copy_function=files.link_or_copy)
     manifest = json.loads((target / checkpoints.MANIFEST).read_text(encoding="utf-8"))
-    # Written whole to a new file: the old run's own manifest, linked here until now, stays as it is.
+    # Replaced by a new file: so far it is a link to the old run's manifest, which must not change.
     files.write_json(target / checkpoints.MANIFEST, manifest | {"run_id": run_id}, indent=1)
 
 
@@ -271,8 +270,8 @@ def _of_the_schedule(config: dict[str, Any], plan: _Plan) -> list[str]:
     warmup = replay.replayed_config(config).get("warmup_steps", 0)
     if plan.left_out_steps and plan.left_out_steps[0] < float(warmup):
         return [
-            "the learning rate goes by the step, and its warm-up was on: those that followed were learned at the rate "
-            "of the step before theirs"
+            "the learning rate depends on the step, and the run was in warm-up: later documents were learned at the "
+            "rate of an earlier step"
         ]
     return []
 
@@ -280,7 +279,7 @@ def _of_the_schedule(config: dict[str, Any], plan: _Plan) -> list[str]:
 def _side_by_side(
     run: Run, again: Run, plan: _Plan
 ) -> tuple[list[tuple[int, dict[str, tuple[Any, Any]]]], list[Change], int]:
-    """(steps before the document that differ, what followed with and without it, steps before it)."""
+    """(earlier steps that differ, later documents with and without the document, number of earlier steps)."""
     first = plan.left_out_steps[0] if plan.left_out_steps else plan.end
     left_out = set(plan.left_out_steps)
     old_rows = (row for row in itertools.islice(run.whole_rows(), plan.start, plan.end) if row["step"] not in left_out)

@@ -1,4 +1,4 @@
-"""A run folder as it lies there: its record, its manifests, the rows of its ledger."""
+"""A stored run: its record, its manifests, the rows of its ledger."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a command found: whether all holds, the lines that say it, and the same for a program."""
+    """The result of a command: whether all is well, the lines for the screen, and the data for programs."""
 
     ok: bool
     lines: list[str]
@@ -27,21 +27,18 @@ class Report:
     """JSON values."""
 
 
-# ---- the run ----
-
-
 class Run:
-    """A run folder as it lies there. Raises UserError when it is not the folder of a run."""
+    """A stored run. Raises UserError if the folder is not that of a run."""
 
     def __init__(self, path: str | Path) -> None:
         self.folder = RunFolder(Path(path).expanduser())
         self.record = self.folder.read_record()
         self.manifests = {step: _manifest(self.folder.path, step) for step in checkpoints.steps(self.folder.path)}
-        """Manifest of each checkpoint by its step, ascending; None where it cannot be read."""
+        """Manifest of each checkpoint by its step, ascending; None if it cannot be read."""
         self.line = b""
-        """The line of the ledger that `rows` has read last."""
+        """The line of the ledger that `rows` read last."""
         self.unreadable: list[str] = []
-        """What is wrong with the lines that `rows` passed over, since somebody last emptied this."""
+        """What is wrong with lines that `rows` skipped; the caller empties this list."""
 
     def _repr_html_(self) -> str:
         """The run as a notebook shows it."""
@@ -50,16 +47,16 @@ class Run:
         return in_notebook.of_run(self.folder, self.record)
 
     def config(self) -> dict[str, Any]:
-        """The keys of run_config.yaml; nothing if it is not there. Raises UsageError when it is no configuration."""
+        """The keys of run_config.yaml; empty if it is not there. Raises UsageError if it is not a configuration."""
         return yaml_file.read_config(str(self.folder.config)) if self.folder.config.is_file() else {}
 
     def config_to_train(self) -> dict[str, Any]:
-        """As `config`, of somebody else's run what decides its numbers alone. Raises UsageError where there is none."""
+        """As `config`; for a run of somebody else only keys that decide its numbers. Raises UsageError if none."""
         config = yaml_file.read_config(str(self.folder.config))
         return config if ownership.is_own(self.folder) else what_decides(config)
 
     def rows(self) -> Iterator[Row]:
-        """The rows of the ledger that can be read; of the others, `unreadable` says what is wrong."""
+        """The rows of the ledger that can be read; `unreadable` says what is wrong with the others."""
         if not self.folder.ledger.is_file():
             return
         with open(self.folder.ledger, "rb") as file:
@@ -72,7 +69,7 @@ class Run:
                     yield row
 
     def whole_rows(self) -> Iterator[Row]:
-        """The rows of the ledger, each with the step that its line stands for. Raises UserError at the first other."""
+        """The rows of the ledger. Raises UserError at the first line that is not the row of its step."""
         try:
             yield from ledger.rows(self.folder.ledger)
         except ledger.Damaged as error:

@@ -1,4 +1,4 @@
-"""Where a text was read: candidates from the trigrams, then a look into their texts."""
+"""Finds where a text was read: the trigrams give candidates, and then their texts are searched."""
 
 from __future__ import annotations
 
@@ -16,58 +16,55 @@ if TYPE_CHECKING:
     from slimpajama_hf.record.run_folder import RunFolder
 
 
-#: Trigrams of a long TEXT that candidates are asked for; the rest is seen in their texts.
+#: How many trigrams of a long TEXT are used to find candidates; the texts decide.
 MOST_TRIGRAMS = 48
 
-#: Characters on either side of a match.
+#: Characters shown on either side of a match.
 AROUND = 60
-
-
-# ---- searching ----
 
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """A step that trained the TEXT, the whole of it or its part."""
+    """A step that trained the TEXT or a part of it."""
 
     step: int
     start: int
     end: int
-    """Characters [start, end) of the document: the first place where the TEXT stands in what the step trained."""
+    """Characters [start, end) of the document: the first place of the TEXT in what the step trained."""
     whole: bool
     """Whether the step trained all of it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """A document in which the TEXT stands."""
+    """A document that contains the TEXT."""
 
     shard: str
     row: int
     read: bool
     """Whether all of the TEXT was trained, by one step or by the steps of neighbouring windows together."""
     reads: tuple[Read, ...]
-    """Of a TEXT that was not read, the steps that trained a part of it: the rest was cut."""
+    """The steps that trained it; if none trained all of it, those that trained a part."""
     document_steps: tuple[int, ...]
     """All steps that trained something of the document."""
     start: int
-    """Character at which `text` begins in the document: where it was read first, else where it stands first."""
+    """Where `text` begins in the document, in characters: at the first place that was read, else at the first place."""
     before: str
     text: str
     after: str
     places: int
-    """How often it stands in the document."""
+    """How often it is in the document."""
 
     @property
     def first_step(self) -> int:
-        """Of those that read it, else of those that trained something of its document."""
+        """The first step that read it, or else the first step of its document."""
         return self.reads[0].step if self.reads else self.document_steps[0]
 
 
 def find(folder: RunFolder, wanted: str) -> list[Match]:
-    """The documents of the index that hold `wanted`: those that were read first, in the order of their steps.
+    """The documents in the index that contain `wanted`. Those that were read come first; both kinds are sorted by step.
 
-    Raises UsageError when there is nothing to look for.
+    Raises UsageError if there is nothing to search for.
     """
     pattern = pattern_of(wanted)
     connection = connect(folder)
@@ -83,7 +80,7 @@ def find(folder: RunFolder, wanted: str) -> list[Match]:
 
 
 def pattern_of(wanted: str) -> re.Pattern[str]:
-    """What is looked for in texts: any white space fits any. Raises UsageError for what no text holds."""
+    """The regular expression for a search: any white space matches any other. Raises UsageError if none can match."""
     words = wanted.split()
     if not words:
         raise UsageError("--find: nothing but white space; expected a piece of text")
@@ -95,7 +92,7 @@ def pattern_of(wanted: str) -> re.Pattern[str]:
 
 
 def _candidates(connection: sqlite3.Connection, wanted: str) -> Iterable[tuple[int, str, int, bytes]]:
-    """(id, shard, row, compressed text) of every document that may hold `wanted`."""
+    """(id, shard, row, compressed text) of every document that may contain `wanted`."""
     columns = "SELECT documents.id, documents.shard, documents.row, documents.text FROM documents"
     text = for_trigrams(wanted)
     trigrams = sorted({text[place : place + 3] for place in range(len(text) - 2)})
@@ -143,8 +140,8 @@ def _look_into(
 
 
 def _steps_of(span: tuple[int, int], trained: list[tuple[int, int, int]]) -> list[tuple[int, bool]]:
-    """(step, whether it trained all of it) of those that trained all characters of a span, together where none did
-    alone; empty where some characters were not trained."""
+    """(step, whether it trained all of it) for the steps that trained a span: each that trained all of it, or else
+    those that did so together. Empty if some characters were not trained."""
     start, end = span
     alone = [(step, True) for step, first, last in trained if first <= start and end <= last]
     if alone:

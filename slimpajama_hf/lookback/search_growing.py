@@ -1,4 +1,4 @@
-"""The search index grows with the ledger, and shrinks with it."""
+"""Extends the search index when the ledger grows, and shortens it when the ledger was cut back."""
 
 from __future__ import annotations
 
@@ -32,11 +32,8 @@ if TYPE_CHECKING:
     from slimpajama_hf.samples.encoder import Encoder
 
 
-#: Ledger rows taken into the index in one transaction. A shuffled block is taken whole, so that it is read in order.
+#: Ledger rows per transaction. A shuffled block is added as a whole, so that it is read in order.
 CHUNK_STEPS = 1000
-
-
-# ---- growing with the ledger ----
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Extent:
     """Steps of the ledger that are in it."""
     documents: int
     missing: tuple[tuple[int, str], ...]
-    """(step, why) of those whose text could not be read again."""
+    """(step, why) of the steps whose text could not be read again."""
 
 
 def extend(
@@ -57,11 +54,11 @@ def extend(
     stop: Callable[[], bool] = lambda: False,
     patience: Patience | None = None,
 ) -> Extent:
-    """Take what the ledger gained into the index, and out of it what the ledger lost; returns how far it goes.
+    """Bring the index in line with the ledger: add new steps, remove those that the ledger lost. Returns its extent.
 
-    `waiting` is told how far it is, `stop` asked between documents: what is in by then stays. Several processes may
-    do this at once. Takes about 1 s of a processor for 1,000 documents of 7 kB, and as much disk as the text has
-    bytes. Raises UserError when the run has no readable ledger or its Hub does not answer.
+    `waiting` is called with the progress. `stop` is called between documents; what was added until then stays. Several
+    processes may do this at once. It takes about 1 s of a processor for 1,000 documents of 7 kB, and as much disk as
+    the text has bytes. Raises UserError if the run has no readable ledger or its Hub does not answer.
     """
     record = folder.read_record()
     connection = connect(folder)
@@ -94,13 +91,13 @@ class _Extension:
         self._encoder: Encoder | None = None
 
     def run(self) -> Extent:
-        """Chunk after chunk until the ledger has no more."""
+        """Add chunk after chunk until the ledger has no more."""
         chunk = max(CHUNK_STEPS, self._shuffle_buffer())
         rereader: Rereader | None = None
         try:
             while not self.stop():
                 with transaction(self.connection):
-                    # Where it stands is read inside: another process may have gone on meanwhile.
+                    # Read within the transaction, because another process may have extended the index.
                     rows, offset = self._next_rows(chunk)
                     retried = self._troubled(rows)
                     if not rows and not retried:
@@ -109,7 +106,7 @@ class _Extension:
                         rereader = Rereader(reread.corpus_of(self.record), self.patience)
                     whole = self._take(rereader, [*retried, *rows])
                     if not whole:
-                        # Half a chunk is not in order: the next call takes it anew.
+                        # Half a chunk is not in order: the next call begins it again.
                         raise _Stopped
                     if rows:
                         write_meta(self.connection, "offset", offset)
@@ -135,10 +132,10 @@ class _Extension:
         missing = self.connection.execute("SELECT step, trouble FROM steps WHERE trouble IS NOT NULL ORDER BY step")
         return Extent(one("SELECT count(*) FROM steps"), one("SELECT count(*) FROM documents"), tuple(missing))
 
-    # -- which rows --
+    # -- rows --
 
     def _next_rows(self, most: int) -> tuple[list[dict[str, Any]], int]:
-        """The next rows that are not in the index, and where the ledger goes on behind them."""
+        """The next rows that are not in the index, and the byte of the ledger after them."""
         if not self.folder.ledger.is_file():
             raise UserError(f"{self.folder.path}: no ledger in it yet; nothing was read")
         offset, step = self._agreed()
@@ -146,19 +143,19 @@ class _Extension:
         return [row for row, _ in rows], rows[-1][1] if rows else offset
 
     def _rows_from(self, offset: int, step: int) -> Iterator[tuple[dict[str, Any], int]]:
-        """The rows from `step` on, whose line begins at byte `offset`, each with the byte behind its line."""
+        """The rows from `step` on, whose line begins at byte `offset`, each with the byte after its line."""
         try:
             yield from ledger.rows_and_ends(self.folder.ledger, offset, step)
         except ledger.Damaged as error:
             raise UserError(f"{error}; see python -m slimpajama_hf verify {self.folder.path}") from None
 
     def _agreed(self) -> tuple[int, int]:
-        """(byte of the ledger, step) up to which index and ledger agree; what the ledger has otherwise is let go."""
+        """(byte of the ledger, step) up to which index and ledger agree; removes later steps from the index."""
         last = self.connection.execute("SELECT step, chain FROM steps ORDER BY step DESC LIMIT 1").fetchone()
         if last is None:
             return 0, 0
         offset = int(read_meta(self.connection, "offset") or 0)
-        # The hash of one row covers all rows before it: looking at the last one is enough.
+        # The hash of one row covers all rows before it, so comparing the last one is enough.
         if self._chain_before(offset) == last[1]:
             return offset, last[0] + 1
         offset = agreed = 0
@@ -172,7 +169,7 @@ class _Extension:
         return offset, agreed
 
     def _chain_before(self, offset: int) -> str | None:
-        """Chain hash of the row that ends at byte `offset` of the ledger; None where none does."""
+        """Chain hash of the row that ends at byte `offset` of the ledger; None if no row does."""
         with open(self.folder.ledger, "rb") as file:
             if offset == 0 or file.seek(0, 2) < offset:
                 return None
@@ -188,16 +185,16 @@ class _Extension:
             return None
 
     def _let_go(self, step: int) -> None:
-        """Take `step` and all later ones out of the index."""
+        """Remove `step` and all later ones from the index."""
         self.connection.execute("DELETE FROM steps WHERE step >= ?", (step,))
         self.connection.execute("DELETE FROM trained WHERE step >= ?", (step,))
-        # Their trigrams stay (a table without content cannot delete) and lead to nothing: ids are not used twice.
+        # Their trigrams stay (a contentless table cannot delete) but lead nowhere, because ids are not reused.
         self.connection.execute("DELETE FROM documents WHERE id NOT IN (SELECT document FROM trained)")
         if step == 0 and self.trigrams:
             self.connection.execute("INSERT INTO trigrams (trigrams) VALUES ('delete-all')")
 
     def _troubled(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows whose text could not be read in an earlier call: the corpus may be back. Asked for once a call."""
+        """Rows whose text could not be read earlier, because the corpus may be back; once per call of `extend`."""
         if self._asked_again:
             return []
         self._asked_again = True
@@ -211,13 +208,13 @@ class _Extension:
     # -- their documents --
 
     def _take(self, rereader: Rereader, rows: list[dict[str, Any]]) -> bool:
-        """Take rows into the index; False when it was stopped on the way."""
+        """Add rows to the index; False if it was stopped before the end."""
         places: dict[Place, list[tuple[int, Place]]] = {}
         trouble: dict[int, str] = {}
         for row in rows:
             try:
                 for place in reread.places(row, self.mode, self.length):
-                    # Several steps may be of one document (windows, passes): it is read once.
+                    # Several steps may use one document (windows, passes); it is read once.
                     whole = dataclasses.replace(place, first_token=0, tokens=0)
                     places.setdefault(whole, []).append((row["step"], place))
             except UserError as error:
@@ -265,11 +262,11 @@ class _Extension:
     def _trained_characters(
         self, text: str, uses: list[tuple[int, Place]], rows: dict[int, dict[str, Any]]
     ) -> Iterator[tuple[int, int, int]]:
-        """(step, first character, character behind the last) of what each step trained of a document."""
+        """(step, first character, one past the last) of what each step trained of a document."""
         if self.mode == "truncate":
             data = text.encode("utf-8")
             for step, _ in uses:
-                # The row says how many bytes its tokens cover: no tokenizer is needed.
+                # The row has the number of bytes that its tokens cover, so no tokenizer is needed.
                 yield step, 0, len(data[: rows[step]["text_bytes"]].decode("utf-8", "ignore"))
             return
         ends = self._token_ends(text, max(place.first_token + place.tokens for _, place in uses))
@@ -279,12 +276,12 @@ class _Extension:
                 raise NotTheDocument(f"{place.name}: it has {len(ends):,} tokens now, step {step} began at {first:,}")
             to_the_end = last - first < place.tokens
             if to_the_end and self.mode == "window":
-                # A last window of one token borrows the one before (in `pack` it is the EOS that has no characters).
+                # A last window of one token borrows the one before (in `pack` it is the EOS, without characters).
                 first -= 1
             yield step, ends[first - 1] if first > 0 else 0, len(text) if to_the_end else ends[last - 1]
 
     def _token_ends(self, text: str, count: int) -> list[int]:
-        """Character ends of the first `count` tokens of a text, or of all."""
+        """The ends of the first `count` tokens of a text, or of all, in characters."""
         from slimpajama_hf.samples.cutting import tokens_in_pieces
 
         if self._encoder is None:
@@ -298,4 +295,4 @@ class _Extension:
 
 
 class _Stopped(Exception):
-    """`stop` said so in the middle of a chunk."""
+    """`stop` was requested in the middle of a chunk."""

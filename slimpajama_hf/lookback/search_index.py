@@ -1,13 +1,12 @@
-"""`inspect RUN --find TEXT`: was this read, when, with what loss. An index over the run's own documents.
+"""`inspect RUN --find TEXT`: whether the run read a text, when, and with what loss. An index of the run's documents.
 
-`RUN/_index/search.sqlite` holds the documents of the ledger, read again from the corpus (compressed), which characters
-of each were trained at which step, and the trigrams of each (SQLite's FTS5). A search asks the trigrams for candidates
-and then looks into their texts, so that every yes is a place in a text. Where FTS5 is not compiled in, and for a TEXT
-of fewer than 3 characters, it looks into all texts. The index grows with the ledger and shrinks with it: each of its
-steps carries the chain hash of its row.
+`RUN/_index/search.sqlite` has the documents of the ledger, read again from the corpus (compressed), the characters of
+each that were trained at each step, and its trigrams (SQLite's FTS5). A search gets candidates from the trigrams and
+then searches their texts, so every match is a place in a text. Without FTS5, and for a TEXT of fewer than 3 characters,
+it searches all texts. The index grows and shrinks with the ledger: each of its steps has the chain hash of its row.
 
-What is found: the very characters of TEXT, capitals and accents included; any white space in it matches any white
-space. Of a text that stands in a document but behind what was trained it is said that it was cut.
+A match has exactly the characters of TEXT, capitals and accents included; any white space matches any other. If a
+document contains the text only after the part that was trained, the result says that it was cut.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ if TYPE_CHECKING:
     from slimpajama_hf.record.run_folder import RunFolder
 
 
-#: The underscore keeps it out of uploads.
+#: The underscore keeps this folder out of uploads.
 FOLDER = "_index"
 FILE_NAME = "search.sqlite"
 
-#: Another layout of the tables: an index of another version is made anew.
+#: The version of the tables; an index of another version is made anew.
 _VERSION = 1
 
-#: Seconds that another process may hold the index.
+#: How long to wait while another process holds the index, in seconds.
 _BUSY_SECONDS = 120.0
 
 _TABLES = """
@@ -62,32 +61,32 @@ CREATE VIRTUAL TABLE trigrams
 
 
 def path_of(folder: RunFolder) -> Path:
-    """Where the index of a run lies."""
+    """The path of a run's index."""
     return folder.path / FOLDER / FILE_NAME
 
 
 def connect(folder: RunFolder) -> sqlite3.Connection:
-    """The index of a run, made where there is none. Raises UserError when it cannot be opened."""
+    """Open the index of a run, or make one. Raises UserError if it cannot be opened."""
     path = path_of(folder)
     try:
         path.parent.mkdir(exist_ok=True)
         for attempt in range(2):
-            # Transactions are begun by hand: the module's own come too late to read what they then change.
+            # Transactions are begun by hand: the module begins its own too late, after what they depend on was read.
             connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
             try:
                 if _is_ready(connection):
                     return connection
             except sqlite3.OperationalError:
-                # Held by another process, or the disk: nothing is wrong with the file.
+                # Another process holds it, or the disk fails: nothing is wrong with the file.
                 connection.close()
                 raise
             except sqlite3.DatabaseError:
                 pass
             connection.close()
-            # Of another version, or no index at all (a file that was damaged): it can be made again.
+            # Another version, or a damaged file: it can be made again.
             if attempt == 0:
                 path.unlink(missing_ok=True)
-                # What is left of a transaction on the old file must not be applied to the new one.
+                # A transaction left over from the old file must not be applied to the new one.
                 path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
         raise sqlite3.DatabaseError("it cannot be made anew")
     except (OSError, sqlite3.Error) as error:
@@ -101,7 +100,7 @@ def trouble_with(path: Path, error: Exception) -> UserError:
 
 
 def _is_ready(connection: sqlite3.Connection) -> bool:
-    """Whether the file is an index of this version; an empty file is made one."""
+    """Whether the file is an index of this version; an empty file becomes one."""
     connection.execute("PRAGMA synchronous = NORMAL")
     with transaction(connection):
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -109,7 +108,7 @@ def _is_ready(connection: sqlite3.Connection) -> bool:
             for statement in _TABLES.split(";"):
                 connection.execute(statement)
             with contextlib.suppress(sqlite3.OperationalError):
-                # Not in every SQLite (FTS5 is an option, its trigrams came with 3.34): then all texts are looked into.
+                # Some SQLite lack it (FTS5 is optional, its trigrams came with 3.34): then all texts are searched.
                 connection.execute(_TRIGRAMS)
             connection.execute("INSERT INTO meta VALUES ('version', ?)", (str(_VERSION),))
             return True
@@ -118,7 +117,7 @@ def _is_ready(connection: sqlite3.Connection) -> bool:
 
 @contextlib.contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """All of what is done inside, or nothing of it."""
+    """Context that commits everything done inside, or nothing."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -146,5 +145,5 @@ def has_trigrams(connection: sqlite3.Connection) -> bool:
 
 
 def for_trigrams(text: str) -> str:
-    """A text as it is cut into trigrams: white space as one space, and no NUL, at which FTS5 would stop."""
+    """A text as it is cut into trigrams: white space becomes one space, and NUL, at which FTS5 stops, is replaced."""
     return " ".join(text.split()).replace("\0", "\ufffd")

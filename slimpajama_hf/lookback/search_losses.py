@@ -20,23 +20,20 @@ if TYPE_CHECKING:
     from slimpajama_hf.samples.encoder import Encoder
 
 
-# ---- with what loss ----
-
-
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """How well a step predicted."""
+    """The loss of a step and of the TEXT in it."""
 
     step: int
     row: dict[str, Any]
-    """Its row of the ledger."""
+    """The step's row of the ledger."""
     own_loss: float | None
-    """Mean surprisal of the tokens of the TEXT itself, nats per token; None where it was not kept."""
+    """Mean surprisal of the tokens of the TEXT itself, nats per token; None if it was not kept."""
     own_tokens: int
 
 
 def losses_of(folder: RunFolder, matches: Iterable[Match], most: int) -> dict[int, Losses]:
-    """The losses of the first `most` steps among those of `matches`, by step; the TEXT's own where it was kept."""
+    """The losses of the first `most` steps in `matches`, by step; with the TEXT's own loss if it was kept."""
     found: dict[int, tuple[Match, Read]] = {}
     for match in matches:
         for read in match.reads:
@@ -61,7 +58,7 @@ class _OwnLoss:
         self._encoder: Encoder | None = None
 
     def __call__(self, row: dict[str, Any], predicted: int, match: Match, read: Read) -> tuple[float | None, int]:
-        """(nats per token, tokens); (None, 0) where it was not kept or the document cannot be had any more."""
+        """(nats per token, tokens); (None, 0) if it was not kept or the document can no longer be read."""
         nats = surprisals.read(self.folder.surprisals, predicted, ledger.predicted(row))
         if not np.isfinite(nats).all():
             return None, 0
@@ -73,9 +70,9 @@ class _OwnLoss:
             documents = [self.rereader.read(place) for place in places]
             tokens = reread.tokens_again(self._encoder, places, documents, mode)
         except UserError:
-            # The index has the text; the corpus itself is not needed to answer.
+            # The index has the text; the answer does not need the corpus.
             return None, 0
-        # The first token of each sample is not predicted, and has no value.
+        # The first token of each sample is not predicted and has no value.
         firsts = set(itertools.accumulate((sample["tokens"] for sample in ledger.each_sample(row)), initial=0))
         valued = (token for index, token in enumerate(tokens) if index not in firsts)
         own = [

@@ -1,4 +1,4 @@
-"""Two rows, or two runs: where they differ."""
+"""The differences between two rows or two runs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def differences(left: Row, right: Row) -> dict[str, tuple[Any, Any]]:
-    """Fields that differ between two rows, bit by bit, with both values; the clock is left out.
+    """Fields that differ between two rows, bit for bit, with both values; without the fields of the clock.
 
-    `chain` is named only where nothing else differs: it follows from the others.
+    `chain` is included only if nothing else differs, because it depends on the others.
     """
     found = {
         name: (left.get(name), right.get(name))
@@ -33,18 +33,18 @@ def differences(left: Row, right: Row) -> dict[str, tuple[Any, Any]]:
 
 
 def document_of(row: Row) -> tuple[Any, ...]:
-    """What a step learned, by which two rows are known to be of the same document."""
+    """The identity of what a step learned: equal for two rows of the same document."""
     of_one = tuple(row.get(name) for name in ("shard", "row", "part", "text_sha1", "tokens"))
     return (*of_one, *(sample.get("text_sha1") for sample in row.get("samples", ())))
 
 
 def _bits(value: Any) -> Any:
-    """A value such that only equal bits are equal: 1 is not 1.0, and -0.0 not 0.0."""
+    """A value that is equal only for equal bits: 1 differs from 1.0, and -0.0 from 0.0."""
     return value.hex() if isinstance(value, float) else (type(value), value)
 
 
 def side_by_side(found: dict[str, tuple[Any, Any]]) -> str:
-    """Fields that differ with both values, in words."""
+    """Fields that differ, with both values, in words."""
     return ", ".join(f"{name} {shown_value(left)} / {shown_value(right)}" for name, (left, right) in found.items())
 
 
@@ -52,14 +52,14 @@ def side_by_side(found: dict[str, tuple[Any, Any]]) -> str:
 
 
 def compare(path: str | Path, other: str | Path) -> Report:
-    """Whether two runs are the same run; that one goes further than the other does not make them differ.
+    """Whether two runs are the same run; one may go further than the other.
 
-    Raises UserError when a ledger cannot be read from its start on.
+    Raises UserError if a ledger cannot be read from its start on.
     """
     left, right = Run(path), Run(other)
     same, found, ended = compare_ledgers(left, right)
     weights = _compare_weights(left, right)
-    # Behind the step where ledgers part, weights differ of course.
+    # After the step at which the ledgers diverge, weights differ anyway.
     early = [step for step, equal in weights.items() if not equal and step <= same]
     ok = not found and not early
     lines = [_words_on_steps(path, other, same, found, ended)]
@@ -76,7 +76,7 @@ def compare(path: str | Path, other: str | Path) -> Report:
 
 
 def compare_ledgers(left: Run, right: Run) -> tuple[int, dict[str, tuple[Any, Any]], str | None]:
-    """(steps that are the same, fields that differ at the next, which ended first: `run`, `other` or None)."""
+    """(number of equal steps, fields that differ at the next, which ended first: `run`, `other` or None)."""
     same = 0
     for a, b in itertools.zip_longest(left.whole_rows(), right.whole_rows()):
         if a is None or b is None:
@@ -109,7 +109,7 @@ def _compare_weights(left: Run, right: Run) -> dict[int, bool]:
 
 
 def _comparable(run: Run) -> dict[str, Any]:
-    """What two runs may have otherwise: configuration, libraries, threads."""
+    """The settings and versions of a run that may differ from another's: configuration, libraries, threads."""
     config = {name: value for name, value in run.config().items() if name != "output_dir"}
     machine = {name: run.record.get(name) for name in ("python", "platform", "torch_threads")}
     return config | run.record.get("libraries", {}) | machine

@@ -1,4 +1,4 @@
-"""Attention and GELU written out: forward, and the function that takes the gradient back."""
+"""Attention and GELU written out: each function returns its output and a function for the backward."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-#: Beyond so many tokens the (heads, T, T) attention weights are worth avoiding.
+#: Up to this many tokens a CPU computes the (heads, T, T) attention weights; beyond, it uses torch's fused kernel.
 LONGEST_EXPLICIT_ATTENTION = 512
 
 
-#: Queries that look at the same keys at once: most of what causality masks is never multiplied. In low precision
-#: products are so cheap that fewer of them are worth more.
+#: Queries that are multiplied with the same keys at once. Small blocks skip most of the masked scores. In low precision
+#: a product is cheap, so fewer and larger blocks are faster.
 ATTENTION_BLOCK, LOW_ATTENTION_BLOCK = 128, 256
 
 #: Constants of the tanh approximation of GELU (Hendrycks & Gimpel 2016): x * sigmoid(x * (C1 + C2 * x^2)).
@@ -24,11 +24,11 @@ _C2 = _C1 * 0.044715
 
 
 def gelu(x: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """GELU (tanh approximation) of x, and the function that takes its gradient back."""
+    """GELU (tanh approximation) of x, and a function from the gradient of the output to that of x."""
     if x.device.type != "cpu":
-        # One kernel each, exact inside.
+        # One fused kernel each for forward and backward, exact inside.
         return F.gelu(x, approximate="tanh"), lambda d: torch.ops.aten.gelu_backward(d, x, approximate="tanh")
-    # x * s, and s + x * s * (1 - s) * (C1 + 3 C2 x^2), in four buffers: a CPU's tanh costs more than all of this.
+    # Output x * s, slope s + x * s * (1 - s) * (C1 + 3 C2 x^2). A CPU's tanh costs more than all of this.
     first, exact = torch.tensor(_C1), x.float()
     square = exact * exact
     scratch = torch.add(first, square, alpha=_C2).mul_(exact)
@@ -43,7 +43,7 @@ def gelu(x: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.
 def fused_attention(
     qkv: torch.Tensor, scaling: float, heads: int
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """The same by torch's fused kernels; autograd knows their backward."""
+    """Causal attention by torch's fused kernels, (T, 3D) -> (T, D), and its backward, which is autograd's."""
     length, width = qkv.shape[0], qkv.shape[1] // 3
     with torch.enable_grad():
         leaf = qkv.detach().requires_grad_()

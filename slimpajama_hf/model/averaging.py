@@ -1,8 +1,8 @@
-"""Averaged weights: what a constant learning rate gives away by jumping about, an average of its steps gets back.
+"""Averaged weights: an exponential average of the weights over the steps.
 
-At batch size 1 every update is mostly noise. A decaying rate would average it out at the end; an exponential average of
-the weights does so at every moment of the run, and the rate can stay constant (Polyak and Juditsky 1992). Training does
-not know of it.
+At batch size 1 every update is mostly noise. A decaying learning rate would average the noise out at the end of a run.
+An average of the weights does so at every moment, and the rate can stay constant (Polyak and Juditsky 1992). The
+average does not influence training.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from safetensors.torch import load_file
 from slimpajama_hf import screen
 from slimpajama_hf.model import memory
 
-#: Folder inside a checkpoint: a model of its own, that `from_pretrained` loads.
+#: Folder inside a checkpoint. It holds a complete model for `from_pretrained`.
 FOLDER = "averaged"
 _STATE = "averaging.json"
-#: An average is touched every so many steps, or more often where its half-life is short.
+#: The average is updated after this many steps, or more often if its half-life is short.
 MOST_STEPS_BETWEEN = 10
-#: Elements that change places with their average at once.
+#: How many elements of weights and average are swapped at once.
 _PIECE = 2**22
 
 
 def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Views of a weight, as one row, of at most `_PIECE` elements each; one that does not lie in one piece as it is."""
+    """Flat views of a contiguous weight, of at most `_PIECE` elements each; any other weight as it is."""
     return weight.view(-1).split(_PIECE) if weight.is_contiguous() else (weight,)
 
 
 class WeightAverage:
-    """The exponential average of a model's weights: after `half_life` steps what they were counts half.
+    """The exponential average of a model's weights: a step counts half as much after `half_life` more steps.
 
-    `half_life` below 1 (and above 0): so large a share of the steps so far, for the longer a run the longer the average
-    that suits it (as Shamir and Zhang 2013, arXiv 1212.1824). Until it is as old as its half-life it is the plain mean
-    of what it has seen. `steps_between`: the steps from one touch to the next. Costs 4 bytes a parameter, and per touch
-    one pass over the weights.
+    A `half_life` between 0 and 1 is a share of the steps so far, because the best half-life grows with the run (as in
+    Shamir and Zhang 2013, arXiv 1212.1824). Until it is as old as its half-life, the average is the plain mean of what
+    it has seen. It is updated every `steps_between` steps. It costs 4 bytes per parameter, and one pass over the
+    weights per update.
     """
 
     def __init__(self, model: Any, half_life: float) -> None:
@@ -49,7 +49,7 @@ class WeightAverage:
         if half_life >= 1:
             self.steps_between = max(1, min(MOST_STEPS_BETWEEN, int(half_life / 10)))
         self._touches = 0
-        # Its memory is there before the first step, not in the middle of a run; what it holds counts from a touch on.
+        # Memory is allocated before the first step, not in the middle of a run. The values count from the first update.
         self._average = [weight.clone() for weight in self._weights]
 
     @property
@@ -58,11 +58,11 @@ class WeightAverage:
 
     @property
     def is_there(self) -> bool:
-        """Whether anything has been averaged yet."""
+        """Whether the average has been updated at least once."""
         return self._touches > 0
 
     def step(self, finished: int) -> None:
-        """After `finished` optimizer steps of the run: take the weights in, where it is time."""
+        """Update the average if it is time; `finished`: optimizer steps of the run so far."""
         if finished % self.steps_between:
             return
         self._touches += 1
@@ -72,7 +72,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The model has the averaged weights inside, and its own again, bit for bit, outside."""
+        """Context in which the model has the averaged weights; afterwards it has its own again, bit for bit."""
         self._swap()
         try:
             yield
@@ -85,8 +85,8 @@ class WeightAverage:
             for weight, average in zip(self._weights, self._average, strict=True)
             for pair in zip(_pieces(weight), _pieces(average), strict=True)
         ]
-        # Piece by piece, for a third set of weights need not fit the device. Taken before anything is changed: a lack
-        # of memory on the way would leave weights of which some are averaged and some are not.
+        # Swapped piece by piece, because a third set of weights may not fit on the device. The buffer is allocated
+        # before the swap: if memory ran out in the middle, only some weights would be averaged.
         scratch = torch.empty(max((piece.numel() for piece, _ in pairs), default=0), device=self._average[0].device)
         for weight, average in pairs:
             own = scratch[: weight.numel()].view(weight.shape).copy_(weight)
@@ -99,14 +99,14 @@ class WeightAverage:
         return self._average
 
     def save_age(self, folder: Path) -> None:
-        """What `load` needs beside the weights, into their folder."""
+        """Write the state that `load` needs besides the weights into `folder`."""
         (folder / _STATE).write_text(json.dumps({"touches": self._touches}) + "\n", encoding="utf-8")
 
     def save(self, checkpoint: Path, tokenizer: Any) -> None:
-        """Into the folder `averaged` of a checkpoint: model, configuration, tokenizer, and how old it is."""
+        """Save model, configuration, tokenizer and the state of the average into `averaged` of a checkpoint."""
         folder = checkpoint / FOLDER
         config = self._model.config
-        # Loaded elsewhere, it shall generate with a cache.
+        # Whoever loads this model should generate with a cache.
         cache, config.use_cache = config.use_cache, True
         try:
             with self.applied():
@@ -118,7 +118,7 @@ class WeightAverage:
         self.save_age(folder)
 
     def load(self, checkpoint: Path) -> bool:
-        """Go on with the average of a checkpoint; False where it has none, and a new one begins."""
+        """Load the average of a checkpoint. Returns False if it has none; then a new average begins."""
         folder = checkpoint / FOLDER
         if not (folder / _STATE).is_file():
             return False
@@ -133,7 +133,7 @@ class WeightAverage:
 
 
 def begin(model: Any, half_life: float, checkpoint: Path | None) -> WeightAverage:
-    """The average of a model's weights, which goes on with that of a checkpoint; one that has none is said."""
+    """The average of a model's weights, loaded from `checkpoint` if there is one; says so if that has no average."""
     with memory.said("the average of the weights was made", "--average_weights 0 trains without it"):
         average = WeightAverage(model, half_life)
         loaded = checkpoint is not None and average.load(checkpoint)

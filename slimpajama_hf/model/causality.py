@@ -1,4 +1,4 @@
-"""Whether a model predicts from what comes before alone: one forward of a few tokens tells, for every architecture."""
+"""Tests with one forward of a few tokens whether a model is causal; works for every architecture."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from slimpajama_hf.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-#: A position of a causal model whose logits change by more than this share of what the last one's do has seen what
-#: comes after it. Of a model that sees ahead it was 0.002 or more, of one that rounds differently (experts) 4e-7.
+#: A model sees ahead if the last token changes the logits of earlier positions by more than this share of the change
+#: of its own logits. Models that see ahead had 0.002 or more; one that only rounds differently (experts) had 4e-7.
 _SEEN_AHEAD = 1e-4
 
 
 def in_one_line(error: BaseException, longest: int = 300) -> str:
-    """What an error says, in one line of at most `longest` characters."""
+    """The message of an error, in one line of at most `longest` characters."""
     text = " ".join(str(error).split())
     text = text if isinstance(error, ValueError) or not text else f"{type(error).__name__}: {text}"
     text = text or type(error).__name__
@@ -25,16 +25,16 @@ def in_one_line(error: BaseException, longest: int = 300) -> str:
 
 
 def refuse_what_sees_ahead(model: PreTrainedModel) -> None:
-    """Raise UserError for a model that cannot compute a text, or whose logits change with tokens that come later.
+    """Raise UserError for a model that cannot compute logits, or whose logits depend on later tokens.
 
-    What a configuration says of itself is not asked: there are architectures that are decoders by their configuration,
-    and look ahead all the same (transformers#48745).
+    The configuration is not trusted: some architectures are decoders by their configuration and look ahead all the same
+    (transformers#48745).
     """
     kind = model.config.model_type
     try:
         ahead, behind = seen(model)
         if behind == 0.0:
-            # As they are drawn, its weights let no token through to another (zeros that training is to fill).
+            # Fresh weights of this model pass nothing between tokens, such as zeros that training will fill.
             ahead, behind = seen(_shaken(model))
     except Exception as error:
         raise UserError(
@@ -71,7 +71,7 @@ def _is_causal_with(config: PreTrainedConfig, name: str) -> bool:
 
 
 def _shaken(model: Any) -> Any:
-    """The same architecture with weights that are all noise."""
+    """A copy of the model with noise added to all weights."""
     import torch
 
     noise = torch.Generator().manual_seed(0)
@@ -83,21 +83,21 @@ def _shaken(model: Any) -> Any:
 
 
 def seen(model: Any) -> tuple[float, float]:
-    """By how much the logits of the positions before change with the last token, and those of the positions behind with
-    the first one; both as a share of how much the logits of the last token itself change (NaN where they do not, or
-    are not finite).
+    """How far the model sees ahead and behind, both as a share of the change of the last token's own logits.
 
-    The model is in its former mode after, and the random generator where it was.
+    The first number is the largest change of earlier logits when the last token changes; the second that of later
+    logits when the first token changes. Both are NaN if the last token's own logits do not change or are not finite.
+    The mode of the model and the random generator are left as they were.
     """
     import torch
 
     rows = model.config.get_text_config(decoder=True).vocab_size
-    # Far from each other and from the ends, where special tokens are; a text that no generator is needed for.
+    # Token ids without a random generator: far from each other, and from both ends, where special tokens are.
     tokens = 8
     ids = torch.tensor([[(place + 1) * rows // (tokens + 3) for place in range(tokens)]] * 3)  # (3, T)
     ids[1, -1] = (tokens + 1) * rows // (tokens + 3)
     ids[2, 0] = (tokens + 2) * rows // (tokens + 3)
-    # Some architectures draw in their forward too.
+    # Some architectures draw random numbers in evaluation mode too.
     drawn, training = torch.get_rng_state(), model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Work on a CUDA device captured once and replayed as one graph: one launch where there were hundreds."""
+"""Captures work on a CUDA device as one graph, which is replayed with one launch in place of hundreds."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from slimpajama_hf.model import transfers
 
 Made = TypeVar("Made")
 
-#: Runs before a capture: what libraries set up at their first calls must not be captured.
+#: Runs before a capture: what libraries set up in their first calls must not be captured.
 WARM_UPS = 3
 
 
 class Refused(Exception):
-    """The driver, or an operator, does not let this work be captured; says why."""
+    """The driver or an operator does not let this work be captured; the message says why."""
 
 
 class Recording(Generic[Made]):
-    """`work` captured on the current CUDA device; `result` is what it returned, overwritten by each `replay`.
+    """`work`, captured on the current CUDA device. `result` is what it returned; each `replay` overwrites it.
 
-    Raises Refused where it cannot be captured, torch.OutOfMemoryError where memory is short. Either way the stream that
-    was current is so again, and the work can be done uncaptured.
+    Raises Refused if the work cannot be captured, torch.OutOfMemoryError if memory is short. In both cases the current
+    stream is restored, and the work can run uncaptured.
     """
 
     def __init__(self, work: Callable[[], Made]) -> None:
@@ -41,7 +41,7 @@ class Recording(Generic[Made]):
             with torch.cuda.graph(self._graph):
                 self.result = work()
         except RuntimeError as error:
-            # `torch.cuda.graph` leaves its own stream current when the end of a capture is refused.
+            # If the end of a capture fails, `torch.cuda.graph` leaves its own stream as the current one.
             torch.cuda.set_stream(current)
             short = _shortage(error)
             if short is not None:
@@ -54,7 +54,7 @@ class Recording(Generic[Made]):
 
 
 def _shortage(error: BaseException | None) -> torch.OutOfMemoryError | None:
-    """The lack of memory that an error came of: the end of the capture is refused in its place."""
+    """The out-of-memory error behind `error`, or None: the end of the capture fails with another error."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
             return error
@@ -63,15 +63,15 @@ def _shortage(error: BaseException | None) -> torch.OutOfMemoryError | None:
 
 
 def recorder_of(device: torch.device) -> Callable[[Callable[[], Any]], Any] | None:
-    """What captures work on `device`; None where nothing does."""
+    """The class that captures work on `device`; None if its kind of device has none."""
     return Recording if device.type == "cuda" else None
 
 
 class Replayed:
-    """A step captured at one `length`: shorter samples are padded, and their padding has no share in the loss.
+    """A step captured at one `length`. Shorter samples are padded, and padding has no share in the loss.
 
-    Causal attention lets no token see what follows it, so padding changes nothing before it. `run`: the step on ids and
-    shares, (length,) each; it returns a dataclass of tensors. `shares`: of so many tokens of a length (`GPT2Step`).
+    No token sees what follows it, so padding does not change the tokens before it. `run`: the step on ids and shares,
+    (length,) each; it returns a dataclass of tensors. `shares(tokens, length)`: as `GPT2Step._shares`.
     """
 
     def __init__(
@@ -88,13 +88,13 @@ class Replayed:
         self._recording = record(lambda: run(self._ids, self._shares))
 
     def __call__(self, input_ids: torch.Tensor) -> Any:
-        """The step on (T,) ids with T <= length."""
+        """The step on `input_ids` (T,) with T <= length."""
         tokens = input_ids.numel()
         transfers.into(self._ids, F.pad(input_ids, (0, self._length - tokens)))
         self._shares.zero_()
         self._shares[: tokens - 1].fill_(1.0 / (tokens - 1))
         self._recording.replay()
-        # The next replay overwrites these.
+        # Copied, because the next replay overwrites them.
         made = self._recording.result
         return dataclasses.replace(
             made, **{field.name: getattr(made, field.name).clone() for field in dataclasses.fields(made)}

@@ -1,4 +1,4 @@
-"""Floating-point operations of a step, and the rate at which this machine multiplies matrices: what MFU is made of."""
+"""The floating-point operations of a step, and how fast this machine multiplies matrices; MFU is computed from both."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-#: How long the rate is measured, seconds, after one product that is not counted.
+#: For how many seconds the rate is measured, after one product that is not counted.
 MEASURED_SECONDS = 0.25
 
-#: Sides of the matrices: the first that takes `LEAST_SECONDS` is the one, for a GPU needs large ones to be at its best.
+#: Sides of the matrices. The first whose product takes `_LEAST_SECONDS` is used: GPUs are at their best at large sizes.
 _SIDES = (1024, 2048, 4096, 8192)
 _LEAST_SECONDS = 0.01
 
@@ -20,8 +20,8 @@ _LEAST_SECONDS = 0.01
 def of_step(model: Any) -> tuple[float, float]:
     """`(a, b)`: a step on T tokens takes about a T + b T^2 operations, forward and backward.
 
-    As PaLM counts for its model FLOPs utilization (arXiv 2204.02311, appendix B): 6 for each weight of a linear layer
-    and token, 12 for each layer, channel and pair of tokens; recomputation and the optimizer do not count.
+    Counted as PaLM does for model FLOPs utilization (arXiv 2204.02311, appendix B): 6 per token and weight of a linear
+    layer, 12 per layer, channel and pair of tokens. Recomputation and the optimizer do not count.
     """
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D))
     config = model.config
@@ -29,8 +29,8 @@ def of_step(model: Any) -> tuple[float, float]:
 
 
 def measured_rate(device: torch.device, precision: str) -> float:
-    """Operations per second of large square products in a precision, by the best of `MEASURED_SECONDS`; a product of
-    side n counts 2 n^3."""
+    """Operations per second of large square matrix products in `precision`, by the fastest one within
+    `MEASURED_SECONDS`. A product of side n counts as 2 n^3 operations."""
     dtype = getattr(torch, precision)
     with torch.no_grad():
         for side in _SIDES:

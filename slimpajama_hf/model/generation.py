@@ -1,4 +1,4 @@
-"""What the model writes: greedily after the opening of a document, or after a prompt."""
+"""Generates text with the model, after the beginning of a document or after a prompt."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from slimpajama_hf.model import gpt2_writing
 from slimpajama_hf.model.gpt2_likeness import unlike_gpt2
 
-#: Tokens of the document that the model is given, and tokens that it writes.
+#: Tokens of the document that the model gets as its prompt, and tokens that it generates.
 PROMPT_TOKENS = 10
 NEW_TOKENS = 40
 
 
 def write_after(model: Any, prompt_ids: list[int], new_tokens: int = NEW_TOKENS, temperature: float = 0.0) -> list[int]:
-    """The tokens that the model adds to `prompt_ids`: at most `new_tokens`, fewer at EOS.
+    """The tokens that the model generates after `prompt_ids`: at most `new_tokens`, fewer if EOS comes.
 
-    Greedy at temperature 0. The model is in evaluation mode meanwhile and in its former mode after. Greedily, no random
-    number is drawn.
+    At temperature 0 it decodes greedily and draws no random number. The model generates in evaluation mode and is in
+    its former mode afterwards.
     """
     if temperature <= 0 and unlike_gpt2(model) is None:
         return gpt2_writing.write_greedily(model, prompt_ids, new_tokens)

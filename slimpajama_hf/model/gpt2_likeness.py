@@ -1,4 +1,4 @@
-"""Which models compute what is written out for GPT-2 (`gpt2_step.py`, `gpt2_writing.py`)."""
+"""Tells which models the written-out code of GPT-2 can compute (`gpt2_step.py`, `gpt2_writing.py`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def unlike_gpt2(model: Any) -> str | None:
-    """Why `model` does not compute what is written out here and in `gpt2_writing.py`, in words; None when it does."""
+    """Why the written-out code of GPT-2 does not compute `model`, in words; None if it does."""
     from transformers import GPT2LMHeadModel
 
     if type(model) is not GPT2LMHeadModel:
@@ -22,7 +22,7 @@ def unlike_gpt2(model: Any) -> str | None:
 
 
 def unsupported(model: Any) -> str | None:
-    """Why this step cannot train `model`, in words; None when it can."""
+    """Why `gpt2_step.py` cannot train `model`, in words; None if it can."""
     reason = unlike_gpt2(model)
     if reason is not None:
         return reason

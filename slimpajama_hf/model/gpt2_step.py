@@ -1,21 +1,19 @@
-"""GPT-2's forward and backward on one sample, written out: the arithmetic of autograd's step with fewer bytes moved.
+"""GPT-2's forward and backward on one sample, written out: the same arithmetic as autograd's with less memory traffic.
 
 Why it is faster (figures of 2 CPU cores in benchmarks/results):
-- gradients go straight into one buffer that lives as long as the run: none is zeroed, added up or allocated anew, and
-  the tied embedding gets one dense gradient where autograd makes two and adds them;
-- softmax of the logits, its loss and its gradient are one buffer, worked on in place; from it come, for nothing, the
-  surprisal of every token and the tokens that were guessed right;
-- the norm for clipping is taken from that buffer, on a CPU of each matrix while it is still in the cache, and the
-  optimizer scales while it reads (`grad_scale`);
-- GELU's tanh is written as the sigmoid that it equals, which is one third of the cost, and its backward is
-  multiplications;
-- attention of up to 512 tokens on a CPU is three products a head: cheaper backward than the fused kernel's;
-- products are made by the library that is fast at them, and weights that change seldom are kept in the layout that it
-  wants (`products.py`);
-- no modules, hooks or graph: on CUDA all of it is captured once and replayed as one graph.
+- Gradients are written into one buffer that lives as long as the run. None is zeroed, summed or allocated anew, and the
+  tied embedding gets one dense gradient where autograd makes two and adds them.
+- Softmax of the logits, loss and gradient share one buffer and are computed in place. The surprisal of every token and
+  the count of correct guesses come from it at no cost.
+- The norm for clipping is taken from the gradient buffer; on a CPU from each matrix while it is in the cache. The
+  optimizer scales gradients while it reads them (`grad_scale`).
+- GELU's tanh is computed as an equal sigmoid, at a third of the cost. Its backward is only multiplications.
+- Attention of up to 512 tokens on a CPU is three products per head. Its backward is cheaper than the fused kernel's.
+- Each product is made by the fastest library, and weights that change seldom are kept in its layout (`products.py`).
+- There are no modules, hooks or autograd graph. On CUDA the whole step is captured and replayed as one graph.
 
-What is trained is the same function: losses and gradients agree with `GPT2LMHeadModel` to float32 rounding
-(tests/model/test_gpt2_step.py); in bfloat16 the casts are where autocast has them.
+The function is the same: losses and gradients agree with `GPT2LMHeadModel` to float32 rounding
+(tests/model/test_gpt2_step.py). In bfloat16 the casts are where autocast has them.
 """
 
 from __future__ import annotations
@@ -41,41 +39,41 @@ from slimpajama_hf.model.attention import (
 from slimpajama_hf.model.gpt2_likeness import unsupported
 from slimpajama_hf.model.products import Weights, product, product_into, square
 
-#: What products are made in, by the name of the precision; None: as the weights are.
+#: The dtype of products, by the name of the precision; None: that of the weights.
 LOW_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-#: On a CPU samples are computed in low precision at multiples of this length: oneDNN prepares its products for each
-#: length anew, which takes longer than the padding, and keeps what it prepared.
+#: In low precision on a CPU samples are padded to multiples of this length: oneDNN prepares and keeps products per
+#: length, which takes longer than computing the padding.
 LENGTH_STEP = 32
 
-#: Elsewhere, in low precision, words are added to the head up to a multiple of this: rows of logits that begin at odd
-#: places are multiplied far slower. Those words get no probability, and no gradient.
+#: In low precision on other devices the head is padded to a multiple of this many words, because rows of logits with
+#: unaligned beginnings are multiplied far slower. The added words get no probability and no gradient.
 VOCABULARY_STEP = 64
 
 
 @dataclasses.dataclass
 class Result:
-    """What a step leaves on the device; the gradients are in `GPT2Step.gradients`."""
+    """What a step returns, on the device; the gradients are in `GPT2Step.gradients`."""
 
     loss: torch.Tensor
     """Mean over the predicted tokens, nats; ()."""
     correct: torch.Tensor
     """Tokens guessed right; ()."""
     nats: torch.Tensor
-    """Surprisal of each predicted token; at least (tokens - 1,), what follows is padding."""
+    """Surprisal of each predicted token; at least (tokens - 1,), the rest is padding."""
 
 
 class GPT2Step:
-    """Forward and backward of a `GPT2LMHeadModel`; every call overwrites the gradients of all of its parameters.
+    """Forward and backward of a `GPT2LMHeadModel`; every call overwrites the gradients of all parameters.
 
-    `precision`: `float32`, `bfloat16` or `float16` (products in that; weights, norms, residual stream and loss in
-    float32). `scale`: what gradients are multiplied by while float16 holds them, (), on the model's device, read at
-    every step; `gradients` stay multiplied by it, and nothing else that is told of them is.
-    `max_length`: tokens of the longest sample. On CUDA samples are padded to it and the step is captured as a graph
-    (`cuda_graph.py`); `trouble` is told in words when that is refused, and it runs uncaptured. `seldom_changed`:
-    parameters that most updates leave alone, and that nothing changes behind autograd's back (`.data`): they are cast
-    only when they have changed. `weight`: share of the sample in the gradient of a step of several, (), as `scale` on
-    the device and read at every step; the loss is told without it.
+    `precision`: `float32`, `bfloat16` or `float16`, the dtype of products; weights, norms, residual stream and loss are
+    float32. `max_length`: tokens of the longest sample. On CUDA samples are padded to it and the step is captured as a
+    graph (`cuda_graph.py`). If that is refused, `trouble` is called with a sentence and the step runs uncaptured.
+    `seldom_changed`: parameters that most updates leave alone. They are cast only after a change, so nothing may change
+    them behind autograd's back (`.data`).
+    `scale`: float16's gradient scale, (), on the model's device, read at every step. `gradients` stay multiplied by it;
+    no other result is. `weight`: the share of this sample in the gradient of a step of several samples, (), on the
+    device, read at every step. The loss does not include it.
     """
 
     def __init__(
@@ -97,8 +95,8 @@ class GPT2Step:
         self._low = LOW_PRECISIONS[precision]
         self.scale, self._weight = scale, weight
         self.filled: Callable[[int, int], None] = lambda first, last: None
-        """Told by a step that is not captured of a stretch of `gradients` as soon as it is whole: its first element and
-        the one behind its last. Those of the blocks, the last block first; what is not told of is whole at the end."""
+        """An uncaptured step calls this with the first and one past the last element of each block's part of
+        `gradients` as soon as that part is final, the last block first. All other parts are final at the end."""
         self._max_length = max_length
         self._trouble = trouble
         self._width, self._heads = config.hidden_size, config.num_attention_heads
@@ -118,7 +116,7 @@ class GPT2Step:
         if self._low is not None and self._device.type != "cpu":
             columns = -(-columns // VOCABULARY_STEP) * VOCABULARY_STEP
         self._weights = Weights(self._parameters, self._low, seldom_changed, max_length, {self._head: columns})
-        # Squared norms of gradients that the last backward took on its way, by place, and the version they are of.
+        # Squared norms that the last backward computed, by place, and the version of `gradients` they belong to.
         self._squares: dict[int, torch.Tensor] = {}
         self._squares_version = -1
         transformer = model.transformer
@@ -131,11 +129,11 @@ class GPT2Step:
         self._mask = torch.full((1, 1), 0.0, device=self._device)
         self._replayed: cuda_graph.Replayed | None = None
         self._record = cuda_graph.recorder_of(self._device)
-        """What captures a step; None: nothing does, here or any more."""
+        """Captures a step. None if this device cannot, or after a capture was refused."""
 
     def __call__(self, input_ids: torch.Tensor) -> Result:
-        """One sample, `input_ids` (T,) with 2 <= T <= max_length, on the host, which then waits for nothing, or on the
-        model's device. Leaves `.grad` set. Raises torch.OutOfMemoryError."""
+        """One step on `input_ids` (T,), 2 <= T <= max_length. Sets `.grad` of all parameters. Ids on the host are
+        copied without waiting for the device. Raises torch.OutOfMemoryError."""
         with torch.no_grad():
             self._weights.refresh()
             result = self._by_graph(input_ids)
@@ -146,15 +144,15 @@ class GPT2Step:
         return result
 
     def computes_in(self) -> str:
-        """The precision of its products, as `bfloat16`: seen in the first one of a step."""
+        """The dtype of its products, such as `bfloat16`, observed by computing one."""
         with torch.no_grad():
             self._weights.refresh()
             hidden = self._lowered(torch.zeros(2, self._width, device=self._device))
             return str(self._linear(self._blocks[0].attn.c_attn, hidden).dtype).removeprefix("torch.")
 
     def loss_alone(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The loss of a step on `input_ids`, to the bit, (), by its forward alone; a captured step is replayed whole,
-        and its gradients are overwritten."""
+        """The loss of a step on `input_ids`, (), equal to the bit, by a forward alone. A captured step is replayed as a
+        whole, which overwrites the gradients."""
         if self._record is not None:
             return self(input_ids).loss
         with torch.no_grad():
@@ -162,7 +160,7 @@ class GPT2Step:
             return self._run(*self._arguments(input_ids), backward=False).loss
 
     def _stretch(self, block: nn.Module) -> tuple[int, int]:
-        """Where the gradients of a block lie: its first element of `gradients`, and the one behind its last."""
+        """The first and one past the last element of a block's gradients in `gradients`."""
         begins = [0, *itertools.accumulate(view.numel() for view in self._views)]
         places = [self._place(parameter) for parameter in block.parameters()]
         if places != list(range(places[0], places[-1] + 1)):
@@ -170,19 +168,19 @@ class GPT2Step:
         return begins[places[0]], begins[places[-1] + 1]
 
     def were_changed(self) -> None:
-        """The gradients are no longer what the backward left."""
+        """Tell this step that something changed `gradients` after the backward."""
         self._squares_version = -1
 
     def _padded(self, tokens: int) -> int:
-        """The length that a sample of so many tokens is computed at. What pads it has no share in the loss, and causal
-        attention lets no token see it."""
+        """The length at which a sample of `tokens` is computed. Padding has no share in the loss, and causal attention
+        keeps all tokens from seeing it."""
         if self._low is None or self._device.type != "cpu":
             return tokens
         return max(tokens, min(-(-tokens // LENGTH_STEP) * LENGTH_STEP, self._max_length))
 
     def squared_norms(self, row: torch.Tensor | None = None) -> torch.Tensor:
-        """Squared L2 norm of the gradient of each parameter, (parameters,), on the device; or of its part of a `row` of
-        the shape of `gradients`, which is not scaled."""
+        """Squared L2 norm of each parameter's gradient without `scale`, (parameters,), on the device. With `row`, a
+        tensor in the layout of `gradients` that is not scaled: the norms of its parts."""
         if row is None and self.scale is not None:
             return self._squared_norms_as_they_lie(None) / self.scale.square()
         return self._squared_norms_as_they_lie(row)
@@ -194,10 +192,10 @@ class GPT2Step:
         there = self._squares if row is None and self.gradients._version == self._squares_version else {}
         return torch.stack([there[place] if place in there else square(piece) for place, piece in enumerate(pieces)])
 
-    # ---- what a step works on ----
+    # ---- the inputs of a step ----
 
     def _by_graph(self, input_ids: torch.Tensor) -> Result | None:
-        """The step replayed; None where it is not captured."""
+        """The step by replaying its graph; None if it is not captured."""
         if self._record is None:
             return None
         if self._replayed is None:
@@ -212,7 +210,7 @@ class GPT2Step:
         return self._replayed(input_ids)
 
     def _arguments(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of `_run`, for a sample that is not captured."""
+        """The arguments of `_run` for a step that is not captured."""
         tokens, length = input_ids.numel(), self._padded(input_ids.numel())
         padded = F.pad(input_ids, (0, length - tokens)) if length > tokens else input_ids
         return transfers.to_device(padded, self._device), self._shares(tokens, length)
@@ -233,7 +231,7 @@ class GPT2Step:
         return self._weights.linear(inputs, self._place(module.weight), self._place(module.bias))
 
     def _linear_backward(self, module: Any, inputs: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Gradients of W and b into their places; returns that of the inputs."""
+        """Writes the gradients of W and b into `gradients`; returns that of the inputs."""
         weight = self._place(module.weight)
         self._gradient_product(weight, inputs.t(), gradient)
         torch.sum(gradient, 0, dtype=torch.float32, out=self._views[self._place(module.bias)])
@@ -258,7 +256,7 @@ class GPT2Step:
         return of_inputs
 
     def _run(self, input_ids: torch.Tensor, shares: torch.Tensor, backward: bool = True) -> Result:
-        """Forward and backward of (T,) ids with the weight of each position in the loss, `shares` (T,)."""
+        """Forward and backward of ids (T,); `shares` (T,) is the weight of each position in the loss."""
         length = input_ids.numel()
         x = torch.embedding(self._parameters[self._wte], input_ids)  # (T, D)
         x += self._parameters[self._wpe][:length]
@@ -299,17 +297,17 @@ class GPT2Step:
     def _attention(
         self, qkv: torch.Tensor, scaling: float
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-        """Causal attention of all heads, (T, 3D) -> (T, D), and the function that takes its gradient back."""
+        """Causal attention of all heads, (T, 3D) -> (T, D), and a function for its backward."""
         length = qkv.shape[0]
         size = self._width // self._heads
         if self._device.type != "cpu" or length > LONGEST_EXPLICIT_ATTENTION:
             return fused_attention(qkv, scaling, self._heads)
-        # As the fused kernel: products of `low`, softmax and its sums in float32.
+        # As in the fused kernel: products in `low`, softmax and sums in float32.
         low, block = qkv.dtype, ATTENTION_BLOCK
 
         def by_head(values: torch.Tensor) -> torch.Tensor:
             parts = values.view(length, -1, self._heads, size).permute(1, 2, 0, 3)  # (parts, H, T, d)
-            # Products in low precision would copy every piece of what does not lie close together.
+            # Products in low precision would copy each non-contiguous piece.
             return parts if low == torch.float32 else parts.contiguous()
 
         if low != torch.float32:
@@ -358,7 +356,7 @@ class GPT2Step:
         return attended, back
 
     def _causal(self, length: int) -> torch.Tensor:
-        """0 where a position may look, -inf where it may not; (1, T, T)."""
+        """The causal mask, (1, T, T): 0 where a position may look, -inf where it may not."""
         if self._mask.shape[0] < length:
             self._mask = torch.full((length, length), -math.inf, device=self._device).triu_(1)
         return self._mask[:length, :length].unsqueeze(0)
@@ -366,24 +364,24 @@ class GPT2Step:
     def _head_and_loss(
         self, x: torch.Tensor, input_ids: torch.Tensor, shares: torch.Tensor, backward: bool
     ) -> tuple[Result, torch.Tensor]:
-        """Logits, loss and the gradient of `x` (T, D), the head's in its place; without `backward` the loss alone."""
+        """Result and gradient of `x` (T, D); writes the head's gradient. Without `backward`, `x` is returned as is."""
         hidden, mean, rstd = self._norm(self._final, x)
         hidden = self._lowered(hidden)
         head = self._weights.padded(self._head)  # (V or more, D)
-        logits = product(hidden, head.t()).float()  # (T, V or more), the largest thing of the step: worked on in place
+        logits = product(hidden, head.t()).float()  # (T, V or more), the largest tensor of the step: changed in place
         if logits.shape[1] > self._words:
             logits[:, self._words :].fill_(-math.inf)
-        targets = input_ids.roll(-1).unsqueeze(1)  # (T, 1); the last one is not predicted and has no share
+        targets = input_ids.roll(-1).unsqueeze(1)  # (T, 1); nothing is predicted at the last position, its share is 0
         highest = logits.amax(1, keepdim=True)
         of_target = logits.gather(1, targets)
         correct = self._guessed(logits, highest, of_target, targets, shares)
         torch.softmax(logits, 1, out=logits)
-        # The sum of softmax is 1 over the probability of the highest, which no sample is too surprising for.
+        # log p = logit - highest + log(softmax of the highest): finite even where the softmax of the target is 0.
         nats = (highest - of_target - logits.amax(1, keepdim=True).log()).squeeze(1)  # (T,)
         loss = torch.dot(nats, shares)
         if not backward:
             return Result(loss, correct, nats), x
-        # Softmax minus one at the target, in the mean of the loss.
+        # The gradient of the mean loss: softmax minus one at the target, times the share.
         for factor in (self.scale, self._weight):
             shares = shares if factor is None else shares * factor
         logits.mul_(shares.unsqueeze(1))
@@ -401,10 +399,10 @@ class GPT2Step:
         targets: torch.Tensor,
         shares: torch.Tensor,
     ) -> torch.Tensor:
-        """How many targets are the (first) likeliest token."""
+        """How many targets are the likeliest token (the first of equals)."""
         if self._device.type != "cpu":
             return ((logits.argmax(1, keepdim=True) == targets).squeeze(1) & (shares > 0)).sum()
-        # `argmax` over all rows takes ten times as long as `amax`; where the target is not highest it is not needed.
+        # On a CPU `argmax` takes ten times as long as `amax`, so it runs only where the target has the highest logit.
         rows = ((of_target == highest).squeeze(1) & (shares > 0)).nonzero().squeeze(1)
         return (logits[rows].argmax(1, keepdim=True) == targets[rows]).sum()
 
@@ -420,7 +418,7 @@ class GPT2Step:
             changed = square(words[rows]) - before
             self._squares[self._wte] = self._squares[self._wte] + changed if tied else changed
         else:
-            # Sorted, so that two runs add in the same order; `index_add_` is atomic there.
+            # It sorts, so that two runs add in the same order; `index_add_` is atomic there.
             words.index_put_((input_ids,), gradient, accumulate=True)
         length = gradient.shape[0]
         positions[:length].copy_(gradient)

@@ -1,8 +1,8 @@
-"""GPT-2 writes greedily, one token after the other, written out like its step (`gpt2_step.py`).
+"""Greedy generation with GPT-2, one token after the other, written out like its step (`gpt2_step.py`).
 
-`generate` of a small model spends half of its time between the products: modules, masks, cache objects, checks that
-each token pays anew. Here a token pays for the reading of the weights and little else: 40 tokens of the tiny model in
-half the time, of the 124M model in four fifths (2 CPU cores). It writes what `generate` writes with `do_sample=False`
+`generate` with a small model spends half of its time outside products: modules, masks, cache objects and checks cost
+something at every token. Here little but reading the weights costs time: 40 tokens took half the time with the tiny
+model and four fifths with the 124M model (2 CPU cores). The tokens are those of `generate` with `do_sample=False`
 (tests/model/test_gpt2_writing.py).
 """
 
@@ -17,16 +17,16 @@ import torch.nn.functional as F
 
 @torch.no_grad()
 def write_greedily(model: Any, prompt_ids: list[int], new_tokens: int) -> list[int]:
-    """At most `new_tokens` tokens after `prompt_ids`, the likeliest each time; the last one is EOS if it came.
+    """The likeliest tokens after `prompt_ids`: at most `new_tokens`, fewer if EOS comes, which is then the last.
 
-    `model`: one that is computed as here (`gpt2_likeness.unlike_gpt2`).
+    `model`: one for which `gpt2_likeness.unlike_gpt2` returns None.
     """
     transformer, config = model.transformer, model.config
     heads, width, epsilon = config.num_attention_heads, config.hidden_size, config.layer_norm_epsilon
     longest = len(prompt_ids) + new_tokens
     words, places, head = transformer.wte.weight, transformer.wpe.weight, model.lm_head.weight.t()
     end = transformer.ln_f.weight, transformer.ln_f.bias
-    # Looked up once: a module's attribute costs as much as a small product.
+    # Read once: an attribute of a module costs as much as a small product.
     blocks = [
         (
             [p for module in (block.ln_1, block.attn.c_attn, block.attn.c_proj) for p in (module.weight, module.bias)],
@@ -38,7 +38,7 @@ def write_greedily(model: Any, prompt_ids: list[int], new_tokens: int) -> list[i
     ]
 
     def likeliest(ids: torch.Tensor, seen: int) -> torch.Tensor:
-        """The token after `ids` (t,), which stand behind `seen` cached ones; (1,)."""
+        """The token after `ids` (t,), (1,); `seen`: how many tokens before `ids` are cached."""
         t = ids.shape[0]
         x = torch.embedding(words, ids) + places[seen : seen + t]  # (t, D)
         for attention, mlp, scaling, kept in blocks:
@@ -50,7 +50,7 @@ def write_greedily(model: Any, prompt_ids: list[int], new_tokens: int) -> list[i
             keys, values = kept[:, :, : seen + t]
             scores = torch.bmm(qkv[0], keys.transpose(1, 2)).mul_(scaling)  # (H, t, seen + t)
             if t > 1:
-                # The prompt, which comes first: no token sees those behind it.
+                # The prompt, in the first call: a causal mask.
                 scores += torch.full((t, t), -math.inf, device=x.device).triu_(1)
             attended = torch.bmm(torch.softmax(scores, -1), values)  # (H, t, d)
             x = torch.addmm(b_out, attended.transpose(0, 1).reshape(t, width), w_out).add_(x)

@@ -1,10 +1,11 @@
-"""How much each of some documents moved the loss of a text, estimated from gradients: cheap, to choose which of them to
-leave out in earnest (`commands/influence.py`).
+"""Estimates from gradients how much each of some documents changed the loss of a text.
 
-To first order an update by a document's gradient g changes the text's loss by -rate * h · P g, where h is the gradient
-of the text and P what the optimizer makes of a gradient. Here P is taken from the documents themselves: by element the
-root of the mean squared gradient, as AdamW has it; of the hidden matrices that Muon learns, the inverse root of the
-mean of g gᵀ, which is what makes an average of such gradients orthogonal.
+The estimate is cheap. It chooses which documents are then really left out (`commands/influence.py`).
+
+To first order, an update by a document's gradient g changes the text's loss by -rate * h · P g. h is the gradient of
+the text, and P the preconditioner of the optimizer. Here P is computed from the documents themselves. Elementwise it is
+the root of the mean squared gradient, as in AdamW. For hidden matrices that learn by Muon it is the inverse root of the
+mean of g gᵀ, which makes an average of such gradients orthogonal.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from slimpajama_hf.model.optimization import UPDATE_RMS, hidden_matrices
 
-#: Directions in which documents hardly ever point count no more than one of so much of the largest.
+#: Directions in which gradients hardly ever point count as if they had this share of the largest eigenvalue.
 _FLOOR = 1e-3
 
 
@@ -29,8 +30,8 @@ def estimate(
     max_grad_norm: float,
     done: Callable[[int], None] = lambda count: None,
 ) -> list[float]:
-    """Of each document (token ids), by how much it lowered the loss of `text`, in units of its own: only their order
-    and their signs mean something. `done` is told how many of the 2 passes over the documents are made."""
+    """For each document (token ids), how much it lowered the loss of `text`. The numbers have no unit: only their order
+    and signs mean something. `done` is called with the gradients computed so far, of 2 per document."""
     model.train(False)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     by_muon = {id(each) for each in hidden_matrices(model)} if hidden_optim == "muon" else set()
@@ -40,7 +41,7 @@ def estimate(
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         found = torch.autograd.grad(loss, parameters)
         norm = torch.stack([each.norm() for each in found]).norm().item()
-        # As the step clips it.
+        # Clipped like the gradient of a step.
         scale = min(1.0, max_grad_norm / norm) if max_grad_norm and norm else 1.0
         return [each * scale for each in found]
 
@@ -59,7 +60,7 @@ def estimate(
         if id(parameter) in by_muon:
             values, vectors = torch.linalg.eigh(mean)
             root = (values.clamp(min=0) + _FLOOR * values.max() + 1e-20).rsqrt()
-            # An orthogonal matrix of this shape has elements of 1/sqrt(longer side).
+            # Elements of an orthogonal matrix of this shape have a root mean square of 1/sqrt(longer side).
             length = hidden_rate * UPDATE_RMS * max(parameter.shape) ** 0.5
             steered.append(vectors @ (root[:, None] * (vectors.T @ own)) * length)
         else:

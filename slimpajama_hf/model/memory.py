@@ -1,4 +1,4 @@
-"""Memory: what a run will need, what the device has left, and the word that stands for a traceback when it is out."""
+"""Memory: what a run will need, what the device has left, and a one-sentence error when memory runs out."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.screen import format_bytes
 
-#: What the allocators that have no exception of their own say: that of a CPU (c10/core/impl/alloc_cpu.cpp), of MPS.
+#: What allocators without an exception of their own say: the CPU's (c10/core/impl/alloc_cpu.cpp) and that of MPS.
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def is_out(error: BaseException | None) -> bool:
-    """Whether `error`, or what it came from, is a device or a machine that has no memory left."""
+    """Whether `error`, or an error that caused it, says that a device or the machine is out of memory."""
     import torch
 
     seen = 0
@@ -36,12 +36,12 @@ def is_out(error: BaseException | None) -> bool:
 
 
 def in_words(error: BaseException) -> str:
-    """An error in half a line; a lack of memory without the allocator's advice."""
+    """An error in half a line; out of memory without the allocator's advice."""
     return "out of memory" if is_out(error) else f"{type(error).__name__}: {error}"
 
 
 def give_back() -> None:
-    """Hand what is held but not used back to the device. What an exception still refers to is used."""
+    """Return memory that is held but not used to the device. What an exception still refers to is not freed."""
     import torch
 
     from slimpajama_hf.model import transfers
@@ -54,14 +54,14 @@ def give_back() -> None:
 
 @contextlib.contextmanager
 def said(what: str, cure: str = "close what else uses the device, or start with a smaller --model") -> Iterator[None]:
-    """A lack of memory inside becomes a sentence: "out of memory while `what`; `cure`"."""
+    """Context that turns a lack of memory inside into a UserError: "out of memory while `what`; `cure`"."""
     out = False
     try:
         yield
     except Exception as error:
         if isinstance(error, UserError) or not is_out(error):
             raise
-        # Said outside: what the exception refers to is freed first.
+        # Raised outside of this block: only then is what the exception refers to freed.
         out = True
     if out:
         give_back()
@@ -77,11 +77,11 @@ class Needs:
 
     parameters: int
     state_bytes: int
-    """Weights, their average, gradients and what the optimizer keeps, float32."""
+    """Weights, their average, gradients and the optimizer's state, float32."""
     activation_bytes: int
-    """Of one step: weights cast to a lower precision, what lies between forward and backward; an estimate."""
+    """Of one step: activations and weights cast to a lower precision; an estimate."""
     beside_bytes: int = 0
-    """The most that anything beside the steps takes at a time: a second set of gradients (`noise.py`), a passport."""
+    """The largest need of anything besides the steps: a second set of gradients (`noise.py`), or a passport."""
 
     @property
     def total_bytes(self) -> int:
@@ -101,12 +101,12 @@ def needs(
     processes: int = 1,
     sharded: bool = False,
 ) -> Needs:
-    """Memory of a run whose steps are of one sample of `max_length` tokens.
+    """Memory of a run whose steps are one sample of `max_length` tokens each.
 
-    `averaged`: with an average of the weights; `written_out`: the step is that of `gpt2_step.py`; `measures_noise`:
-    gradients are compared now and then (`noise.py`); `device`: its type, by default that of the model; `processes`:
-    those that compute a step together, and have a model each or (`sharded`) a part of one. What the libraries and the
-    driver take by themselves is not counted.
+    `averaged`: the run keeps an average of the weights. `written_out`: the step is that of `gpt2_step.py`.
+    `measures_noise`: gradients are sometimes compared (`noise.py`). `device`: a type, by default that of the model.
+    `processes`: how many compute a step together; each has a copy of the model, or (`sharded`) a part of it. What the
+    libraries and the driver need for themselves is not counted.
     """
     from slimpajama_hf.model import optimization
 
@@ -117,47 +117,47 @@ def needs(
     muon = optimization.learn_by_muon(model, hidden_optim)
     state = (12 if averaged else 8) * parameters + optimization.moments_bytes(model, hidden_optim)
     if processes > 1:
-        # Gradients on their way to the others (DDP's buckets); of a sharded model each has its part of everything.
+        # DDP's buckets hold the gradients once more. A sharded model and its state are divided among the processes.
         state = state // processes if sharded else state + 4 * parameters
     step = _written_out(config, max_length, low, device) if written_out else _by_autograd(config, max_length, low)
-    # Autocast keeps a cast copy of the weights between forward and backward, the written-out step for good.
+    # Autocast keeps cast weights between forward and backward; the written-out step keeps them for the whole run.
     casts = 2 * parameters if low else 0
     if low and written_out and device == "cpu":
-        # Packed twice (products.py).
+        # Packed in two layouts (products.py).
         casts += 2 * muon
-    # A passport: logits and their softmax, float32, while no step is on.
+    # A passport needs logits and their softmax, float32, between steps.
     passport = 2 * 4 * max_length * config.vocab_size
     if measures_noise:
         beside = max(4 * parameters, passport if device == "cuda" else passport - step)
     else:
-        # A captured step keeps its memory to itself.
+        # A captured step never frees its memory for the passport.
         beside = passport if written_out and device == "cuda" else max(0, passport - step)
     return Needs(parameters, state, step + casts, beside)
 
 
 def _written_out(config: Any, length: int, low: bool, device: str) -> int:
-    """Most bytes that are alive in a step of `gpt2_step.py`, beside weights and gradients."""
+    """Peak bytes of a step of `gpt2_step.py`, without weights and gradients."""
     hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     inner = getattr(config, "n_inner", None) or 4 * hidden
     width = 2 if low else 4
     # The residual stream before attention and before the MLP, float32.
     kept = 2 * 4 * hidden
-    # In the precision of products: two norms, queries, keys and values, what was attended, both sides of the GELU.
+    # In the dtype of products: two norms, queries, keys and values, output of attention, input and output of the GELU.
     kept += width * (2 * hidden + 3 * hidden + hidden + 2 * inner)
     if device != "cpu":
         # The fused kernel's own copy of its output.
         kept += width * hidden
     else:
         if low:
-            # GELU's slope stays in float32; queries, keys and values lie together a second time.
+            # GELU's slope stays in float32; queries, keys and values are copied to be contiguous.
             kept += (4 - width) * inner + width * 3 * hidden
         if length <= 512:
-            # Attention weights, about three quarters of which causality leaves in blocks; in low precision all, twice.
+            # Attention weights. In blocks causality leaves about three quarters; in low precision all, in two dtypes.
             kept += heads * length * ((4 + 2) if low else 3)
     logits = 4 * length * config.vocab_size
     head = logits
     if low:
-        # The gradient of the logits, and that of the head, cast.
+        # The gradient of the logits, and the cast gradient of the head.
         rows = config.vocab_size if device != "cpu" else min(4096, config.vocab_size)
         head += 2 * length * config.vocab_size + 2 * rows * hidden
     elif device == "cpu":
@@ -169,7 +169,7 @@ def _by_autograd(config: Any, length: int, low: bool) -> int:
     width = 2 if low else 4
     # About 17 values of the hidden size are kept per token and layer (two norms, q k v, attention out, 4x twice, ...).
     per_token = getattr(config, "num_hidden_layers", 0) * 17 * getattr(config, "hidden_size", 0) * width
-    # Logits in the working precision, once more in float32 for the loss, and their gradient.
+    # Logits in the working precision, their float32 copy for the loss, and their gradient.
     return int(length * (per_token + config.vocab_size * (width + 4 + 4)))
 
 
@@ -177,7 +177,7 @@ def _by_autograd(config: Any, length: int, low: bool) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes of `device` that nobody holds (of a CPU: that the machine can give); None where nobody can say."""
+    """Free bytes of `device`; for a CPU, what the machine can give. None if that is unknown."""
     import torch
 
     if device.type == "cpu":
@@ -190,7 +190,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def held_bytes(model: Any, device: torch.device) -> int:
-    """What this process holds of `device` already, with a model of float32 weights on it."""
+    """Bytes of `device` that this process already holds, with a model of float32 weights on it."""
     import torch
 
     if device.type == "cuda":
@@ -199,7 +199,7 @@ def held_bytes(model: Any, device: torch.device) -> int:
 
 
 def _free_of_machine() -> int | None:
-    """What the kernel says is available, and no more than a container may take."""
+    """The memory that the kernel calls available, or what the container may still take if that is less."""
     found = []
     with contextlib.suppress(ImportError, OSError):
         import psutil
@@ -207,7 +207,7 @@ def _free_of_machine() -> int | None:
         found.append(int(psutil.virtual_memory().available))
     with contextlib.suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
-        # "max" where there is no limit: no number.
+        # Without a limit the file says "max", which is no number.
         limit = int((group / "memory.max").read_text(encoding="utf-8"))
         taken = int((group / "memory.current").read_text(encoding="utf-8"))
         found.append(max(0, limit - taken))
@@ -215,8 +215,8 @@ def _free_of_machine() -> int | None:
 
 
 def warning(model: Any, device: torch.device, needed: Needs, settings: Any, processes: int = 1) -> str | None:
-    """One sentence where a run needs more than `device` has left, with what to type; None where it fits, or nobody can
-    say. `processes`: those that share it."""
+    """A sentence with what to type if a run needs more memory than `device` has left. None if it fits, or if the free
+    memory is unknown. `processes`: how many share the device."""
     free = free_bytes(device)
     if free is None:
         return None
@@ -238,5 +238,5 @@ def warning(model: Any, device: torch.device, needed: Needs, settings: Any, proc
 
 
 def processes_here() -> int:
-    """Processes of this run on this machine, as a launcher says."""
+    """How many processes of this run are on this machine, according to the launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)

@@ -1,14 +1,14 @@
-"""How the matrices inside the blocks learn: by Muon, or by AdamW at a rate of their own (`--hidden_optim`).
+"""How hidden matrices learn: by Muon, or by AdamW with a learning rate of their own (`--hidden_optim`).
 
-Adam moves every weight by about the rate, whatever its gradient; what a matrix adds to its output grows with the number
-of its inputs that move together. So hidden matrices want a smaller rate than embeddings, norms and biases (Yang et al.
-2022, arXiv 2203.03466, table 3: by 1/width). Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)
-moves a matrix by its averaged gradient made orthogonal: every direction by the same length, however seldom the
-documents point there.
+Adam moves every weight by about the learning rate, whatever its gradient is. The output of a matrix changes the more,
+the more of its inputs move together. So hidden matrices need a smaller rate than embeddings, norms and biases (Yang et
+al. 2022, arXiv 2203.03466, table 3: by 1/width). Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)
+makes the averaged gradient of a matrix orthogonal and moves the matrix by it: by the same length in every direction,
+however rarely documents point there.
 
-Made at every document that costs more than the forward and the backward. But the average hardly changes from one
-document to the next: made every 32nd document, at 32 times the rate, it learned nearly as much. So it costs about what
-the second moment of Adam costs that it does without. docs/recipe.md has the figures.
+Doing this at every document costs more than forward and backward. But the average hardly changes from one document to
+the next: an update every 32nd document at 32 times the rate learned nearly as much. Then Muon costs about as much as
+Adam's second moment, which it does not need. docs/recipe.md has the figures.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from torch.distributed.tensor import DTensor
 from slimpajama_hf.model import shared_turns
 from slimpajama_hf.settings.arguments import HIDDEN_RATES
 
-#: What the gradients so far weigh in their average after another document: a half-life of 69 documents.
+#: Weight of the old average when the gradient of a document is added: a half-life of 69 documents.
 MOMENTUM = 0.99
-#: Root mean square of an element of an update, as a share of the rate: that of AdamW's (Liu et al. 2025, arXiv
-#: 2502.16982, section 2.2).
+#: Root mean square of the elements of an update, as a share of the rate. AdamW's updates have the same (Liu et al.
+#: 2025, arXiv 2502.16982, section 2.2).
 UPDATE_RMS = 0.2
-#: Documents from one update of a matrix to its next; of a matrix whose shorter side is above 512 a sixteenth of that,
-#: for an update costs the more arithmetic of a document's the wider the matrix is.
+#: Documents from one update of a matrix to its next. If its shorter side is above 512, a sixteenth of that side: the
+#: wider a matrix, the larger the share of its update in the arithmetic of a document.
 DOCUMENTS_BETWEEN = 32
 
-#: The polynomial a x + b x^3 + c x^5 that brings singular values towards 1, and how often (Jordan et al. make it five
-#: times). It leaves what is above 0.004 of the largest between 0.5 and 1.2, which does as well as 1.
+#: The polynomial a x + b x^3 + c x^5 that brings singular values towards 1, and how often it is applied (5 times by
+#: Jordan et al.). Singular values above 0.004 of the largest end between 0.5 and 1.2, which does as well as 1.
 _POLYNOMIAL, _ITERATIONS = (3.4445, -4.7750, 2.0315), 4
 
 
-#: Devices whose fused kernels look at `grad_scale` and `found_inf`. That of MPS takes both and looks at neither
+#: Devices whose fused kernels use `grad_scale` and `found_inf`. The kernel of MPS takes both and ignores them
 #: (aten/src/ATen/native/mps/operations/FusedAdamWKernelImpl.mm).
 SCALE_IN_KERNEL = ("cpu", "cuda", "xpu")
 
 
 def scales_in_kernel(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
-    """Whether a step divides gradients by `grad_scale`, and is none where `found_inf` is 1, on the device itself."""
+    """Whether a step divides gradients by `grad_scale` and does nothing if `found_inf` is 1, all on the device."""
     return getattr(optimizer, "_step_supports_amp_scaling", False) and device.type in SCALE_IN_KERNEL
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of two dimensions or more that are neither an embedding nor the output head."""
+    """The parameters of two dimensions or more that are neither an embedding nor the output head."""
     outside = {
         id(parameter)
         for module in model.modules()
@@ -62,17 +62,17 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 def learn_by_muon(model: Any, hidden_optim: str) -> int:
-    """How many of the parameters do."""
+    """How many parameters (elements) learn by Muon."""
     return sum(each.numel() for each in hidden_matrices(model) if each.ndim == 2) if hidden_optim == "muon" else 0
 
 
 def moments_bytes(model: Any, hidden_optim: str) -> int:
-    """Bytes of what the optimizer keeps: two moments of AdamW, of a matrix that learns by Muon one."""
+    """Bytes of the optimizer's state: two moments for AdamW, one for matrices that learn by Muon."""
     return 8 * model.num_parameters() - 4 * learn_by_muon(model, hidden_optim)
 
 
 def set_apart(optimizer: torch.optim.Optimizer, which: list[nn.Parameter], rate: float, **options: Any) -> None:
-    """Move these parameters into groups of their own, behind the others, that learn at `rate` times their rate."""
+    """Move these parameters into new groups, after the others, with `rate` times the learning rate of their old one."""
     chosen = {id(parameter) for parameter in which}
     for group in list(optimizer.param_groups):
         moved = [parameter for parameter in group["params"] if id(parameter) in chosen]
@@ -83,8 +83,8 @@ def set_apart(optimizer: torch.optim.Optimizer, which: list[nn.Parameter], rate:
 
 
 def of_hidden_matrices(optim: str, hidden_optim: str, rate: float | None) -> tuple[str, float]:
-    """What the hidden matrices learn with (`muon`, `adamw`, or whatever else `--optim` is), and their rate as a share
-    of the learning rate. `hidden_optim` and `rate` as asked for; None: the usual one."""
+    """The optimizer of hidden matrices (`muon`, `adamw`, or another `--optim`), and their rate as a share of the
+    learning rate. `hidden_optim` and `rate`: what the user asked for; `rate` None: the default."""
     if optim not in ("adamw_torch", "adamw_torch_fused"):
         return optim, 1.0
     return hidden_optim, HIDDEN_RATES[hidden_optim] if rate is None else rate
@@ -99,8 +99,8 @@ def with_hidden_matrices(
     documents: int,
     processes: int,
 ) -> Any:
-    """An `optimizer` that has made no step, by which the hidden matrices of `model` learn as `--hidden_optim` says, at
-    `rate` times its rate. `product_dtype`, `documents` and `processes` as for `AdamWWithMuon`."""
+    """The optimizer of a run: `optimizer`, changed so that the hidden matrices learn as `--hidden_optim` says, at
+    `rate` times its rate. `optimizer` must not have made a step. The other parameters: see `AdamWWithMuon`."""
     if hidden_optim == "muon":
         assert isinstance(optimizer, torch.optim.AdamW)
         return AdamWWithMuon.of(optimizer, model, rate, product_dtype, documents, processes)
@@ -110,14 +110,13 @@ def with_hidden_matrices(
 
 
 class AdamWWithMuon(torch.optim.AdamW):
-    """AdamW, and Muon for the groups that say `muon`, whose parameters are matrices.
+    """AdamW, with Muon for the groups that say `muon`; all parameters of these are matrices.
 
-    Each matrix keeps the exponential average of its gradients (4 bytes a parameter where AdamW keeps 8), and every
-    `steps_between` steps moves by it, made orthogonal, so far that it comes to `UPDATE_RMS` of the group's rate a step;
-    the matrices take turns. `product_dtype`: what the orthogonal matrix is computed in; `documents`: those of a step.
-    Of several `processes`, whose gradients are the same or shards of the same, each makes a part of the orthogonal
-    matrices (`shared_turns.py`). With `fused`, `grad_scale` and `found_inf` are obeyed as AdamW does, and the device is
-    not waited for.
+    Each matrix has an exponential average of its gradients (4 bytes per parameter; AdamW has 8). Every `steps_between`
+    steps the matrix moves by that average, made orthogonal. The length comes to `UPDATE_RMS` of the group's rate per
+    step. Matrices take turns. `product_dtype`: in what the orthogonal matrix is computed. `documents`: how many a step
+    has. `processes`: how many share the work (`shared_turns.py`), with equal gradients or with shards of them. With
+    `fused`, `grad_scale` and `found_inf` work as in AdamW, without waiting for the device.
     """
 
     def __init__(
@@ -142,33 +141,33 @@ class AdamWWithMuon(torch.optim.AdamW):
         documents: int = 1,
         processes: int = 1,
     ) -> AdamWWithMuon:
-        """In place of an `adamw` that has made no step: the hidden matrices of `model` by Muon at `rate` times its
-        rate, everything else as it was."""
-        # Of Adam's defaults the one that makes it AdamW, which its constructor does not take.
+        """Replaces `adamw`, which must not have made a step: hidden matrices of `model` learn by Muon at `rate` times
+        its rate, all else as before."""
+        # This default makes Adam an AdamW; the constructor of AdamW does not take it.
         options = {name: value for name, value in adamw.defaults.items() if name != "decoupled_weight_decay"}
         optimizer = cls(adamw.param_groups, product_dtype, documents, processes, **options)
         hidden = hidden_matrices(model)
         set_apart(optimizer, [each for each in hidden if each.ndim == 2], rate, muon=True, steps=0)
-        # What holds the matrices of several experts stays with AdamW.
+        # Parameters that hold the matrices of several experts stay with AdamW.
         set_apart(optimizer, [each for each in hidden if each.ndim > 2], rate)
         return optimizer
 
     @property
     def matrices(self) -> list[nn.Parameter]:
-        """What learns by Muon: changed at the steps that are its turn, and in between by nobody."""
+        """The matrices that learn by Muon. Each changes only at the steps of its turn."""
         return [matrix for group in self._groups(muon=True) for matrix in group["params"]]
 
     def _groups(self, muon: bool) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group.get("muon", False) == muon]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Adam's looks into the state of each of its parameters for what those of Muon do not have.
+        # Adam's method reads state of every parameter that parameters of Muon do not have.
         groups = state["param_groups"]
         super().__setstate__(state | {"param_groups": [group for group in groups if not group.get("muon", False)]})
         self.param_groups = groups
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One document's update of everything; of the matrices those whose turn it is."""
+        """Update everything by one step; of the matrices only those whose turn it is."""
         groups = self.param_groups
         self.param_groups = self._groups(muon=False)
         try:
@@ -181,7 +180,7 @@ class AdamWWithMuon(torch.optim.AdamW):
 
     @torch.no_grad()
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        # Every step counts, whether its gradient was a number or not: a device that is not read cannot tell.
+        # Steps with a gradient that is not finite count too: found_inf is on the device, and reading it would wait.
         group["steps"] += 1
         matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
         if not matrices:
@@ -190,12 +189,12 @@ class AdamWWithMuon(torch.optim.AdamW):
         gradients = [_local(matrix.grad) for matrix in matrices]
         self._take_in([_local(average) for average in averages], gradients, 1.0 - MOMENTUM**self._documents)
         found_inf = self._told("found_inf")
-        # 0 where the step is to be skipped: on the device, which is not read.
+        # 0 if the step is to be skipped. It stays on the device, so that nothing waits.
         made = 1.0 if found_inf is None else 1.0 - found_inf
 
         def update_of(average: torch.Tensor) -> torch.Tensor:
             update = orthogonal(average, self._product_dtype)
-            # Of nothing nothing: no gradient has come so far.
+            # The floor keeps the update 0 if there was no gradient so far.
             return update * (made / update.square().mean().sqrt().clamp(min=1e-6))
 
         due: list[tuple[torch.Tensor, ...]] = []
@@ -214,7 +213,7 @@ class AdamWWithMuon(torch.optim.AdamW):
             _local(matrix).add_(update, alpha=length)
 
     def _updates(self, averages: list[torch.Tensor], update_of: shared_turns.Make) -> Iterable[torch.Tensor]:
-        """The update of each, in one process one after the other; this process' rows of it where it is sharded."""
+        """The update of each average; one after the other in one process, or this process' rows if sharded."""
         shards = [average for average in averages if isinstance(average, DTensor)]
         if shards:
 
@@ -227,7 +226,7 @@ class AdamWWithMuon(torch.optim.AdamW):
         return map(update_of, averages)
 
     def _told(self, name: str) -> torch.Tensor | None:
-        """`grad_scale` or `found_inf`, where the trainer has set it."""
+        """`grad_scale` or `found_inf`; None if the trainer has not set it."""
         return getattr(self, name, None)
 
     def _average_of(self, matrix: torch.Tensor) -> torch.Tensor:
@@ -237,14 +236,14 @@ class AdamWWithMuon(torch.optim.AdamW):
         return state["momentum_buffer"]
 
     def _take_in(self, averages: list[torch.Tensor], gradients: list[torch.Tensor], share: float) -> None:
-        """Move each average by `share` of its way to the gradient, scaled as AdamW scales it."""
+        """Move each average towards the gradient by `share`, unscaled as in AdamW."""
         if not (self.defaults["fused"] and scales_in_kernel(self, averages[0].device)):
             torch._foreach_lerp_(averages, gradients, share)
             return
-        # An exponential average is gradient ascent with a decay of the weights: written like this it is one pass.
+        # An exponential average is gradient ascent with weight decay, and so one pass of the fused SGD kernel.
         grad_scale, found_inf, scale = self._told("grad_scale"), self._told("found_inf"), 1.0
         if grad_scale is not None and grad_scale.device.type == "cpu":
-            # Given as a tensor, the scaled gradient would be written back.
+            # Passed as a tensor, it would make the kernel write the unscaled gradient back.
             scale, grad_scale = grad_scale.item(), None
         torch._fused_sgd_(
             averages, gradients, [], lr=share / scale, weight_decay=scale, maximize=True, grad_scale=grad_scale,
@@ -253,26 +252,26 @@ class AdamWWithMuon(torch.optim.AdamW):
 
 
 def steps_between(matrix: torch.Tensor, documents: int = 1) -> int:
-    """Steps of so many documents from one update of a matrix to its next, at least 1."""
+    """Steps of `documents` each from one update of a matrix to its next, at least 1."""
     return max(1, max(DOCUMENTS_BETWEEN, min(matrix.shape) // 16) // documents)
 
 
 def _local(tensor: Any) -> torch.Tensor:
-    """The rows of a sharded matrix that this process has, or a matrix that is not sharded; changed in place, it is
-    changed."""
+    """The rows of a sharded matrix that this process has; any other matrix itself. To change the result in place
+    changes `tensor`."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _squarer(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same parts of each: GPT-2 keeps the matrices of queries, keys and values, (D, 3D), in one."""
+    """The same parts of each tensor: GPT-2 keeps queries, keys and values in one matrix, (D, 3D)."""
     rows, columns = tensors[0].shape
     count = 3 if columns == 3 * rows else 1
     return zip(*(tensor.chunk(count, 1) for tensor in tensors), strict=True)
 
 
 def orthogonal(matrix: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """About a multiple of the nearest (semi-)orthogonal matrix, in `dtype`: the same singular vectors, singular values
-    near each other. Products alone (Newton-Schulz)."""
+    """About a multiple of the nearest (semi-)orthogonal matrix, in `dtype`: the same singular vectors, and singular
+    values close to each other. Computed by products alone (Newton-Schulz)."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix).to(dtype)
     # No singular value may be above 1, rounding included.
@@ -291,11 +290,11 @@ def _iteration(x: torch.Tensor) -> torch.Tensor:
 
 
 def _two_iterations_of_wide(x: torch.Tensor) -> torch.Tensor:
-    """The same twice, (m, n) with n far above m: what x is multiplied by is put together from (m, m) alone.
+    """Two iterations for (m, n) with n far above m: they are combined into one (m, m) factor of x.
 
-    The square of what the first iteration makes is first @ S @ first, for all of these commute. Of m = 768, n = 3,072
-    that takes 0.7 of the time; in bfloat16 the result is 1.3 % from the exact one, where one after the other comes
-    within 0.7 %. More than two at a time would lose what is small in S.
+    The second iteration's S is first @ S @ first, because all of these commute. For m = 768, n = 3,072 this takes 0.7
+    of the time. In bfloat16 the result is 1.3 % from the exact one, that of separate iterations 0.7 %. Combining more
+    than two would lose what is small in S.
     """
     a, b, c = _POLYNOMIAL
     square = x @ x.T

@@ -1,6 +1,6 @@
-"""The model: presets, overrides, and that it does not see what it is to predict.
+"""The model: presets, overrides, and a check that it does not see the tokens that it is to predict.
 
-To add a preset: a row in `PRESETS`.
+To add a preset, add a row to `PRESETS`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from slimpajama_hf import screen
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.model import causality, memory
 
-#: Sizes of GPT-2 (Radford et al. 2019, table 2), and one that learns visibly on a CPU. Parameters with GPT-2's
-#: vocabulary of 50,257 (`tiny`: with the builtin tokenizer's 4,096).
+#: Sizes of GPT-2 (Radford et al. 2019, table 2), and one that learns visibly on a CPU. The comments give the number of
+#: parameters with GPT-2's vocabulary of 50,257; `tiny`: with the 4,096 of the builtin tokenizer.
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"n_layer": 5, "n_head": 4, "n_embd": 256},  # 5.3M
     "small": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 124M
@@ -54,15 +54,15 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
     return overrides
 
 
-#: Sizes without which there is no model; by the names that `PreTrainedConfig.attribute_map` gives to all of them.
+#: Sizes that must be at least 1, by the names that `PreTrainedConfig.attribute_map` maps from.
 SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings", "intermediate_size", "n_inner", "head_dim",
 )  # fmt: skip
-#: Names of what is counted: nothing of it can be negative.
+#: Names of counts, which cannot be negative.
 _COUNTED = re.compile(r"^(n|num|max)_|_(size|dim|heads|layers)$")
 
-#: Fields of a configuration that change nothing in training, and why.
+#: Fields of a configuration that have no effect on training, and why.
 WITHOUT_EFFECT: dict[str, str] = {
     **dict.fromkeys(
         ("architectures", "id2label", "label2id", "num_labels", "problem_type", "transformers_version"),
@@ -82,12 +82,12 @@ WITHOUT_EFFECT: dict[str, str] = {
     "use_cache": "training has no use for a cache, and what is saved generates with one",
 }
 
-#: Not a field, but it has its effect: `eager`, `sdpa`, ...
+#: An override that is not a field but has an effect: `eager`, `sdpa`, ...
 _ATTENTION = "_attn_implementation"
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many rows an embedding needs for the ids of a tokenizer; those of some have gaps."""
+    """How many rows an embedding needs for the ids of a tokenizer; some tokenizers have gaps in their ids."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 
@@ -96,21 +96,21 @@ def model_config(
 ) -> PreTrainedConfig:
     """The configuration that `--model` and `--config_overrides` name, sized for a tokenizer.
 
-    Weights are float32 whatever a file says of `dtype`; `--precision` is what is computed in. Raises UserError for an
-    unknown preset, a file that is no configuration, an override that is unknown, has no effect or contradicts the
-    tokenizer, or a context that is shorter than `max_length`.
+    Weights are float32 whatever a file says of `dtype`; `--precision` chooses what is computed in. Raises UserError for
+    an unknown preset, a file that is not a configuration, an override that is unknown, has no effect or contradicts the
+    tokenizer, and a context shorter than `max_length`.
     """
     import torch
 
     name = model.removeprefix("gpt2-") if model.startswith("gpt2-") else model
     if name in PRESETS:
-        # GPT-2's `gelu_new` is six elementwise kernels; this is the same function in one.
+        # The same function as GPT-2's `gelu_new`, in one kernel instead of six.
         values: dict[str, Any] = {"activation_function": "gelu_pytorch_tanh", **NO_DROPOUT, **PRESETS[name]}
         kind = "gpt2"
     elif model.endswith(".json"):
         values, kind = _read(model)
         if kind == "gpt2":
-            # A file that says nothing of dropout gets none; one that does is obeyed.
+            # No dropout, unless the file asks for it.
             values = NO_DROPOUT | values
     else:
         raise UserError(f"--model {model}: unknown; expected {', '.join(PRESETS)} or a config.json")
@@ -127,7 +127,7 @@ def model_config(
     if changes:
         changes = _checked(changes, config, tokenizer)
         try:
-            # Built anew: what follows from a value (the size of a head from that of all) follows from the new one.
+            # Built anew, so that dependent values (such as the size of a head) follow from the new ones.
             built_with = {name: value for name, value in changes.items() if name != _ATTENTION}
             config = _of_values(kind, _by_own_names(kind, values) | built_with)
             if _ATTENTION in changes:
@@ -140,16 +140,16 @@ def model_config(
         keep = f"; --config_overrides vocab_size={own_size} keeps it" if own_size > needed else ""
         screen.say(f"{model}: vocab_size is {needed:,} here, the tokenizer's, not {own_size:,}{keep}")
     for part in _parts(config):
-        # More rows than the tokenizer has ids (a multiple of 64, for speed) stand, where they were asked for here.
+        # An override may ask for more rows than the tokenizer has ids, such as a multiple of 64 for speed.
         part.vocab_size = changes.get(vocab, needed)
         part.bos_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         part.eos_token_id = tokenizer.eos_token_id
-        # Without a pad token no forward looks for padding (a device read, in transformers'
-        # `warn_if_padding_and_no_attention_mask`).
+        # Without a pad token, transformers' `warn_if_padding_and_no_attention_mask` does not look for padding in each
+        # forward, which would wait for the device.
         part.pad_token_id = changes.get("pad_token_id")
     for part in _with_those_inside(config):
         if part.dtype is not None:
-            # Nearly every file on the Hub says bfloat16: that is how its weights were published.
+            # Nearly every file on the Hub says bfloat16, because its weights were published so.
             part.dtype = torch.float32
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < max_length:
@@ -177,10 +177,10 @@ def _read(path: str) -> tuple[dict[str, Any], str]:
 
 
 def _of_values(kind: str, values: dict[str, Any]) -> PreTrainedConfig:
-    """A configuration with these values, by their own names or by those that all models share."""
+    """A configuration with these values, under the architecture's names or the common ones."""
     from transformers import CONFIG_MAPPING
 
-    # Some keep parts of what they are given, and change them.
+    # Copied, because some configurations keep and change what they are given.
     config: PreTrainedConfig = CONFIG_MAPPING[kind](**copy.deepcopy(_by_own_names(kind, values)))
     return config
 
@@ -193,12 +193,12 @@ def _by_own_names(kind: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _own_name(config: PreTrainedConfig, name: str) -> str:
-    """What this architecture calls what others call `name`."""
+    """The architecture's own name for the common `name`."""
     return str(config.attribute_map.get(name, name))
 
 
 def _with_those_inside(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A configuration, and those inside it."""
+    """A configuration and all configurations inside it."""
     yield config
     for name in config.sub_configs:
         if getattr(config, name, None) is not None:
@@ -206,7 +206,7 @@ def _with_those_inside(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """The configuration, and that of its text model where it has one of its own."""
+    """The configuration, and that of its text model if that is another one."""
     text = config.get_text_config(decoder=True)
     return [config] if text is config else [config, text]
 
@@ -227,8 +227,8 @@ def _refuse_what_is_not_trained(model: str, config: PreTrainedConfig) -> None:
 
 
 def _checked(changes: dict[str, Any], config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Overrides by the names of this architecture. Raises UserError for one that is unknown, of the wrong type, without
-    effect, or at odds with the tokenizer."""
+    """Overrides under the architecture's own names. Raises UserError for one that is unknown, of the wrong type,
+    without effect, or at odds with the tokenizer."""
     fields = {field.name: field for field in dataclasses.fields(config)}
     checked: dict[str, Any] = {}
     for key, value in changes.items():
@@ -246,7 +246,7 @@ def _checked(changes: dict[str, Any], config: PreTrainedConfig, tokenizer: PreTr
             value = _of_its_type(asked, value, fields[name], config)
         _refuse_no_size(asked, name, value, config)
         if name == "initializer_range" and not value > 0:
-            raise UserError(f"{asked}: expected a number above 0, for what is all zeros never learns")
+            raise UserError(f"{asked}: expected a number above 0, because weights of 0 never learn")
         _refuse_unknown_activation(asked, name, value, config)
         if name == _own_name(config, "vocab_size") and value < vocabulary(tokenizer):
             raise UserError(
@@ -257,18 +257,18 @@ def _checked(changes: dict[str, Any], config: PreTrainedConfig, tokenizer: PreTr
     return checked
 
 
-#: What a field takes, in words.
+#: The types of a field, in words.
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
 
 
 def _of_its_type(asked: str, value: Any, field: dataclasses.Field, config: PreTrainedConfig) -> Any:
-    """`value` as the field wants it."""
+    """`value`, converted to the type of the field. Raises UserError if that does not fit."""
     kinds = typing.get_args(field.type) or (field.type,)
     words = " or ".join(_TYPES[kind] for kind in kinds if kind in _TYPES) or f"{field.type}"
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
         value = float(value)
     try:
-        # Configurations check the type of what they are given.
+        # Configurations check the types of their values.
         setattr(copy.copy(config), field.name, value)
     except Exception:
         raise UserError(f"{asked}: expected {words}") from None
@@ -303,7 +303,7 @@ def _refuse_what_the_tokenizer_contradicts(
     }
     if key not in own:
         return
-    # Where a tokenizer has no token for the beginning of a text, the one for its end stands there.
+    # A tokenizer without a beginning-of-text token uses its end-of-text token.
     expected = own[key][1] if key == "bos_token_id" and own[key][0] is None else own[key][0]
     if value != expected and not (key == "pad_token_id" and value is None):
         has = "none" if expected is None else str(expected)
@@ -313,7 +313,7 @@ def _refuse_what_the_tokenizer_contradicts(
 def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """A model with fresh float32 weights, drawn from `seed`.
 
-    Raises UserError for sizes that do not fit together, and for a model that sees the tokens which it is to predict.
+    Raises UserError for sizes that do not fit together, and for a model that sees the tokens that it is to predict.
     """
     import torch
     from transformers import AutoModelForCausalLM, set_seed
@@ -324,7 +324,7 @@ def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
         if any(weight.is_floating_point() and weight.dtype != torch.float32 for weight in model.parameters()):
             model.float()
     except Exception as error:
-        # Whatever does not fit together is found out by the layer that it does not fit.
+        # Sizes that do not fit together fail in some layer, with any exception.
         if memory.is_out(error):
             raise UserError(
                 "out of memory while the model was built; take a smaller --model, or smaller --config_overrides"
@@ -333,14 +333,14 @@ def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
             f"--model, --config_overrides: the model cannot be built ({causality.in_one_line(error)})"
         ) from None
     causality.refuse_what_sees_ahead(model)
-    # The Trainer divides GPT-2's loss by L where L-1 tokens are predicted, unless the loss has this name
+    # For GPT-2's loss the Trainer divides by L although L-1 tokens are predicted, unless the loss has this name
     # (`_get_num_items_in_batch` and `get_batch_samples` of its trainer.py).
     model.loss_type = "ForCausalLM"
     return model
 
 
 def checkpoint_bytes(model: PreTrainedModel, averaged: bool, hidden_optim: str) -> int:
-    """Bytes of what a checkpoint is made of: weights, their average if there is one, what the optimizer keeps."""
+    """Bytes of a checkpoint: weights, their average if there is one, and the optimizer's state."""
     from slimpajama_hf.model import optimization
 
     weights = 4 * model.num_parameters()

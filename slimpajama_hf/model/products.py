@@ -1,10 +1,10 @@
-"""Matrix products of the step, each by the library that is fast at it, and weights laid out for them.
+"""Matrix products of the step, each by the library that is fastest at it, with weights in that library's layout.
 
-`torch.mm` leaves float32 to MKL, which multiplies at half the speed of oneDNN on an AMD processor with AVX-512
-(docs/speed.md). And at each product the matrix on the right is rearranged anew to what the processor reads at once; a
-weight that many products share can be kept like that. Both are done by the operators that torch's own compiler emits
-for a linear layer on a CPU (torch/_inductor/mkldnn_ir.py). They are not documented, so tests/model/test_products.py
-holds them against `torch.mm`; where they are missing, `torch.mm` it is.
+`torch.mm` leaves float32 to MKL, which has half the speed of oneDNN on an AMD processor with AVX-512 (docs/speed.md).
+Each product also rearranges the matrix on the right for the processor. A weight that many products use can be kept in
+that layout. Both are done by the operators that torch's own compiler emits for a linear layer on a CPU
+(torch/_inductor/mkldnn_ir.py). They are not documented, so tests/model/test_products.py compares them with `torch.mm`.
+If they are missing, `torch.mm` is used.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import torch
 
 from slimpajama_hf import devices
 
-#: Rows of a gradient that a CPU multiplies at once: what is copied is then still in its cache, which halves the time of
-#: the head's.
+#: Rows of a gradient that a CPU computes at once. They are still in its cache when they are copied, which halves the
+#: time of the head's gradient.
 ROWS_AT_ONCE = 4096
 
-#: What `torch.mm` is, where oneDNN's own operators are not used in float32.
-MM = "MKL (it is slower on AMD alone)" if torch.backends.mkl.is_available() else "torch.mm (this torch has no MKL)"
+#: The library behind `torch.mm` in float32, in words.
+MM = "MKL (slower only on AMD)" if torch.backends.mkl.is_available() else "torch.mm (this torch has no MKL)"
 
 
 @functools.cache
 def _onednn(dtype: torch.dtype) -> bool:
-    """Whether matrices of `dtype` are to be multiplied by oneDNN's own operators on this processor.
+    """Whether this processor should multiply matrices of `dtype` by oneDNN's own operators.
 
-    Which library it is must not hang on a stopwatch: a run that goes on shall round as it did.
+    The choice does not depend on timing: a resumed run must round as before.
     """
     if dtype == torch.float32 and not devices.is_amd():
-        # On an Intel processor MKL is a tenth faster, in and out of the caches (docs/speed.md). It is the maker's name
-        # that MKL itself goes by.
+        # On an Intel processor MKL is a tenth faster, whether or not data are in the caches (docs/speed.md). MKL itself
+        # chooses by the maker's name too.
         return False
     one = torch.ones(2, 2, dtype=dtype)
     try:
@@ -42,7 +42,7 @@ def _onednn(dtype: torch.dtype) -> bool:
 
 
 def library(device: torch.device, dtype: torch.dtype) -> str:
-    """Which library makes the products of a step that is written out, and why, in words."""
+    """The library that makes the products of the written-out step, and why, in words."""
     if device.type != "cpu":
         return f"torch's own library for {device.type}"
     if not _onednn(dtype):
@@ -57,12 +57,12 @@ def _by_onednn(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 
 def _packed(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """`weight` as oneDNN wants it for inputs of so many rows."""
+    """`weight` in oneDNN's layout for inputs of `rows` rows."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
 def _slow_by_mm(values: torch.Tensor) -> bool:
-    """Whether `torch.mm` leaves products of these to MKL where oneDNN is faster. In bfloat16 it asks oneDNN itself."""
+    """Whether `torch.mm` would use MKL where oneDNN is faster. In bfloat16 `torch.mm` uses oneDNN itself."""
     return values.device.type == "cpu" and values.dtype == torch.float32 and _onednn(values.dtype)
 
 
@@ -74,8 +74,8 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def product_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
-    """(M, K) @ (K, N) into `out` (M, N), which may be of higher precision. On a CPU, where a part of it is still in the
-    cache, the squared L2 norm of what was written, (); elsewhere None."""
+    """Writes (M, K) @ (K, N) into `out` (M, N), which may be of higher precision. On a CPU returns the squared L2 norm
+    of `out`, (), taken while its rows are in the cache; elsewhere None."""
     if out.device.type != "cpu":
         if out.dtype == left.dtype:
             torch.mm(left, right, out=out)
@@ -94,18 +94,18 @@ def product_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> 
 
 
 def square(values: torch.Tensor) -> torch.Tensor:
-    """Squared L2 norm of all elements, (); of what lies in one piece."""
+    """Squared L2 norm of all elements, (), of a contiguous tensor."""
     return torch.dot(values.view(-1), values.view(-1))
 
 
 class Weights:
-    """The parameters of a model as products in `low` precision read them (None: as they are, float32).
+    """The parameters of a model for products in `low` precision; if that is None, the float32 parameters themselves.
 
-    `refresh` before each step brings them up to date. Those that are `seldom_changed` (which nothing may change behind
-    autograd's back, by `.data`) are looked at only when they have changed, and of them a CPU keeps matrices packed, for
-    `linear` and for `linear_backward`, in place of a copy: 4 bytes a parameter. `rows`: usual rows of what is
-    multiplied by them. `padded`: rows that the copy of a matrix shall have, by place; those beyond its own are 0 (in
-    float32 there is no copy). Parameters are named by their place in `parameters`.
+    `refresh` before each step updates them. Parameters in `seldom_changed` are updated only after a change, so nothing
+    may change them behind autograd's back (`.data`). On a CPU their matrices are kept packed for `linear` and
+    `linear_backward`, in place of a copy: 4 bytes per parameter. `rows`: the usual number of rows of inputs. `padded`:
+    by place, how many rows the copy of a matrix has; the added ones are 0 (there is no copy in float32). A place is an
+    index into `parameters`.
     """
 
     def __init__(
@@ -119,11 +119,11 @@ class Weights:
         self._weights = [parameter.detach() for parameter in parameters]
         self._low, self._rows = low, rows
         seldom = {id(parameter) for parameter in seldom_changed}
-        # The version that the copy of a parameter is of; None: copied before every step.
+        # The version of each parameter at its last copy; None: copied before every step.
         self._versions: list[int | None] = [-1 if id(parameter) in seldom else None for parameter in parameters]
         packs = low is not None and self._weights[0].device.type == "cpu" and _onednn(low)
         self._packed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        """Of a matrix W (in, out) for `inputs @ W`, and for `gradient @ W.T`."""
+        """Matrix W (in, out), packed for `inputs @ W` and for `gradient @ W.T`."""
         self._to_pack = {
             place for place, weight in enumerate(self._weights) if packs and id(parameters[place]) in seldom
             and weight.ndim == 2
@@ -142,7 +142,7 @@ class Weights:
                 self._copies[place] = self._padded[place][: len(weight)]
 
     def refresh(self) -> list[int]:
-        """Copy or pack anew what has changed; the places of that."""
+        """Copy or pack what has changed; returns its places."""
         if self._low is None:
             return []
         versions = [
@@ -166,18 +166,18 @@ class Weights:
         low = self._weights[place].to(self._low)
         for_linear, for_backward = _packed(low.t(), self._rows), _packed(low, self._rows)
         if place in self._packed:
-            # Where the old ones lie: memory that is freed one matrix at a time is a heap full of holes.
+            # Into the old memory: freeing one matrix at a time would fragment the heap.
             self._packed[place][0].copy_(for_linear)
             self._packed[place][1].copy_(for_backward)
         else:
             self._packed[place] = for_linear, for_backward
 
     def __getitem__(self, place: int) -> torch.Tensor:
-        """A parameter that is not kept packed, as it was at the last `refresh`."""
+        """A parameter that is not packed, as of the last `refresh`."""
         return self._copies[place]
 
     def padded(self, place: int) -> torch.Tensor:
-        """The same with the rows that were asked for beyond its own."""
+        """The same with the added rows that were asked for."""
         return self._padded.get(place, self._copies[place])
 
     def linear(self, inputs: torch.Tensor, weight: int, bias: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Updates of matrices shared out over processes: each makes some of them, and all have all.
+"""Shares updates of matrices among processes: each process computes some of them, and every process gets its result.
 
-An update of Muon needs a matrix as a whole, and is costly. Where processes have copies of the model, each makes those
-of its matrices and sends them to the others. Where the matrices lie in shards (FSDP2), each process gathers those that
-it makes the updates of, and scatters these.
+An update of Muon is costly and needs the whole matrix. If processes have copies of the model, each sends the updates
+that it computes to the others. If the matrices are sharded (FSDP2), each process gathers the matrices whose updates it
+computes, and scatters the updates.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-#: From matrices that belong together (queries, keys and values are three) to their updates, of the same shapes.
+#: From a matrix to its update, of the same shape.
 Make = Callable[[torch.Tensor], torch.Tensor]
 
 
 def owners(shapes: Sequence[torch.Size], processes: int) -> list[int]:
-    """Who makes the update of each matrix: the costliest first, each to the process that has least to do so far."""
-    # Products of (m, n) with m below n: m m n each, as often for all.
+    """The rank that computes the update of each matrix: costliest first, each to the rank with least work so far."""
+    # Each product of (m, n), m below n, costs m m n, and all matrices need equally many.
     costs = [min(shape) ** 2 * max(shape) for shape in shapes]
     found, busy = [0] * len(shapes), [0] * processes
     for place in sorted(range(len(shapes)), key=lambda place: (-costs[place], place)):
@@ -29,11 +29,11 @@ def owners(shapes: Sequence[torch.Size], processes: int) -> list[int]:
 
 
 def of_copies(matrices: Sequence[torch.Tensor], make: Make, dtype: torch.dtype) -> list[torch.Tensor]:
-    """`make(matrix)` of each, in `dtype`; all processes have the same matrices. The same to the bit in all of them."""
+    """`make(matrix)` of each matrix, in `dtype`, equal to the bit in all processes. All must have the same matrices."""
     rank = dist.get_rank()
     made, under_way = [], []
     for matrix, owner in zip(matrices, owners([each.shape for each in matrices], dist.get_world_size()), strict=True):
-        # What others make is under way while this one makes its own.
+        # While this process computes its own, the updates of the others are on their way.
         update = make(matrix).contiguous() if owner == rank else torch.empty_like(matrix, dtype=dtype).contiguous()
         under_way.append(dist.broadcast(update, src=owner, async_op=True))
         made.append(update)
@@ -43,7 +43,7 @@ def of_copies(matrices: Sequence[torch.Tensor], make: Make, dtype: torch.dtype) 
 
 
 def of_shards(matrices: Sequence[DTensor], make: Make, dtype: torch.dtype) -> list[torch.Tensor]:
-    """This process' rows of `make(matrix)` of each matrix, in `dtype`; of the matrices each process has some rows."""
+    """This process' rows of `make(matrix)` of each matrix, in `dtype`; each process has some rows of every matrix."""
     group = matrices[0].device_mesh.get_group()
     rank, processes = dist.get_rank(group), dist.get_world_size(group)
     whose = owners([each.shape for each in matrices], processes)
@@ -75,7 +75,7 @@ def of_shards(matrices: Sequence[DTensor], make: Make, dtype: torch.dtype) -> li
 
 
 def _padded(local: torch.Tensor, matrix: DTensor, processes: int) -> torch.Tensor:
-    """The rows of this process, filled up to as many as the first has: rows are dealt out in pieces of one size, of
-    which the last ones may be shorter or empty."""
+    """The rows of this process, padded to the number that the first process has: the last processes may have fewer rows
+    or none."""
     rows = -(-matrix.shape[0] // processes)
     return torch.nn.functional.pad(local, (0, 0, 0, rows - local.shape[0])).contiguous()

@@ -1,7 +1,7 @@
-"""Between host and device: copies that neither waits for where the device has streams and events, plain ones elsewhere.
+"""Copies between host and device. If the device has streams and events, neither side waits; else they are plain copies.
 
-CUDA and XPU copy beside the program what lies in pinned memory, and an event says when it is there. MPS has events but
-no streams, a CPU needs neither: there a copy is there when it returns.
+CUDA and XPU copy from and to pinned memory while the program goes on, and an event tells when the copy is complete. MPS
+has events but no streams, and a CPU needs neither: there a copy is complete when the call returns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 
 def streams(device: torch.device) -> Any | None:
-    """The module of torch with the streams and events of a device (`torch.cuda`, `torch.xpu`); None: it has none."""
+    """The module with the streams and events of a device (`torch.cuda`, `torch.xpu`); None if it has none."""
     if device.type == "cpu":
         return None
     module = getattr(torch, device.type, None)
@@ -20,21 +20,21 @@ def streams(device: torch.device) -> Any | None:
 
 
 def wait_for(device: torch.device) -> None:
-    """Until all that was asked of `device` is done."""
+    """Wait until `device` has done everything that was asked of it."""
     module: Any = getattr(torch, device.type, None)
     if device.type != "cpu" and hasattr(module, "synchronize"):
         module.synchronize()
 
 
 def release_cached(device: torch.device) -> None:
-    """Memory that PyTorch keeps for later, back to `device`."""
+    """Return memory that PyTorch keeps for later to `device`."""
     module: Any = getattr(torch, device.type, None)
     if hasattr(module, "empty_cache"):
         module.empty_cache()
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`values` on `device`; what is there already as it is."""
+    """`values` on `device`; not copied if they are there already."""
     if values.device == device:
         return values
     source, waits = _source(values, device)
@@ -42,16 +42,16 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def into(target: torch.Tensor, values: torch.Tensor) -> None:
-    """Copy `values` into a tensor of a device."""
+    """Copy `values` into a tensor on a device."""
     source, waits = _source(values, target.device)
     target.copy_(source, non_blocking=not waits)
 
 
 def _source(values: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, bool]:
-    """What to copy from to have `values` on `device`, and whether the copy waits."""
+    """The tensor to copy from so that `values` come to `device`, and whether that copy waits."""
     if values.device.type != "cpu" or streams(device) is None:
         return values, True
-    # Pinned memory of this copy alone: torch gives it to somebody else only after the device has read it.
+    # Pinned for this copy alone: torch reuses the memory only after the device has read it.
     return values.pin_memory(), False
 
 
@@ -74,7 +74,7 @@ class Reading:
         return self._event is None or self._event.query()
 
     def values(self) -> torch.Tensor:
-        """On the host, in the shape in which they were given; waits for the device."""
+        """The numbers on the host, in the shape they had on the device; waits for the device."""
         if self._event is not None:
             self._event.synchronize()
         return self._values

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: staged, verified by a manifest, renamed; chosen by step number."""
+"""Checkpoints that are complete or absent: staged, verified by a manifest, renamed; chosen by step number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slimpajama_hf.errors import UserError
 MANIFEST = "manifest.json"
 DATA_STATE = "data_state.json"
 
-#: Folders under this prefix are being written or were set aside; uploads and the search for checkpoints pass them over.
+#: Folders with this prefix are being written or were set aside. Uploads and the search for checkpoints ignore them.
 STAGING = "_staging"
 
 
@@ -26,7 +26,7 @@ def path_of(run: Path, step: int) -> Path:
 
 
 def sum_of(path: Path, first_bytes: int | None = None) -> dict[str, Any]:
-    """`bytes` and `sha256` of a file, or of its first bytes. Raises OSError."""
+    """`bytes` and `sha256` of a file, or of its first `first_bytes`. Raises OSError."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while chunk := file.read(2**20 if first_bytes is None else min(2**20, first_bytes - size)):
@@ -41,10 +41,10 @@ def _members(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def staged(run: Path, step: int, about: dict[str, Any]) -> Iterator[Path]:
-    """A folder to write `checkpoint-<step>` into; on leaving it is synced, given its manifest and renamed into place.
+    """Context to write `checkpoint-<step>`; on leaving, it is synced, given its manifest and renamed into place.
 
-    Yields the parent of the folder (that is what transformers wants). On an error nothing of it stays. What is in
-    `about` when it is left goes into the manifest.
+    Yields the parent of that folder, as transformers needs it. After an error nothing of it remains. The manifest
+    includes `about` as it is on leaving.
     """
     parent = run / f"{STAGING}.{os.getpid()}"
     shutil.rmtree(parent, ignore_errors=True)
@@ -61,7 +61,7 @@ def staged(run: Path, step: int, about: dict[str, Any]) -> Iterator[Path]:
         files.sync_folder(folder)
         target = path_of(run, step)
         if target.exists():
-            # The same step saved again: the old one leaves only when the new one is complete.
+            # The same step saved again: the old one is moved only when the new one is complete.
             os.rename(target, parent / "replaced")
         os.rename(folder, target)
         files.sync_folder(run)
@@ -70,13 +70,13 @@ def staged(run: Path, step: int, about: dict[str, Any]) -> Iterator[Path]:
 
 
 def is_plain(name: Any) -> bool:
-    """Whether the name of a file leads to a place inside the folder that it is of: a manifest may be a stranger's."""
+    """Whether the name of a file leads to a place inside its folder; a manifest may come from somebody else."""
     parts = name.split("/") if isinstance(name, str) else [""]
     return "\\" not in name and "\0" not in name and not {"..", ".", ""} & set(parts)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises ValueError, in a few words, where it is none.
+    """The manifest of a checkpoint. Raises ValueError, in a few words, if there is no valid one.
 
     `files`: the sum (`sum_of`) of each file of the checkpoint; `beside`: those of the files that the run appends to.
     """
@@ -99,7 +99,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words, or None when every byte is as its manifest says."""
+    """What is wrong with a checkpoint, in a few words; None if every byte is as its manifest says."""
     try:
         manifest = read_manifest(folder)
     except ValueError as error:
@@ -121,7 +121,7 @@ def problem(folder: Path) -> str | None:
 
 
 def lacks(folder: Path) -> list[str]:
-    """What a checkpoint has not that a run needs to go on exactly; empty when it has all."""
+    """What a checkpoint lacks for an exact resume; empty if nothing."""
     optimizer = any(path.name.startswith("optimizer") for path in folder.iterdir())
     schedule = (folder / "scheduler.pt").is_file()
     return ["the optimizer's state"] * (not optimizer) + ["scheduler.pt"] * (not schedule)
@@ -148,7 +148,7 @@ def newest_good(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def newest_before_trouble(run: Path) -> Path | None:
-    """The newest checkpoint that was not saved amid steps whose loss or gradient was no number."""
+    """The newest checkpoint that was not saved while losses or gradients were not finite; None if there is none."""
     for step in reversed(steps(run)):
         try:
             manifest = read_manifest(path_of(run, step))
@@ -169,7 +169,7 @@ def keep_newest(run: Path, limit: int | None, spared: Path | None = None) -> Non
 
 
 def resolve(place: str) -> Path:
-    """A checkpoint folder from a run folder (its newest good one) or a checkpoint folder. Raises UserError."""
+    """The checkpoint folder at `place`, or the newest good one of the run folder there. Raises UserError."""
     folder = Path(place)
     if not folder.is_dir():
         raise UserError(f"{place}: no such folder; expected a run folder or one of its checkpoint-N")

@@ -1,4 +1,4 @@
-"""The ledger as columns: an array for each field of its rows, which grows with the file."""
+"""The ledger as columns: one array for each field of its rows, growing with the file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from slimpajama_hf.record import ledger
 
-#: Numeric fields of every row and the type they are kept in. What a row lacks, for it is older, is NaN or 0.
+#: Numeric fields of every row, with their dtypes. A field that an older row lacks is NaN or 0.
 NUMBERS: dict[str, Any] = {
     "step": np.int64,
     "loss": np.float64,
@@ -32,20 +32,20 @@ NUMBERS: dict[str, Any] = {
     "loss_after": np.float64,
     "next_loss": np.float64,
 }
-#: What is counted for each row.
+#: Counts for each row.
 COUNTED: dict[str, Any] = {"samples": np.int32, "predicted": np.int64, "first_predicted": np.int64}
-#: Texts that repeat, kept as the numbers of their first appearance.
+#: Texts that repeat; stored as indices, in the order of their first appearance.
 NAMES = ("domain", "shard", "mirror")
-#: What only few rows have, kept in dictionaries by step.
+#: Fields that few rows have; stored in dictionaries by step.
 SELDOM = ("update_skipped", "spike", "skipped", "gaps", "documents", "grad_layers")
 
 
 class Columns:
-    """The ledger as arrays: each name of `NUMBERS` is an attribute of shape (steps,), NaN where it was null.
+    """The ledger as arrays: each name in `NUMBERS` is an attribute of shape (steps,), NaN where the row has null.
 
-    `predicted` (steps,) counts the tokens that each step predicted, `first_predicted` those of its first sample,
+    `predicted` (steps,) counts the predicted tokens of each step, `first_predicted` those of its first sample,
     `samples` its samples. `domain`, `shard` and `mirror` are indices into `names[field]`. `sha1` is (steps, 20).
-    `seldom[field]` is a dictionary by step. `added` holds numbers that the ledger has beside those (`ledger.added`).
+    `seldom[field]` is a dictionary by step. `added` holds all other numbers of the ledger (`ledger.added`).
     """
 
     def __init__(self) -> None:
@@ -79,14 +79,14 @@ class Columns:
 
     @property
     def added(self) -> dict[str, np.ndarray]:
-        """Numbers that rows have beside the usual ones, (steps,) each, NaN where a row has none."""
+        """Numbers besides the usual ones, (steps,) each, NaN where a row has none."""
         return {name: values[: self._size] for name, values in self._added.items()}
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one decoded row."""
         at = self._size
         if at == len(self._sha1):
-            # Doubling: the cost of growth is constant per row.
+            # Doubling keeps the cost of growth constant per row.
             self._store = {name: np.resize(array, 2 * at) for name, array in self._store.items()}
             self._added = {name: np.resize(array, 2 * at) for name, array in self._added.items()}
             self._sha1 = np.resize(self._sha1, (2 * at, 20))
@@ -120,13 +120,13 @@ class Columns:
         self._size += 1
 
     def first(self, steps: int) -> Columns:
-        """The first `steps` rows, sharing their memory."""
+        """The first `steps` rows. Shares memory with this object."""
         part = Columns()
         part.__dict__.update(self.__dict__, _size=min(steps, self._size))
         return part
 
     def prequential_bits_per_byte(self) -> float:
-        """Running code length of everything read so far, over its UTF-8 bytes; NaN before the first row."""
+        """Code length of everything read so far, over its UTF-8 bytes; NaN before the first row."""
         bits, size = self.code_bits, self.text_bytes
         counted = np.isfinite(bits)
         total = int(size[counted].sum())
@@ -140,12 +140,12 @@ class Reader:
         self.path = path
         self.columns = Columns()
         self.trouble = ""
-        """What is wrong with the ledger, in words; empty when nothing is."""
+        """What is wrong with the ledger, in words; empty if nothing is."""
         self._offset = 0
 
     def update(self) -> Columns:
-        """Take in the new rows, up to one that cannot be read. A torn last line waits for the next call; a ledger that
-        was cut back is read anew."""
+        """Read new rows, up to one that cannot be read. A torn last line waits for the next call. A ledger that was
+        cut back is read anew."""
         if not self.path.exists():
             self.trouble = "there is no ledger in this folder yet"
             return self.columns
@@ -174,7 +174,7 @@ def read_columns(path: Path) -> Columns:
     return Reader(path).update()
 
 
-#: Steps of the mean that stands for the end of a run.
+#: Steps of the mean that represents the end of a run.
 LAST_STEPS = 50
 
 

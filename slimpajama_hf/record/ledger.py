@@ -1,7 +1,7 @@
-"""The one record of a run: `ledger.jsonl`, one JSON object per optimizer step, append-only.
+"""The record of a run: `ledger.jsonl`, one JSON object per optimizer step, append-only.
 
-Everything a run shows (metrics, charts, report) is a view of this file and can be made again from it.
-A resume cuts the file back to the step of its checkpoint; nothing else ever rewrites it.
+Everything else that a run shows (metrics, charts, report) can be made again from this file.
+Only a resume rewrites it: it cuts the file back to the step of its checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from slimpajama_hf import files
 
 FILE_NAME = "ledger.jsonl"
 
-#: What may differ between an interrupted run and an unbroken one; left out of the hash chain.
+#: Fields that may differ between an interrupted run and an unbroken one; left out of the hash chain.
 TIME_FIELDS = frozenset({"throughput", "step_seconds"})
 
 #: The hash before the first row.
@@ -39,15 +39,15 @@ class Row:
     loss: float
     """Mean over the predicted tokens, nats per token."""
     accuracy: float
-    """Fraction of next tokens right, teacher-forced."""
+    """Fraction of next tokens predicted right, teacher-forced."""
     tokens: int
     """Tokens of the sample; all but the first of each sample are predicted."""
     text_bytes: int
-    """UTF-8 bytes of the document that those tokens cover."""
+    """UTF-8 bytes of the document that these tokens cover."""
     throughput: float
     """Tokens per second of training time of this step."""
     learning_rate: float
-    """The rate that this step's update used."""
+    """The learning rate of this step's update."""
     grad_norm: float
     """L2 norm of the gradient before clipping."""
     mirror: str
@@ -61,56 +61,56 @@ class Row:
     domain: str
     """`redpajama_set_name`, or the embedded corpus' own name, or `unknown`."""
     tokens_cut: int
-    """Tokens of the document that this sample leaves out; an estimate where `tokens_cut_exact` is false."""
+    """Tokens of the document that this sample leaves out; an estimate if `tokens_cut_exact` is false."""
     tokens_cut_exact: bool
-    """Whether the document was tokenized to its end (a long one is not: cost is bounded by what is kept)."""
+    """Whether the document was tokenized to its end. Long ones are not, because cost is bounded by what is kept."""
     code_bits: float
-    """Code length in bits: `(loss * predicted + samples * ln V) / ln 2`, a first token at its uniform cost."""
+    """Code length in bits: `(loss * predicted + samples * ln V) / ln 2`; a first token has its uniform cost."""
     step_seconds: float
-    """Training time of the step in seconds, charts, samples, evaluation and saving left out."""
+    """Training time of the step in seconds, without charts, samples, evaluation and saving."""
     update_skipped: str = ""
-    """Why the weights were left as they were: `not finite` or `out of memory`; empty for an ordinary step."""
+    """Why the update was skipped: `not finite` or `out of memory`; empty for an ordinary step."""
     spike: float | None = None
-    """Robust z-score of the loss among the 200 steps before it, where it stands out; else null."""
+    """If the loss is a spike, its robust z-score among the 200 steps before it; else null."""
     grad_square: float | None = None
-    """Where noise was measured (`noise.py`), mean squared norm of clipped gradients of some documents; else null."""
+    """If noise was measured (`noise.py`), the mean squared norm of several documents' clipped gradients; else null."""
     grad_agreement: float | None = None
-    """Likewise the mean product of two of them: the part of `grad_square` that is signal."""
+    """In the same steps, the mean product of two of these gradients: the signal in `grad_square`."""
     grad_layers: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    """Likewise both numbers of each layer's part of the gradient, which add up to them; else empty."""
+    """In the same steps, both numbers of each layer's part of the gradient, which sum to the above; else empty."""
     loss_after: float | None = None
-    """Where it was looked at what a step teaches (`teaching.py`), its document's loss after the update; else null."""
+    """If the step's teaching was measured (`teaching.py`), its document's loss after the update; else null."""
     next_loss: float | None = None
-    """Likewise the loss of the next step's document before the update; the next row has it after the update."""
+    """In the same steps, the next step's document's loss before the update; the next row has it after the update."""
     part: int = 0
-    """Which sample of its document this is, from 0 (always 0 for `truncate`)."""
+    """Index of this sample within its document, from 0 (always 0 for `truncate`)."""
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     """Records passed over since the sample before, by reason."""
     gaps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """Shards set aside since the sample before: shard, row from which it is missing, reason."""
+    """Shards set aside since the sample before: shard, first missing row, reason."""
     documents: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """In `pack`, all documents of the block in order: shard, row, text_sha1, first_token, tokens (its EOS counted)."""
+    """In `pack`, all documents of the block in order: shard, row, text_sha1, first_token, tokens (with EOS)."""
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """Where a step has several samples (of several processes, or accumulated), all of them in the order of the stream:
-    rank, shard, row, text_sha1, domain, part, tokens, text_bytes, tokens_cut, loss, accuracy, documents. Then `loss`
-    and `accuracy` of the row are means over all predicted tokens, `tokens`, `text_bytes`, `tokens_cut` and `code_bits`
-    sums, and the document that the row names is the first's."""
+    """If a step has several samples (of several processes, or accumulated), all of them in the order of the stream:
+    rank, shard, row, text_sha1, domain, part, tokens, text_bytes, tokens_cut, loss, accuracy, documents. Then the row's
+    `loss` and `accuracy` are means over all predicted tokens, its `tokens`, `text_bytes`, `tokens_cut` and `code_bits`
+    are sums, and it names the first sample's document."""
     added: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Numbers beside these, by name; in the file they are fields of the row like any other."""
+    """Further numbers, by name; in the file they are fields of the row like any other."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as the file has them, `chain` left out."""
-        # Not `dataclasses.asdict`: it copies deeply, which takes longer than the rest of a row.
+        """The fields as in the file, without `chain`."""
+        # `dataclasses.asdict` copies deeply, which takes longer than the rest of a row.
         record = dict(vars(self))
         return record | record.pop("added")
 
 
-#: Names that a row may have, or one of its samples, and that are no added number.
+#: Names of a row or of its samples that are not added numbers.
 _FIELDS = frozenset(field.name for field in dataclasses.fields(Row)) | {"chain", "rank"}
 
 
 def added(row: dict[str, Any]) -> dict[str, float | None]:
-    """The numbers that a row of the file has beside the fields of `Row`; None where one was not finite."""
+    """The numbers that a row of the file has besides the fields of `Row`; None for one that was not finite."""
     others = row.keys() - _FIELDS
     if not others:
         return {}
@@ -118,12 +118,12 @@ def added(row: dict[str, Any]) -> dict[str, float | None]:
 
 
 def samples_of(row: dict[str, Any]) -> int:
-    """Samples of a step: one, if it does not say otherwise."""
+    """How many samples a step has; one if the row does not say."""
     return max(len(row.get("samples", ())), 1)
 
 
 def each_sample(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The row as one of each of its samples, in the order of the stream; itself where a step is one sample."""
+    """The row of each sample of a step, in the order of the stream; the row itself if a step is one sample."""
     samples = row.get("samples")
     if not samples:
         yield row
@@ -132,7 +132,7 @@ def each_sample(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def predicted(row: dict[str, Any]) -> int:
-    """Tokens that a step predicted: of each sample all but the first."""
+    """Predicted tokens of a step: all but the first of each sample."""
     return max(row["tokens"] - samples_of(row), 0)
 
 
@@ -149,13 +149,13 @@ def encode(row: dict[str, Any]) -> str:
 
 
 def chain_hash(before: str, row: dict[str, Any]) -> str:
-    """Hash of a row and all rows before it: 32 hex digits of BLAKE2b over what does not depend on the clock."""
+    """Hash of a row and all rows before it: 32 hex digits of BLAKE2b, without the fields that depend on the clock."""
     bare = {k: v for k, v in row.items() if k not in TIME_FIELDS and k != "chain"}
     return hashlib.blake2b((before + encode(bare)).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 class Ledger:
-    """Appends rows to `ledger.jsonl`. One write per row, so that a killed process loses no row it has recorded."""
+    """Appends rows to `ledger.jsonl`, each by one write, so that a killed process loses no recorded row."""
 
     def __init__(self, path: Path, chain: str = CHAIN_START) -> None:
         self.path = path
@@ -163,7 +163,7 @@ class Ledger:
         self._file: BinaryIO = files.open_to_append(path)
 
     def append(self, row: Row) -> dict[str, Any]:
-        """Write one row and return it as written (with `chain`). Raises OSError when the disk is full."""
+        """Write one row and return it as written (with `chain`). Raises OSError if the disk is full."""
         record = row.as_dict()
         record["chain"] = chain_hash(self.chain, record)
         line = (encode(record) + "\n").encode("utf-8", "surrogatepass")
@@ -173,14 +173,14 @@ class Ledger:
             if written != len(line):
                 raise OSError(28, "No space left on device", str(self.path))
         except OSError:
-            # Half a row must not stay: the next one would be glued to it.
+            # Half a row must not stay: the next one would be joined to it.
             os.ftruncate(self._file.fileno(), start)
             raise
         self.chain = record["chain"]
         return record
 
     def sync(self) -> None:
-        """Force the rows to the disk (before a checkpoint that counts on them)."""
+        """Flush the rows to the disk, before a checkpoint that refers to them."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -190,7 +190,7 @@ class Ledger:
 
 # ---- reading ----
 
-#: Fields that a row of any version has; later ones have a default.
+#: Fields that rows of all versions have; later fields have a default.
 _ALWAYS = frozenset(
     field.name
     for field in dataclasses.fields(Row)
@@ -199,7 +199,7 @@ _ALWAYS = frozenset(
 
 
 class Damaged(ValueError):
-    """A ledger that cannot be read on. `step`: the first step that is not as it was written."""
+    """A ledger that cannot be read further. `step`: the first step that is not as it was written."""
 
     def __init__(self, path: Path, step: int, why: str) -> None:
         super().__init__(f"{path}: step {step}: {why}")
@@ -207,7 +207,7 @@ class Damaged(ValueError):
 
 
 def decode(line: bytes) -> dict[str, Any]:
-    """A line as a row. Raises ValueError saying in a few words what is wrong with it."""
+    """The row in a line. Raises ValueError that says in a few words what is wrong with the line."""
     if not line.endswith(b"\n"):
         raise ValueError("a torn line (it has no end)")
     try:
@@ -226,8 +226,8 @@ def decode(line: bytes) -> dict[str, Any]:
 
 
 def rows_and_ends(path: Path, offset: int = 0, first: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """The rows of a ledger from step `first` on, whose line begins at byte `offset`, and the byte behind each. A torn
-    last line ends them. Raises Damaged at a line that is not the row of its step."""
+    """The rows of a ledger, each with the byte after its line. Starts at step `first`, whose line begins at byte
+    `offset`, and ends before a torn last line. Raises Damaged at a line that is not the row of its step."""
     if not path.is_file():
         return
     with open(path, "rb") as file:
@@ -250,7 +250,7 @@ def _row_of(path: Path, line: bytes, step: int) -> dict[str, Any]:
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a ledger in order; none where there is no file. Raises Damaged as `rows_and_ends` does."""
+    """The rows of a ledger in order; none if there is no file. Raises Damaged like `rows_and_ends`."""
     return (row for row, _ in rows_and_ends(path))
 
 
@@ -270,19 +270,19 @@ def last_rows(path: Path, count: int) -> list[dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What the first rows of a ledger hold."""
+    """A summary of the first rows of a ledger."""
 
     chain: str = CHAIN_START
     """Chain hash of the last row."""
     bytes: int = 0
     """Size of their lines."""
     predicted: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
-    """Tokens that each step predicted, (steps,)."""
+    """Predicted tokens of each step, (steps,)."""
     losses: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
-    """Loss of each step, (steps,) nats per token, NaN where it has none."""
+    """Loss of each step, (steps,) nats per token, NaN if it has none."""
 
 
-#: What a line that this program wrote looks like: the fields that are needed, the clock's, and the hash at the end.
+#: The form of a line that this program wrote: the fields read here, those of the clock, and the hash at the end.
 _LINE = re.compile(
     rb'(\{"step":(\d+),"loss":([^,]+),"accuracy":[^,]+,"tokens":(\d+),"text_bytes":\d+,)"throughput":[^,]+,'
 )
@@ -290,15 +290,15 @@ _SECONDS, _CHAIN, _ONE_SAMPLE = b'"step_seconds":', b',"chain":"', b'"samples":[
 
 
 def check(path: Path, steps: int | None = None) -> Kept:
-    """Check the hash chain of the first `steps` rows (None: of all) and say what they hold.
+    """Check the hash chain of the first `steps` rows (None: of all); returns their summary.
 
-    A line is hashed as it stands, without a JSON object of it, wherever it looks as this program writes it. Raises
-    Damaged at the first row that is not as it was written, or where the rows end before `steps`.
+    Lines in the form that this program writes are hashed without parsing their JSON. Raises Damaged at the first row
+    that is not as it was written, or if there are fewer than `steps` rows.
     """
     chain, size, step = CHAIN_START.encode(), 0, 0
     predicted_, losses = array.array("q"), array.array("d")
     if path.is_file():
-        # Lines of 600 bytes out of 8 KB at a time take a fifth longer.
+        # With the default buffer of 8 KB, lines of 600 bytes take a fifth longer.
         with open(path, "rb", buffering=2**20) as file:
             for line in file:
                 if step == steps or not line.endswith(b"\n"):
@@ -313,17 +313,17 @@ def check(path: Path, steps: int | None = None) -> Kept:
 
 
 def follows(line: bytes, row: dict[str, Any], before: str) -> bool:
-    """Whether the hash of a row, as its line in the file, follows from its values and the hash before it."""
+    """Whether the hash of a row follows from its values and the hash `before`. `line`: the row in the file."""
     return _checked_by_bytes(line, row["step"], before.encode()) is not None or chain_hash(before, row) == row["chain"]
 
 
 def _checked_by_bytes(line: bytes, step: int, before: bytes) -> tuple[bytes, int, float] | None:
-    """(chain hash, tokens predicted, loss) of a line that is as it was written; None: this way it cannot be told."""
+    """(chain hash, tokens predicted, loss) of a line as it was written; None if its bytes alone do not tell."""
     begin = _LINE.match(line)
-    # In a string a quotation mark has a backslash before it: these are the fields.
+    # Quotation marks inside strings have a backslash before them, so these are the fields themselves.
     if begin is None or line[-45:-35] != _CHAIN or line[-3:] != b'"}\n':
         return None
-    # Mostly the last of the fields; added numbers stand behind it.
+    # Usually the last field; added numbers come after it.
     if line[-57:-45] != _ONE_SAMPLE and _ONE_SAMPLE not in line:
         return None
     head, number, value, tokens = begin.groups()
@@ -332,7 +332,7 @@ def _checked_by_bytes(line: bytes, step: int, before: bytes) -> tuple[bytes, int
     if seconds < 0 or int(number) != step:
         return None
     chain = line[-35:-3]
-    # Without what the clock says, and without the hash itself.
+    # Without the fields of the clock, and without the hash itself.
     hashed = b"".join((before, head, line[after:seconds], line[line.find(b",", seconds) + 1 : -45], b"}"))
     if hashlib.blake2b(hashed, digest_size=16).hexdigest().encode() != chain:
         return None
@@ -350,8 +350,8 @@ def _checked(path: Path, line: bytes, step: int, before: bytes) -> tuple[bytes, 
 
 
 def cut_back(path: Path, steps: int) -> Kept:
-    """Check the first `steps` rows and drop what follows (a torn last line too). Raises Damaged, and drops nothing,
-    where they are not as they were written or not all there."""
+    """Check the first `steps` rows and remove everything after them, also a torn last line. Raises Damaged, and
+    removes nothing, if these rows are not complete and as they were written."""
     kept = check(path, steps)
     if path.exists() and path.stat().st_size != kept.bytes:
         with open(path, "r+b") as file:

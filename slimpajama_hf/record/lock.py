@@ -1,4 +1,4 @@
-"""One run in a folder at a time: an advisory lock that the kernel takes back from a process that died."""
+"""Allows one run in a folder at a time, by an advisory lock that the kernel releases if the process dies."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import filelock
 from slimpajama_hf import screen
 from slimpajama_hf.errors import UserError
 
-#: The underscore keeps it out of uploads. It stays when a run ends, empty: a file that is removed while another process
-#: waits for it would be locked by both.
+#: The underscore keeps this file out of uploads. It stays, empty, when a run ends: if it were removed while another
+#: process waits for it, two processes could hold the lock.
 FILE_NAME = "_lock"
 
 
 def holder(folder: Path) -> dict[str, Any]:
-    """Who says that a run of theirs is on in a folder: `pid`, `host`, `since`; empty where nobody does."""
+    """Which process claims to run in a folder: `pid`, `host`, `since`; empty if none does."""
     try:
         found = json.loads((folder / FILE_NAME).read_bytes()[:4096] or b"{}")
     except (OSError, ValueError, RecursionError):
@@ -40,10 +40,10 @@ class FolderLock:
         self._lock = filelock.FileLock(self.path, blocking=False)
 
     def take(self) -> None:
-        """Raises UserError naming the run that is on in this folder: process, host, since when."""
+        """Take the lock. Raises UserError that names the run in this folder: process, host, since when."""
         try:
             with warnings.catch_warnings():
-                # Said below in our words.
+                # Reported below in our words.
                 warnings.simplefilter("ignore")
                 self._lock.acquire()
         except filelock.Timeout:
@@ -75,7 +75,7 @@ class FolderLock:
         atexit.register(self.release)
 
     def _write(self, text: str) -> None:
-        """Into the file itself: another one in its place would be no lock."""
+        """Write into the lock file itself: a new file in its place would not be locked."""
         with contextlib.suppress(OSError):
             descriptor = os.open(self.path, os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0))
             try:
@@ -85,7 +85,7 @@ class FolderLock:
                 os.close(descriptor)
 
     def release(self) -> None:
-        """Give the folder back; its name goes first, so that nobody finds it stale."""
+        """Release the folder. The holder's name is removed first, so that nobody finds a stale lock."""
         if self._lock.is_locked:
             self._write("")
             self._lock.release()

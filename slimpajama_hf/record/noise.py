@@ -1,17 +1,17 @@
-"""How noisy the gradient of one document is: the gradient noise scale, measured as training goes.
+"""The gradient noise scale: how noisy the gradient of one document is, measured during training.
 
-The noise scale B = tr(S) / |G|^2 is the batch at which noise and signal of the gradient are equal (McCandlish et al.
-2018, arXiv 1812.06162, section 2.2): far below it, twice the batch is worth twice the steps. Two documents' gradients
-at the same weights tell signal from noise: their product is |G|^2 on average, the square of one is |G|^2 + tr(S). So
-every `STEPS_BETWEEN` steps the gradients of the next documents are taken too, at the weights of the step, and thrown
-away.
+The noise scale B = tr(S) / |G|^2 is the batch size at which noise and signal of the gradient are equal (McCandlish et
+al. 2018, arXiv 1812.06162, section 2.2). Far below it, twice the batch is worth twice the steps. Two documents'
+gradients at the same weights separate signal from noise: their product is |G|^2 on average, the square of one is
+|G|^2 + tr(S). So every `STEPS_BETWEEN` steps the gradients of the next documents are also computed at the weights of
+the step, and thrown away.
 
-Averages over the steps of the run, as AdamW's first moment is one, are no substitute: at a constant rate successive
-steps undo each other's noise, and such an average is shorter than as many independent gradients would make it
-(measured here: 1 to 2 % below 1/19 of a single one's square where the signal alone adds 42 %).
+Averages over steps, such as AdamW's first moment, cannot replace this. At a constant rate successive steps undo each
+other's noise, so such an average is shorter than one of independent gradients (measured here: 1 to 2 % below 1/19 of a
+single gradient's square, where the signal alone adds 42 %).
 
-Squares and products are sums over parameters, so each layer has its own: the same measurement says where in the model
-the documents agree.
+Squares and products are sums over parameters, so they are known for each layer. This shows where in the model documents
+agree.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-#: A measurement every so many steps, of so many documents: the step's own and the next. About 1 % of the run.
+#: Steps between measurements, and documents in each: the step's own and the next ones. About 1 % of the run's time.
 STEPS_BETWEEN, DOCUMENTS = 500, 8
-#: Measurements that an estimate is made of, at most and at least.
+#: How many measurements an estimate uses, at most and at least.
 WINDOW, FEWEST = 20, 3
 
 
 @dataclasses.dataclass(frozen=True)
 class NoiseScale:
-    """In documents, with the bounds that two standard errors of the signal leave; `high` None: not bounded."""
+    """A number of documents, with bounds from two standard errors of the signal; `high` None: unbounded."""
 
     value: float
     low: float
@@ -42,9 +42,9 @@ def _scale(own: float, signal: float) -> float:
 
 
 def estimate(squares: np.ndarray, agreements: np.ndarray) -> NoiseScale | None:
-    """From the columns `grad_square` and `grad_agreement` of a ledger, (steps,), NaN where nothing was measured.
+    """The noise scale from columns `grad_square` and `grad_agreement` of a ledger, (steps,), NaN if not measured.
 
-    None while there are too few measurements, or no signal stands out of them.
+    None if there are too few measurements, or if they show no significant signal.
     """
     measured = np.isfinite(squares) & np.isfinite(agreements)
     squares, agreements = squares[measured][-WINDOW:], agreements[measured][-WINDOW:]
@@ -57,7 +57,7 @@ def estimate(squares: np.ndarray, agreements: np.ndarray) -> NoiseScale | None:
 
 
 def _means(squares: np.ndarray, agreements: np.ndarray) -> tuple[float, float, float]:
-    """Mean square, mean product, standard error of the latter."""
+    """Mean square, mean product, and the standard error of the mean product."""
     error = float(agreements.std(ddof=1)) / len(agreements) ** 0.5
     return float(squares.mean()), float(agreements.mean()), error
 
@@ -68,7 +68,7 @@ def _means(squares: np.ndarray, agreements: np.ndarray) -> tuple[float, float, f
 def layer_of(parameter: str) -> str:
     """The layer of a parameter by its name in `GPT2LMHeadModel`: `wte`, `wpe`, `h.0.attn`, `h.0.mlp`, ..., `ln_f`.
 
-    A block's norms count with what they feed. Tied, the head is part of `wte`.
+    A block's norms belong to the layer that they feed. A tied head is part of `wte`.
     """
     first, *rest = parameter.removeprefix("transformer.").split(".")
     if first != "h":
@@ -79,7 +79,7 @@ def layer_of(parameter: str) -> str:
 def of_layers(layers: Sequence[str], squares: np.ndarray, products: np.ndarray) -> dict[str, list[float]]:
     """[mean square, mean product] of each layer, to five digits, from those of its parameters, (parameters,) each.
 
-    `layers`: that of each parameter. Nothing where nothing was measured.
+    `layers`: the layer of each parameter. Empty if nothing was measured.
     """
     found: dict[str, list[float]] = {}
     if not len(squares):
@@ -93,27 +93,27 @@ def of_layers(layers: Sequence[str], squares: np.ndarray, products: np.ndarray) 
 
 @dataclasses.dataclass(frozen=True)
 class LayerNoise:
-    """What is known of one layer's part of the gradient."""
+    """The noise of one layer's part of the gradient."""
 
     layer: str
     share: float
-    """Of the mean square of the whole gradient."""
+    """Share of the mean square of the whole gradient."""
     scale: NoiseScale | None
-    """None: no signal stands out of the noise here."""
+    """None: this layer shows no significant signal."""
     at_least: float | None
-    """Then the noise scale is above this, by two standard errors of the signal; None: nothing is known of it."""
+    """If so, a lower bound of the noise scale, by two standard errors of the signal; None: unknown."""
 
 
 def by_layer(measured: Iterable[Mapping[str, Sequence[float]]]) -> list[LayerNoise]:
-    """From the fields `grad_layers` of a ledger, oldest first, in the order of the model; empty while they are too few.
+    """From `grad_layers` of rows, oldest first: layers in the order of the model; empty if there are too few rows.
 
-    Among many layers two standard errors are passed by chance: of those without signal by one in 33 after twenty
-    measurements, by one in 11 after three (Student's t).
+    Among many layers some pass two standard errors by chance: of those without signal one in 33 after twenty
+    measurements, one in 11 after three (Student's t).
     """
     latest = list(measured)[-WINDOW:]
     if len(latest) < FEWEST:
         return []
-    # Layers that not every measurement has are of no model of ours.
+    # Our models have the same layers in every measurement; others are ignored.
     layers = [layer for layer in latest[0] if all(len(each.get(layer, ())) == 2 for each in latest)]
     values = np.array([[each[layer] for layer in layers] for each in latest], np.float64)  # (measurements, layers, 2)
     values = values.reshape(len(latest), len(layers), 2)
@@ -137,8 +137,8 @@ def _number(value: float) -> str:
 
 
 def in_words(found: NoiseScale, batch: int = 8) -> str:
-    """What a noise scale means for a run of one document a step, in a sentence."""
-    # To learn as much, steps of b documents need in proportion 1 + b / B of them (McCandlish et al. 2018, eq. 2.11).
+    """The meaning of a noise scale for a run with one document per step, in a sentence."""
+    # To learn as much, steps of b documents need 1 + b / B times as many of them (McCandlish et al. 2018, eq. 2.11).
     more = (1 + batch / found.value) / (1 + 1 / found.value) - 1
     bound = "noise-bound" if found.value > 3 else "signal-bound" if found.value < 1 / 3 else "in between"
     high = _number(found.high) if found.high is not None else "any number"

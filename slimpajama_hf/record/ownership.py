@@ -1,8 +1,8 @@
-"""Whether a run folder says what this user has said: begun here, and not changed by another hand since.
+"""Whether this user's own run made a folder, and nobody else has changed it since.
 
-A run folder may be somebody else's: fetched, unpacked, left in a shared place. What it says of the numbers of the run
-is taken from it; where it pushes, what it reads and writes is not, unless the folder holds the mark that this program
-gives it: a keyed hash of its configuration and its corpus. The key is this user's and leaves this machine in no way.
+A run folder may be somebody else's: downloaded, unpacked, or left in a shared place. What it says about the numbers of
+the run is trusted. Where to push, what to read and what to write are trusted only if the folder has this program's
+mark: a keyed hash of its configuration and its corpus. The key is this user's and never leaves this machine.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from slimpajama_hf.record.run_folder import MARK, RunFolder
 
 
 def key_file() -> Path:
-    """Where the key lies: `$XDG_STATE_HOME/slimpajama_hf/key`, as a rule under `~/.local/state`."""
+    """The path of the key: `$XDG_STATE_HOME/slimpajama_hf/key`, usually under `~/.local/state`."""
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     return Path(state).expanduser() / "slimpajama_hf" / "key"
 
 
 def _key() -> bytes | None:
-    """The key, made at the first run; None where it can neither be read nor made."""
+    """The key, made at the first run; None if it can neither be read nor made."""
     path = key_file()
     with contextlib.suppress(OSError, RuntimeError):
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Whole or not at all, and never over another process' key.
+            # Linked into place when complete, and never over the key of another process.
             made = path.with_name(f"key.{os.getpid()}")
             descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
@@ -51,13 +51,13 @@ def _mark(folder: RunFolder, key: bytes) -> str | None:
         config = folder.config.read_bytes() if folder.config.is_file() else b""
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    # The length keeps the two parts apart.
+    # The length separates the two parts.
     content = b"%d\n%s%s" % (len(said), said.encode("utf-8", "surrogatepass"), config)
     return hmac.new(key, content, hashlib.sha256).hexdigest()
 
 
 def sign(folder: RunFolder) -> None:
-    """Mark a run folder as begun here. Where there is no place for a key, nothing is marked."""
+    """Mark a run folder as this user's. Without a place for a key, nothing is marked."""
     key = _key()
     mark = _mark(folder, key) if key is not None else None
     if mark is not None:
@@ -65,7 +65,7 @@ def sign(folder: RunFolder) -> None:
 
 
 def is_own(folder: RunFolder) -> bool:
-    """Whether the folder is as this user's run left it, on this machine."""
+    """Whether the folder is as this user's run left it on this machine."""
     key = _key()
     mark = _mark(folder, key) if key is not None else None
     if mark is None:

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, and whether a start may use it."""
+"""The folder of a run: which files it has, and whether a new start may use it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from slimpajama_hf.record.lock import FolderLock
 
 EVALUATIONS = "evaluations.jsonl"
 
-#: Says whose run it is (`ownership.py`). The underscore keeps it out of uploads.
+#: Marks the run as this user's (`ownership.py`). The underscore keeps it out of uploads.
 MARK = "_made_here"
 
-#: What a run appends to beside its ledger and its surprisals: one JSON object a line, with its `step`.
+#: Files besides ledger and surprisals that a run appends to: one JSON object per line, with its `step`.
 GROWING = ("samples.jsonl", "passports.jsonl", "prompts.jsonl", EVALUATIONS)
 
 
@@ -50,7 +50,7 @@ class RunFolder:
 
     @property
     def prompts(self) -> Path:
-        """What the model writes after fixed prompts, one JSON object per line, append-only."""
+        """What the model generates after fixed prompts, one JSON object per line, append-only."""
         return self.path / "prompts.jsonl"
 
     @property
@@ -64,7 +64,7 @@ class RunFolder:
 
     @property
     def record(self) -> Path:
-        """What the run is: corpus as opened, versions, command."""
+        """Facts about the run: corpus as opened, versions, command."""
         return self.path / "run.json"
 
     @property
@@ -73,12 +73,12 @@ class RunFolder:
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer that was trained for the run, where one was; the same lies in every checkpoint."""
+        """The tokenizer that was trained for the run, if one was; every checkpoint has a copy."""
         return self.path / "tokenizer"
 
     @property
     def forgotten(self) -> Path:
-        """The certificate of `forget`, where documents were forgotten."""
+        """The certificate of `forget`, if documents were forgotten."""
         return self.path / "forgotten.json"
 
     @property
@@ -93,7 +93,7 @@ class RunFolder:
         return any(path.exists() for path in (self.record, self.ledger)) or bool(checkpoints.steps(self.path))
 
     def read_record(self) -> dict[str, Any]:
-        """The content of `run.json`. Raises UserError when it is missing or torn."""
+        """The content of `run.json`. Raises UserError if it is missing or torn."""
         try:
             record = files.strict_json(self.record.read_text(encoding="utf-8"))
             _refuse_another_shape(record)
@@ -104,12 +104,12 @@ class RunFolder:
             raise UserError(f"{self.record}: cannot be read ({error})") from None
 
 
-#: What `made_by` of `run.json` says of the run of a script of somebody else's (`anywhere/run_record.py`).
+#: `made_by` in the `run.json` of a run that somebody else's script made (`anywhere/run_record.py`).
 OF_A_SCRIPT = "RunRecord"
 
 
 def refuse_of_a_script(path: Path, record: dict[str, Any], what: str) -> None:
-    """Raise UserError where only the script that made a run could do `what`."""
+    """Raise UserError if only the script that made a run could do `what`."""
     if record.get("made_by") == OF_A_SCRIPT:
         raise UserError(
             f"{path}: a script of its own trained this run (RunRecord), so {what} needs that script: start it again "
@@ -117,7 +117,7 @@ def refuse_of_a_script(path: Path, record: dict[str, Any], what: str) -> None:
         )
 
 
-#: What a `run.json` has, with the kind of each, `.` between a name and a name inside; of the first six none is missing.
+#: Entries of a `run.json` with their types; a dot separates nested names. The first six are required.
 _SHAPE: dict[str, type | tuple[type, ...]] = {
     "corpus": dict, "corpus.name": str, "corpus.mirror": str, "model": dict, "model.name": str, "tokenizer": str,
     "run_id": str, "model.parameters": int, "sessions": list, "command": list, "max_steps": int,
@@ -125,7 +125,7 @@ _SHAPE: dict[str, type | tuple[type, ...]] = {
 
 
 def _refuse_another_shape(record: Any) -> None:
-    """Raise ValueError where a value is no `run.json` of this program: what is there must be of its kind."""
+    """Raise ValueError if a value is not a `run.json` of this program; all entries must have the right type."""
     if not isinstance(record, dict):
         raise ValueError(f"a JSON object was expected, not {type(record).__name__}")
     for number, (name, kind) in enumerate(_SHAPE.items()):
@@ -139,9 +139,9 @@ def _refuse_another_shape(record: Any) -> None:
 
 
 def prepare(path: str, at_end: contextlib.ExitStack, resume: bool, overwrite: bool) -> RunFolder:
-    """The folder of a run that starts, made, tried and locked; `at_end` leaves it to others again.
+    """The folder of a starting run, created, tested for writing and locked; `at_end` unlocks it.
 
-    Raises UserError when it holds a run, when another run is on in it, or when it cannot be written.
+    Raises UserError if the folder already holds a run, if another run is using it, or if it cannot be written.
     """
     folder = RunFolder(Path(path).expanduser())
     try:
@@ -152,10 +152,10 @@ def prepare(path: str, at_end: contextlib.ExitStack, resume: bool, overwrite: bo
         held = FolderLock(folder.path)
         at_end.callback(held.release)
         held.take()
-        # Behind the lock: two starts at once would remove it for one another.
+        # Only with the lock: two starts at once would remove each other's file.
         files.write_whole(folder.path / "_writable", b"")
         (folder.path / "_writable").unlink(missing_ok=True)
-        # Left by a start that was killed while it replaced a run.
+        # A start that was killed while it replaced a run leaves something to settle.
         settle_replaced(folder)
         if not resume:
             _refuse_what_is_no_run(folder, path)
@@ -177,7 +177,7 @@ def _refuse_a_run(folder: RunFolder, path: str) -> None:
 
 
 def refuse_links(folder: RunFolder) -> None:
-    """Raise UserError where a file that a run writes is a link by name: it would write what that leads to."""
+    """Raise UserError if a file that a run writes is a symbolic link: the run would write to its target."""
     for found in [*_written(folder, links=True), folder.path / lock.FILE_NAME, folder.path / "_outbox"]:
         if found.is_symlink():
             raise UserError(
@@ -187,8 +187,8 @@ def refuse_links(folder: RunFolder) -> None:
 
 
 def _refuse_what_is_no_run(folder: RunFolder, path: str) -> None:
-    """Raise UserError where files that a run would write, or delete, lie there and are not a run's: that has a
-    `run.json` of ours."""
+    """Raise UserError if files are there that a run would write or delete, but no `run.json` of ours shows that they
+    are a run's."""
     with contextlib.suppress(UserError):
         if "run_id" in folder.read_record():
             return
@@ -201,7 +201,7 @@ def _refuse_what_is_no_run(folder: RunFolder, path: str) -> None:
 
 
 def refuse_full_disk(folder: RunFolder, checkpoint_bytes: int) -> None:
-    """Raise UserError when not even one checkpoint fits on the disk."""
+    """Raise UserError if not even one checkpoint fits on the disk."""
     free = shutil.disk_usage(folder.path).free + _bytes_of(folder.path / REPLACED)
     if free < 1.1 * checkpoint_bytes:
         raise UserError(
@@ -210,13 +210,13 @@ def refuse_full_disk(folder: RunFolder, checkpoint_bytes: int) -> None:
         )
 
 
-#: Where the run lies that another replaces, until that has made its first step. One rename takes it from one state to
-#: the next, so that a kill at any moment loses nothing. The underscores keep all of them out of uploads.
+#: Where a run that is being replaced is kept until the new one has made a step. One rename leads from each state to the
+#: next, so that a kill at any moment loses nothing. The underscores keep these folders out of uploads.
 REPLACED, MOVING, DELETED = "_replaced", "_moving", "_deleted"
 
 
 def _written(folder: RunFolder, links: bool = False) -> list[Path]:
-    """What a run has written, and nothing else that lies in its folder; with `links`, what is a link to nowhere too."""
+    """Everything that a run has written into its folder, and nothing else; with `links`, broken links too."""
     made = [checkpoints.path_of(folder.path, step) for step in checkpoints.steps(folder.path)]
     made += [
         folder.viz, folder.path / "_index", folder.path / "tensorboard", folder.ledger, folder.surprisals,
@@ -227,8 +227,8 @@ def _written(folder: RunFolder, links: bool = False) -> list[Path]:
 
 
 def put_aside(folder: RunFolder) -> None:
-    """Make room for a new run. Once that has a row in its ledger, `settle_replaced` deletes the old one, else it brings
-    it back."""
+    """Make room for a new run. When that has a row in its ledger, `settle_replaced` deletes the old run; otherwise it
+    restores the old one."""
     moving = folder.path / MOVING
     moving.mkdir(exist_ok=True)
     for path in _written(folder):
@@ -238,7 +238,7 @@ def put_aside(folder: RunFolder) -> None:
 
 
 def settle_replaced(folder: RunFolder) -> None:
-    """Of a run and the one that it was to replace, keep one: the new one if it has made a step."""
+    """Keep either the new run, if it has made a step, or the run that it was to replace."""
     replaced, moving, deleted = (folder.path / name for name in (REPLACED, MOVING, DELETED))
     try:
         shutil.rmtree(deleted, ignore_errors=True)
@@ -278,8 +278,8 @@ def _bytes_of(folder: Path) -> int:
 
 
 def resume_command(folder: Path, record: dict[str, Any]) -> str:
-    """What goes on with a run, with the threads of its `run.json` (`record`): accelerate gives a CPU one by itself. Of
-    a script of somebody else's, that script."""
+    """The command that continues a run, or the script if somebody else's made it. `record`: its `run.json`, which has
+    the number of threads; accelerate by itself would use one on a CPU."""
     if record.get("made_by") == OF_A_SCRIPT:
         return " ".join(["python", *record.get("command", [])])
     threads = record.get("torch_threads")
@@ -291,10 +291,10 @@ def resume_command(folder: Path, record: dict[str, Any]) -> str:
 
 
 def cut_to(source: RunFolder, target: RunFolder, steps: int) -> ledger.Kept:
-    """The records of the first `steps` steps of `source`, in `target`, which may be the same folder: its ledger,
-    surprisals, and the lines of `GROWING`. Lines that cannot be read are left out, counted and said.
+    """Copy the records of the first `steps` steps of `source` into `target`, which may be the same folder: ledger,
+    surprisals, and the lines of `GROWING`. Lines that cannot be read are left out, counted and reported.
 
-    Raises `ledger.Damaged`, with nothing changed, where the ledger is not as it was written.
+    Raises `ledger.Damaged`, and changes nothing, if the ledger is not as it was written.
     """
     refuse_links(source)
     if source == target:
@@ -310,7 +310,7 @@ def cut_to(source: RunFolder, target: RunFolder, steps: int) -> ledger.Kept:
         if damaged:
             screen.say(
                 f"{target.surprisals}: the tokens of {len(damaged):,} steps do not have their loss as their mean (the "
-                f"first: step {damaged[0]}); those are not known from here on, the ledger is whole"
+                f"first: step {damaged[0]}); their surprisals are dropped, the ledger is whole"
             )
     for name in GROWING:
         if (source.path / name).is_file():
@@ -319,17 +319,17 @@ def cut_to(source: RunFolder, target: RunFolder, steps: int) -> ledger.Kept:
 
 
 def lengths(folder: RunFolder) -> dict[str, int]:
-    """How long each file of `GROWING` is, in bytes."""
+    """The length of each file of `GROWING`, in bytes."""
     return {name: (folder.path / name).stat().st_size for name in GROWING if (folder.path / name).is_file()}
 
 
 def sums(folder: RunFolder, first_bytes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """For the manifest of a checkpoint: how long each file of `GROWING` was, and the SHA-256 of that."""
+    """For the manifest of a checkpoint: the length and SHA-256 of each file of `GROWING` up to that length."""
     return {name: checkpoints.sum_of(folder.path / name, size) for name, size in first_bytes.items()}
 
 
 def not_as_saved(folder: RunFolder, manifest: dict[str, Any]) -> list[str]:
-    """The files of `GROWING` that do not begin with the bytes which they had when a checkpoint was saved."""
+    """The files of `GROWING` that no longer begin with the bytes that they had when a checkpoint was saved."""
     return [
         name
         for name, saved in manifest.get("beside", {}).items()

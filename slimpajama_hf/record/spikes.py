@@ -1,4 +1,4 @@
-"""How unusual a loss is for its time."""
+"""Finds losses that are unusual for their time."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterable
 
 
 class LossSpikes:
-    """Losses that stand out among the 200 before them: by how many robust standard deviations.
+    """Finds losses that are far above the 200 before them, in robust standard deviations.
 
-    The scale is the interquartile range over 1.349 (that of a normal distribution), so that one spike does not hide
-    the next.
+    The standard deviation is estimated as the interquartile range over 1.349 (that of a normal distribution), so that
+    one spike does not hide the next.
     """
 
     WINDOW = 200
     FEWEST = 50
-    #: Documents differ a lot at batch size 1; so far out there is about one step in 10,000 of an ordinary run.
+    #: Documents differ a lot at batch size 1; in an ordinary run about one step in 10,000 is beyond this.
     THRESHOLD = 5.0
 
     def __init__(self, losses: Iterable[float] = ()) -> None:
@@ -33,7 +33,7 @@ class LossSpikes:
             del self._sorted[bisect_left(self._sorted, oldest)]
 
     def score(self, loss: float) -> float | None:
-        """The robust z-score of `loss` if it is a spike, else None; `loss` (nats per token, finite) is remembered."""
+        """The robust z-score of `loss` if it is a spike, else None. Remembers `loss` (nats per token, finite)."""
         spike, count = None, len(self._sorted)
         if count >= self.FEWEST:
             low, middle, high = (self._sorted[count * quarter // 4] for quarter in (1, 2, 3))

@@ -1,8 +1,7 @@
-"""How much each token surprised the model when it was read: the step's loss before its mean, kept for every step.
+"""How much each token surprised the model when it was read: the loss of every token of every step.
 
-`surprisals.f32` holds little-endian float32, nats, a value for each token that a ledger row predicted (the first of a
-sample is not), sample after sample and row after row: where a row begins follows from the ledger. NaN where a step has
-no loss.
+`surprisals.f32` holds little-endian float32, nats: one value for each predicted token (the first of a sample is not),
+sample after sample and row after row of the ledger. The ledger tells where a row begins. NaN if a step has no loss.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ DTYPE = np.dtype("<f4")
 
 
 class Surprisals:
-    """Writes the values of finished steps; `predicted` tokens stand in the file already."""
+    """Writes the values of finished steps. `predicted`: how many values the file has already."""
 
     def __init__(self, path: Path, predicted: int = 0) -> None:
         self.path = path
@@ -31,20 +30,20 @@ class Surprisals:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | files.NO_LINK, 0o666)
 
     def write(self, nats: np.ndarray) -> None:
-        """The values (tokens - 1,) of the next step, at their place; `advance` makes it the place of the one after.
+        """Write the values (tokens - 1,) of the next step. Until `advance` is called, they can be written again.
 
-        Raises OSError when the disk is full; the same step can then be written again.
+        Raises OSError if the disk is full.
         """
         data = nats.astype(DTYPE, copy=False).tobytes()
         if os.pwrite(self._file, data, self._predicted * DTYPE.itemsize) != len(data):
             raise OSError(28, "No space left on device", str(self.path))
 
     def advance(self, predicted: int) -> None:
-        """The step that was written, of `predicted` values, stands in the ledger too."""
+        """Go on behind the written step, of `predicted` values, once its row is in the ledger."""
         self._predicted += predicted
 
     def sync(self) -> None:
-        """Force the values to the disk."""
+        """Flush the values to the disk."""
         os.fsync(self._file)
 
     def close(self) -> None:
@@ -52,8 +51,8 @@ class Surprisals:
 
 
 def cut_back(path: Path, kept: Kept) -> list[int]:
-    """Keep the values of the rows of `kept`; where the file is shorter (or not there), the rest reads as NaN. Values
-    whose mean is not the loss of their step become NaN: the steps where that is so."""
+    """Keep the values of the rows of `kept`; values that the file lacks become NaN. The values of a step whose mean is
+    not its loss become NaN too; returns these steps."""
     predicted = int(kept.predicted.sum())
     size = path.stat().st_size if path.exists() else 0
     if size > predicted * DTYPE.itemsize:
@@ -75,8 +74,8 @@ def cut_back(path: Path, kept: Kept) -> list[int]:
 
 
 def compare(values: np.ndarray, predicted: np.ndarray, losses: np.ndarray, block: int = 4096) -> tuple[list[int], int]:
-    """The steps whose values do not have the loss of the step as their mean, and how many were looked at: those that
-    have a loss and a value. `predicted`, `losses`: of each step, (steps,)."""
+    """The steps whose values do not have the step's loss as their mean, and how many steps were compared: those with a
+    loss and a value. `predicted`, `losses`: of each step, (steps,)."""
     begins, found, count = offsets(predicted), list[int](), 0
     for first in range(0, len(predicted), block):
         last = min(first + block, len(predicted))
@@ -96,12 +95,12 @@ def compare(values: np.ndarray, predicted: np.ndarray, losses: np.ndarray, block
 
 
 def offsets(predicted: np.ndarray) -> np.ndarray:
-    """Where each step begins, in values: (steps + 1,) for the tokens that each step predicted (steps,)."""
+    """The index of the first value of each step, (steps + 1,), from the predicted tokens of each step, (steps,)."""
     return np.concatenate([[0], np.cumsum(predicted)])
 
 
 def read(path: Path, first: int, count: int) -> np.ndarray:
-    """`count` values from the `first` on, float32, nats; NaN where the file ends before."""
+    """`count` values from index `first` on, float32, nats; NaN beyond the end of the file."""
     found = np.full(count, np.nan, np.float32)
     if path.exists() and count:
         with open(path, "rb") as file:

@@ -1,20 +1,20 @@
-"""Which documents teach: what the update of one document does to its own loss, and to that of one not yet learned.
+"""What documents teach: how the update of one document changes its own loss, and that of a document not yet learned.
 
-Every `STEPS_BETWEEN` steps two losses are computed that a step does not need: that of the step's document after its
-update, and before the update that of the document which comes next. The other halves of both pairs are in the ledger
-anyway, for every document is scored before it is learned: its own loss before, and the next one's after. Two forwards
-thus give two changes, by the arithmetic of the steps themselves, so that nothing but the update is between them.
+Every `STEPS_BETWEEN` steps two additional losses are computed: that of the step's document after its update, and that
+of the next document before this update. The ledger has the other half of both pairs, because every document is scored
+before it is learned: its own loss before, and the next one's after. So two forwards give two changes, with the
+arithmetic of the steps themselves and nothing but the update in between.
 
 Why the next document of the stream: it is held out at that moment, every corpus has one, it is of the run's own
-mixture, and a resume reads the same one again; held-out documents of another file would have to be there, and would
-cost a forward more for each change. Why one and not several: by how much one document helps another is mostly noise,
-which only numbers lessen, and a forward spent on another update lessens it more than one on the same: of the two
-variances, between updates and between the documents that they are tried on, it divides both. So a single change means
-little, and `by_domain` says how much the means mean.
+mixture, and a resume reads it again. Held-out documents from a file would have to exist, and would cost one more
+forward per change. Why only one: how much one document helps another is mostly noise, which only more measurements
+reduce. A forward for another update reduces it more than one for the same update, because it divides both variances:
+between updates, and between the documents on which they are tested. So a single change means little; `by_domain` tells
+the errors of the means.
 
-Not looked at: what autograd or several processes compute (as with `noise.py`), and packed blocks, which are of several
-domains. Not held out, and left out: a later part of the same document, and after the first pass all that it taught.
-The steps are fixed, so that a run that was interrupted has the same numbers: about 0.5 % of the run.
+Not measured: steps of autograd or of several processes (as in `noise.py`), and packed blocks, which mix domains. Later
+parts of the same document, and everything after the first pass, are not held out and are left out. The steps are fixed,
+so that an interrupted run has the same numbers. The cost is about 0.5 % of the run.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from slimpajama_hf.record.columns import Columns
 
 
-#: Prime: a corpus whose domains take turns shall not show the same one each time.
+#: Prime, so that a corpus whose domains take turns does not always show the same one.
 STEPS_BETWEEN = 127
-#: Measurements of a domain without which it takes no part in what is said about domains.
+#: Nothing is said about a domain with fewer measurements.
 FEWEST = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Fall:
-    """By how much a loss fell, nats per token: mean over documents, and its standard error."""
+    """How much a loss fell, nats per token: mean over documents, and its standard error."""
 
     count: int
     mean: float | None
@@ -52,15 +52,15 @@ class Fall:
 
 @dataclasses.dataclass(frozen=True)
 class Taught:
-    """What the documents of a domain taught: by how much the update of each lowered a loss."""
+    """What the documents of a domain taught: how much the update of each lowered a loss."""
 
     domain: str
     own: Fall
-    """Its own."""
+    """The document's own loss."""
     same: Fall
-    """That of the next document, not learned yet, where it was of the same domain."""
+    """The loss of the next document, not learned yet, if it was of the same domain."""
     other: Fall
-    """Likewise where it was of another."""
+    """The same if it was of another domain."""
 
 
 def _fall(values: np.ndarray) -> Fall:
@@ -73,10 +73,10 @@ def _fall(values: np.ndarray) -> Fall:
 def falls(
     loss: np.ndarray, loss_after: np.ndarray, next_loss: np.ndarray, learning_rate: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """By how much each update lowered the loss of its own document and that of the next, nats per token, (steps,) each;
-    NaN where it was not measured, and where it does not count. The arguments are columns of the ledger, (steps,).
+    """How much each update lowered the loss of its own document and of the next one, nats per token, (steps,) each.
 
-    Steps at the rate of the last one alone count: in warm-up each teaches another amount than the one before.
+    The arguments are columns of the ledger, (steps,). NaN where it was not measured, and at steps with another learning
+    rate than the last step: in warm-up each step teaches a different amount.
     """
     alike = learning_rate == learning_rate[-1:]
     own = np.where(alike, loss - loss_after, np.nan)
@@ -91,7 +91,7 @@ def by_domain(
     domain: np.ndarray,
     names: Sequence[str],
 ) -> tuple[Taught, list[Taught]]:
-    """What all documents taught, and those of each domain: the means of `falls`, `domain` are indices into `names`."""
+    """What all documents taught, and those of each domain: means of `falls`. `domain`: indices into `names`."""
     own, following = falls(loss, loss_after, next_loss, learning_rate)
     akin = np.append(domain, -1)[1:] == domain
 
@@ -109,9 +109,9 @@ def of_columns(columns: Columns) -> tuple[Taught, list[Taught]]:
 
 
 def differ(falls: Sequence[Fall]) -> bool | None:
-    """Whether the means of domains differ by more than their errors explain; None while fewer than two can be compared.
+    """Whether the means of domains differ by more than their errors explain; None if fewer than two are comparable.
 
-    Cochran's Q against two standard deviations of its distribution (chi-squared) without any difference.
+    Cochran's Q is compared with two standard deviations of its distribution without a difference (chi-squared).
     """
     pairs = [(fall.mean, fall.error) for fall in falls if fall.count >= FEWEST and fall.mean is not None and fall.error]
     if len(pairs) < 2:
@@ -132,7 +132,7 @@ def _change(fall: Fall) -> str:
 
 
 def in_words(whole: Taught, domains: Sequence[Taught]) -> str | None:
-    """What updates teach, in a sentence, ± one standard error; None while too little is measured."""
+    """What updates teach, in a sentence, ± one standard error; None if too little was measured."""
     if whole.own.count < FEWEST:
         return None
     return (

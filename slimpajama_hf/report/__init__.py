@@ -1,7 +1,7 @@
-"""The report of a run: one HTML file that opens from disk, with everything that its folder knows.
+"""The report of a run: one HTML file that opens from disk, with everything that the run's folder has.
 
-`write(folder)` makes `RUN/report.html`; `watch.serve(folder)` shows it in a browser while the run is on. Nothing here
-imports torch: the report is a view of files.
+`write(folder)` makes `RUN/report.html`; `watch.serve(folders, ...)` shows it in a browser while the run is training.
+Nothing here imports torch: the report is made from files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Everything that the page shows, gathered from the folder of a run: JSON values and arrays (see `gather`)."""
+"""Gathers everything that the page shows from the folder of a run: JSON values and arrays (see `gather`)."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from slimpajama_hf.record.run_folder import RunFolder
 
 
-#: Spikes, skipped updates and passed-over records of one kind that the page lists.
+#: How many spikes, skipped updates and passed-over records the page lists, of each kind.
 MOST_EVENTS = 2_000
-#: Bytes of the packed content that passports may fill up to: the page is a third larger (base64).
+#: Maximum size of the packed content in bytes; passports are left out to keep it. The page is a third larger (base64).
 MOST_BYTES = 3_450_000
 
 
 def gather(folder: RunFolder, reader: Reader, most_passports: int = documents.MOST_PASSPORTS) -> tuple[Any, Any]:
-    """(JSON values, arrays by name) of the run as it stands; `reader` takes in the new rows first.
+    """(JSON values, arrays by name) of the run as it is; first reads new rows with `reader`.
 
-    Whatever is missing in an old, torn or young run is said in `notes`; raises UserError only where there is no run.
+    `notes` says what is missing in an old, torn or young run. Raises UserError only if there is no run.
     """
     rows = reader.update()
     notes = [_capital(reader.trouble)] if reader.trouble else []
@@ -66,7 +66,7 @@ def gather(folder: RunFolder, reader: Reader, most_passports: int = documents.MO
 
 
 def _record(folder: RunFolder, notes: list[str]) -> dict[str, Any]:
-    """`run.json`, or nothing where it is missing or torn, which is noted."""
+    """`run.json`; empty, with a note, if it is missing or torn."""
     try:
         return folder.read_record()
     except UserError as error:
@@ -75,12 +75,12 @@ def _record(folder: RunFolder, notes: list[str]) -> dict[str, Any]:
                 f"{folder.path}: no run in it (neither run.json nor ledger.jsonl); expected the folder of a run, "
                 "as in python -m slimpajama_hf report runs/embedded-tiny"
             ) from error
-    notes.append("run.json is missing or torn: what the run was is not known, its numbers are.")
+    notes.append("run.json is missing or torn: the facts about the run are unknown, its numbers are known.")
     return {}
 
 
 def _steps(rows: Columns, record: dict[str, Any], every: int) -> dict[str, Any]:
-    """What the arrays of steps need to be read."""
+    """Facts about the steps that are needed to read their arrays."""
     meanings = record.get("numbers")
     return {
         "written": time.strftime("%Y-%m-%d %H:%M"),
@@ -102,7 +102,7 @@ def _steps(rows: Columns, record: dict[str, Any], every: int) -> dict[str, Any]:
 def _measured(
     rows: Columns, domain_of: np.ndarray, domains: list[dict[str, Any]], nats: np.ndarray | None
 ) -> dict[str, Any]:
-    """What follows from the numbers of the steps."""
+    """Statistics that follow from the numbers of the steps."""
     return {
         "headline": numbers.headline(rows),
         "noise": numbers.noise_of_gradients(rows),
@@ -117,7 +117,7 @@ def _measured(
 def _read(
     folder: RunFolder, rows: Columns, record: dict[str, Any], passports: list[dict[str, Any]], notes: list[str]
 ) -> dict[str, Any]:
-    """What there is to read: samples, prompts, unusual documents with their texts."""
+    """Everything with texts: samples, prompts, unusual documents."""
     texts = Texts(record, rows, passports)
     samples = samples_of(folder, texts, notes)
     unusual = unusual_documents(rows, texts)
@@ -136,7 +136,7 @@ def _passport(passport: dict[str, Any]) -> dict[str, Any]:
 
 
 def strict(value: Any) -> Any:
-    """JSON values without numbers that are none: those become None, numpy's become Python's."""
+    """JSON values with None for numbers that are not finite, and Python numbers for NumPy's."""
     if isinstance(value, dict):
         return {str(key): strict(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -152,7 +152,7 @@ def _capital(text: str) -> str:
 
 def _without_home(text: str) -> str:
     home = str(Path.home())
-    # Of the root user's or of nobody's home, "/", nothing would be left.
+    # If the home is "/", as for some service users, replacing it would leave nothing.
     return re.sub(rf"{re.escape(home)}(?=/|$)", "~", text) if len(home) > 1 else text
 
 
@@ -192,7 +192,7 @@ def _places(gaps: Any) -> list[str]:
 
 
 def _passed_over(rows: Columns) -> list[list[Any]]:
-    """[reason, records] of what was passed over, the most frequent first."""
+    """[reason, records] of the records passed over, the most frequent first."""
     total: dict[str, int] = {}
     for found in rows.seldom["skipped"].values():
         for reason, count in found.items() if isinstance(found, dict) else ():
@@ -224,7 +224,7 @@ def _evaluations(folder: RunFolder, steps: int) -> list[dict[str, Any]]:
 
 
 def _config(folder: RunFolder) -> list[list[str]]:
-    """[key, value] of run_config.yaml as it was written."""
+    """[key, value] pairs of run_config.yaml, as written there."""
     if not folder.config.is_file():
         return []
     lines = folder.config.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -238,7 +238,7 @@ def _object(record: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _about(record: dict[str, Any]) -> list[list[str]]:
-    """[name, value] of what the run was and ran on, as far as run.json says."""
+    """[name, value] pairs about the run and its machine, as far as run.json has them."""
     corpus, model = _object(record, "corpus"), _object(record, "model")
     libraries = record.get("libraries")
     parameters = model.get("parameters")

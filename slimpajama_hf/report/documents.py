@@ -1,4 +1,4 @@
-"""The texts in the report: passports, what the model wrote, and documents read again from a corpus on this disk."""
+"""The documents in the report: passports, generated texts, and documents read again from a corpus on this disk."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from slimpajama_hf.corpus.shards import read_shard
 PASSPORTS = "passports.jsonl"
 PROMPTS = "prompts.jsonl"
 
-#: Documents with guesses that one page carries at most.
+#: How many documents with guesses a page has at most.
 MOST_PASSPORTS = 260
-#: Samples and writings that one page carries at most.
+#: How many samples, and how many generations from the fixed prompts, a page has at most.
 MOST_SAMPLES = 300
 MOST_WRITINGS = 60
 
-#: Seconds that reading documents again may take.
+#: How long reading documents again may take, in seconds.
 READING_SECONDS = 1.5
-#: Characters of a document's opening in a table, and of a true continuation.
+#: Characters shown of the beginning of a document in a table, and of a true continuation.
 OPENING_CHARACTERS = 160
 
-#: An unknown surprisal among ten-thousandths of a nat.
+#: Marks an unknown surprisal, in ten-thousandths of a nat.
 UNKNOWN = 2**32 - 1
 
 _STEP = re.compile(rb'^\{"step": ?(\d+)')
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most `most` of `count` positions: the first dozen, the last, and the rest evenly between."""
+    """At most `most` of `count` positions: the first dozen, the last, and others evenly in between."""
     if count <= most:
         return list(range(count))
     early = min(12, most // 3)
@@ -44,9 +44,9 @@ def spread(count: int, most: int) -> list[int]:
 
 
 def read_passports(path: Path, steps: int) -> list[dict[str, Any]]:
-    """The passports that the page carries, by step: a spread of the full ones and all that are unusual.
+    """The passports for the page, by step: full ones spread over the run, and the most unusual ones.
 
-    Those of one step are merged. Of a long file only the lines that are shown are parsed.
+    Passports of the same step are merged. Of the full ones only the chosen lines are parsed.
     """
     full: dict[int, int] = {}  # step -> where its line begins
     unusual: dict[int, dict[str, Any]] = {}
@@ -87,7 +87,7 @@ def _is_whole(passport: dict[str, Any]) -> bool:
 
 
 def ten_thousandths(nats: np.ndarray) -> np.ndarray:
-    """Nats as ten-thousandths, uint32; `UNKNOWN` for what is no number. All beyond 400,000 nats are that."""
+    """Nats as ten-thousandths, uint32, at most 400,000 nats; `UNKNOWN` if not finite."""
     known = np.isfinite(nats)
     scaled = np.where(known, np.clip(np.nan_to_num(nats), 0, 4e5) * 10_000, UNKNOWN)
     return scaled.round().astype(np.uint32)
@@ -104,10 +104,10 @@ def text_of(passport: dict[str, Any], first: int = 0, last: int | None = None) -
 
 
 def late_and_readable(passports: list[dict[str, Any]], steps: int) -> int | None:
-    """The step that the page opens at: the newest document that is easily read, of the later half of the run.
+    """The step at which the page opens: the newest readable document in the later half of the run.
 
-    Those with the model's guesses and both surprisals come first, then those with surprisals; of the readable ones
-    those that were no harder than the middle one. None where no document of the later half has surprisals.
+    Preferred are documents with both surprisals, then those that are readable; of these only the ones whose loss is not
+    above the median. None if no document of the later half has surprisals.
     """
     late = [each for each in passports if each["step"] >= steps // 2 and "before" in each]
     full = [each for each in late if "after" in each] or late
@@ -118,7 +118,7 @@ def late_and_readable(passports: list[dict[str, Any]], steps: int) -> int | None
 
 
 def is_readable(pieces: list[str]) -> bool:
-    """Whether tokens are a text of some length that is mostly words, as prose and most code are."""
+    """Whether tokens are a longer text that is mostly letters, as prose and most code are."""
     text = "".join("".join(pieces).split())
     return len(pieces) >= 32 and sum(map(str.isalpha, text)) >= 0.7 * len(text)
 
@@ -126,9 +126,9 @@ def is_readable(pieces: list[str]) -> bool:
 def read_again(
     record: dict[str, Any], wanted: dict[tuple[str, int], str], seconds: float
 ) -> dict[tuple[str, int], str]:
-    """Texts of documents by (shard, row), from files on this disk alone; `wanted` says the SHA-1 of each.
+    """Texts of documents by (shard, row), from files on this disk only. `wanted`: the SHA-1 of each document.
 
-    What is not found within `seconds`, has changed or lies on the Hub is left out.
+    Documents that are on the Hub, have changed or are not found within `seconds` are left out.
     """
     found: dict[tuple[str, int], str] = {}
     deadline = time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""A run that is on, as the live page needs it: its whole content now and then, its new rows at once."""
+"""A run in progress for the live page: new rows at once, the whole content from time to time."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from slimpajama_hf.record.run_folder import GROWING, RunFolder
 from slimpajama_hf.report import content, machine, numbers, page
 from slimpajama_hf.report.packing import pack
 
-#: Gathering the whole content takes at most this share of a core while a run is on.
+#: The maximum share of a core for gathering the whole content while a run is in progress.
 GATHERING = 0.01
-#: Seconds between two gatherings at least: each builds the whole page anew.
+#: The minimum time between two gatherings, in seconds; each builds the whole page anew.
 LEAST_SECONDS_BETWEEN = 5.0
 
-#: Files whose growth means that there is something new beside rows.
+#: Files whose growth means that there is something new besides rows.
 _BESIDE = ("run.json", *GROWING)
 
 
@@ -34,25 +34,25 @@ class Whole:
     packed: bytes
     meta: dict[str, Any]
     tag: str
-    """`GENERATION-HASH`; another one when there is something else."""
+    """`GENERATION-HASH`; changes with the content."""
     kind: tuple[Any, ...]
 
 
 class LiveRun:
-    """One run folder, followed; for several threads."""
+    """Follows one run folder; may be used by several threads."""
 
     def __init__(self, folder: RunFolder, name: str, gpus: machine.Gpus) -> None:
         self.folder, self.name = folder, name
         self.whole: Whole | None = None
-        """None while there is no run in the folder."""
+        """None until there is a run in the folder."""
         self.generation = 0
-        """Counts how often the ledger began anew: rows that a page has are then those of another run."""
+        """How often the ledger began anew; rows that a page already has are then those of another run."""
         self.state: dict[str, Any] = {}
-        """See `machine.state`; `trouble` says why something cannot be shown, and is empty where all can."""
+        """See `machine.state`; `trouble` says why something cannot be shown, and is empty otherwise."""
         self.record: dict[str, Any] = {}
         self._gpus = gpus
         self._reader = Reader(folder.ledger)
-        # Rows are taken in beside the gathering: each has a reader of its own.
+        # New rows are read while the content is gathered, so both need a reader of their own.
         self._gathering_reader = (0, Reader(folder.ledger))
         self._stamp: Any = None
         self._rows = Columns()
@@ -69,7 +69,7 @@ class LiveRun:
         return self._rows
 
     def look(self) -> None:
-        """Take in what the ledger gained, and how the run does just now."""
+        """Read new rows of the ledger, and the present state of the run."""
         with self._looking:
             state, unreadable = self.state, ""
             try:
@@ -96,14 +96,14 @@ class LiveRun:
             self.record = {}
 
     def rows_from(self, first: int) -> dict[str, Any]:
-        """The rows from step `first` on: `from`, `to`, and `packed`, in base64 what a packed content has of them."""
+        """The rows from step `first` on: `from`, `to`, and `packed`, their packed content in base64."""
         rows = self._rows
         last = len(rows)
         domains, domain_of = numbers.domains_of(rows)
         tail = np.arange(first, last)
         arrays = numbers.step_arrays(rows, tail, 1, domain_of)
         if self.kind[0] > 1:
-            # As `step_arrays` writes them where a row stands for several; here each stands for itself.
+            # `step_arrays` adds these if a row stands for several steps; here each stands for itself.
             arrays["step"] = tail.astype(np.uint32)
             for name in ("loss", "grad_norm"):
                 arrays[f"{name}_low"] = arrays[f"{name}_high"] = arrays[name]
@@ -111,7 +111,7 @@ class LiveRun:
             name: [[step, value] for step, value in list(rows.seldom[name].items()) if first <= step < last]
             for name in ("spike", "update_skipped", "skipped")
         }
-        # What a step taught is known with the row after it, and counts by the rate of the newest: all of it anew.
+        # What a step taught is known one row later, and depends on the newest learning rate: all of it is sent again.
         own, following = numbers.taught_of(rows)
         taught = [[at, own[at], following[at]] for at in np.flatnonzero(np.isfinite(own))]
         meta = {
@@ -128,8 +128,8 @@ class LiveRun:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What must be equal for rows to be put behind a content: how many rows one stands for, digits of hashes, added
-        numbers, generation."""
+        """Rows can be appended to a content only if this is equal: steps per row, length of hashes, added numbers,
+        whether there are rows, generation."""
         count = len(self._rows)
         every = -(-count // numbers.MOST_STEPS) if count > numbers.MOST_STEPS else 1
         return every, count <= numbers.WHOLE_HASHES, tuple(self._rows.added), count > 0, self.generation
@@ -137,7 +137,7 @@ class LiveRun:
     # ---- the whole content: as often as its share allows ----
 
     def is_due(self) -> bool:
-        """Whether the content is to be gathered again."""
+        """Whether the content should be gathered again."""
         if self.whole is None:
             return _stamp(self.folder, *_BESIDE, "ledger.jsonl") != self._gathered_stamp
         if self.whole.kind != self.kind:
@@ -148,8 +148,8 @@ class LiveRun:
         return _stamp(self.folder, *_BESIDE, "ledger.jsonl") != self._gathered_stamp
 
     def gather(self) -> None:
-        """Gather the content anew. Raises UserError where there is no run in the folder, and whatever `page` meets; it
-        is due again when something changes there."""
+        """Gather the content again. Raises UserError if there is no run in the folder, and any error of `page`. After
+        an error it is due again when a file changes."""
         with self._gathering:
             self._ungathered = ""
             stamp, kind = _stamp(self.folder, *_BESIDE, "ledger.jsonl"), self.kind

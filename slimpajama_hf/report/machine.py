@@ -1,4 +1,4 @@
-"""How a run and its machine do just now: whether it trains, time left, memory, and the share of the machine's rate."""
+"""The present state of a run and its machine: whether it trains, time left, memory, use of the machine's FLOP/s."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from slimpajama_hf.record.columns import Columns
     from slimpajama_hf.record.run_folder import RunFolder
 
-#: Steps that pace and rate are a mean of.
+#: Steps in the means of pace and use.
 STEPS_OF_MEAN = 50
 
-#: Seconds for which an answer about the GPUs is used again: asking starts a process.
+#: How long an answer about the GPUs is reused, in seconds; each question starts a process.
 GPU_SECONDS = 5.0
 
 
 def state(folder: RunFolder, rows: Columns, record: dict[str, Any], gpus: Gpus) -> dict[str, Any]:
-    """What the live page says beside the ledger; `record` is `run.json`. None stands for what is not known.
+    """The numbers of the live page that are not in the ledger; `record`: `run.json`. None: unknown.
 
-    `training`: whether a process holds the folder on this machine (None: on another one). `left_seconds`: at the pace
-    of the last `STEPS_OF_MEAN` steps. `process_bytes`: resident memory of that process. `gpus`: see `Gpus`. `used`: the
-    share of `rate`, the measured rate of matrix products (FLOP/s), that these steps make use of.
+    `training`: whether a process on this machine holds the folder (None: one on another machine). `left_seconds`: at
+    the pace of the last `STEPS_OF_MEAN` steps. `process_bytes`: resident memory of that process. `gpus`: see `Gpus`.
+    `rate`: the measured rate of matrix products (FLOP/s); `used`: the share of it that these steps use.
     """
     training, process_bytes = _process(folder)
     goal = record.get("max_steps")
@@ -67,7 +67,7 @@ def _use(record: dict[str, Any], tokens: Any, seconds: float) -> tuple[float | N
     measured, sessions = record.get("arithmetic"), record.get("sessions")
     try:
         if measured["session"] != len(sessions):  # type: ignore[index, arg-type]
-            # Of an earlier start, perhaps on another machine.
+            # Measured in an earlier session, perhaps on another machine.
             return None, None
         rate, linear, square = (float(measured[name]) for name in ("flops", "per_token", "per_token_squared"))  # type: ignore[index]
     except (KeyError, TypeError, ValueError):
@@ -79,7 +79,7 @@ def _use(record: dict[str, Any], tokens: Any, seconds: float) -> tuple[float | N
 
 
 class Gpus:
-    """Memory of the GPUs of this machine, as nvidia-smi says; whoever uses it is counted."""
+    """GPU memory on this machine according to nvidia-smi, in use by any process."""
 
     def __init__(self) -> None:
         self._program = shutil.which("nvidia-smi")
@@ -87,7 +87,7 @@ class Gpus:
         self._found: list[dict[str, int]] = []
 
     def memory(self) -> list[dict[str, int]]:
-        """`[{"used_bytes", "total_bytes"}, ...]`; empty where there is no GPU or nobody who says."""
+        """`[{"used_bytes", "total_bytes"}, ...]`; empty without a GPU or without nvidia-smi."""
         if self._program is not None and time.monotonic() - self._asked >= GPU_SECONDS:
             self._asked = time.monotonic()
             self._found = _ask(self._program)

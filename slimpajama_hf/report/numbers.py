@@ -1,4 +1,4 @@
-"""The numbers of the page: by step, domain, length and position."""
+"""The numbers on the page: by step, domain, length and position."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
     from slimpajama_hf.record.run_folder import RunFolder
 
 
-#: More steps than this are not all in the page: every k-th one is, with the least and the greatest loss around it.
+#: A longer run has only every k-th step in the page, with the minimum and maximum loss around it.
 MOST_STEPS = 110_000
 
 
-#: Up to so many steps the whole SHA-1 of each is in the page, beyond them its first eight digits.
+#: Up to so many steps the page has their whole SHA-1s, beyond only the first eight digits.
 WHOLE_HASHES = 12_000
 
 
-#: Domains with a colour of their own; the rest is one.
+#: How many domains have a colour; the others are combined into one.
 MOST_DOMAINS = 24
 
 
-#: Rows that the loss by position is a mean of, at each quarter of the run.
+#: How many rows the loss by position is averaged over, in each quarter of the run.
 POSITION_ROWS = 6_000
 
 
-#: Before the names of arrays with numbers that the ledger has beside the usual ones.
+#: Prefix of the names of arrays with numbers that were added to the ledger.
 ADDED = "added:"
 
 
@@ -47,7 +47,7 @@ _LAST = 50
 
 
 def carried_rows(rows: Columns, folder: RunFolder) -> tuple[np.ndarray, int]:
-    """Indices of the rows that the page carries, ascending, and how many rows one stands for."""
+    """Indices of the rows that are in the page, ascending, and how many rows each stands for."""
     count = len(rows)
     every = -(-count // MOST_STEPS) if count > MOST_STEPS else 1
     if every == 1:
@@ -61,12 +61,12 @@ def carried_rows(rows: Columns, folder: RunFolder) -> tuple[np.ndarray, int]:
 
 
 def taught_of(rows: Columns) -> tuple[np.ndarray, np.ndarray]:
-    """By how much each update lowered the loss of its own document and of the next (`teaching.falls`)."""
+    """How much each update lowered the loss of its own document and of the next one (`teaching.falls`)."""
     return teaching.falls(rows.loss, rows.loss_after, rows.next_loss, rows.learning_rate)
 
 
 def step_arrays(rows: Columns, carried: np.ndarray, every: int, domain_of: np.ndarray) -> dict[str, np.ndarray]:
-    """What every carried step has; types are those of the packing."""
+    """The arrays of the steps in the page, with the types of the packing."""
     predicted = np.maximum(rows.predicted, 1)
     counted = np.isfinite(rows.code_bits)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -89,18 +89,18 @@ def step_arrays(rows: Columns, carried: np.ndarray, every: int, domain_of: np.nd
     arrays |= dict(zip(("taught", "taught_next"), (fall.astype(np.float32) for fall in taught_of(rows)), strict=True))
     arrays |= {ADDED + name: values.astype(np.float32) for name, values in rows.added.items()}
     arrays = {name: array[carried] for name, array in arrays.items()}
-    # Readers go forward: differences are small numbers that compress to almost nothing.
+    # Reading goes forward, so differences are small numbers and compress to almost nothing.
     arrays["row"] = np.diff(rows.row[carried], prepend=0).astype(np.int32)
     if len(rows.names["mirror"]) > 1:
         arrays["mirror"] = rows.mirror[carried].astype(np.uint8)
     digits = 20 if len(rows) <= WHOLE_HASHES else 4
-    # Byte by byte: hashes do not compress, whatever their order.
+    # Not transposed by bytes: hashes do not compress anyway.
     arrays["sha1"] = np.ascontiguousarray(rows.sha1[carried, :digits]).reshape(-1)
     if every > 1:
         arrays["step"] = rows.step[carried].astype(np.uint32)
         begins = np.searchsorted(carried, np.arange(0, len(rows), every))
         for name in ("loss", "grad_norm"):
-            # Every carried step shows the extremes of the block that it lies in.
+            # Every step shows the extremes of its block.
             values = getattr(rows, name)
             finite = np.isfinite(values)
             starts = np.arange(0, len(rows), every)
@@ -113,7 +113,7 @@ def step_arrays(rows: Columns, carried: np.ndarray, every: int, domain_of: np.nd
 
 
 def domains_of(rows: Columns) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """The domains, the most frequent first, and the index into them of every row (steps,)."""
+    """The domains, most frequent first, and the index of each row's domain in them, (steps,)."""
     names = rows.names["domain"]
     counts = np.bincount(rows.domain, minlength=len(names))
     order = sorted(range(len(names)), key=lambda index: (-counts[index], names[index]))
@@ -137,7 +137,7 @@ def domains_of(rows: Columns) -> tuple[list[dict[str, Any]], np.ndarray]:
 
 
 def uniform_nats(rows: Columns) -> float | None:
-    """ln(vocabulary), what the first token of a sample costs: from the code length of any row."""
+    """ln(vocabulary), the cost of the first token of a sample, from the code lengths of rows."""
     cost = (rows.code_bits * math.log(2) - rows.loss * rows.predicted) / np.maximum(rows.tokens - rows.predicted, 1)
     finite = cost[np.isfinite(cost)]
     return float(np.median(finite)) if len(finite) else None
@@ -159,7 +159,7 @@ def _bits_per_byte(rows: Columns, chosen: Any) -> float | None:
 
 
 def headline(rows: Columns) -> dict[str, Any]:
-    """The numbers over the page: loss, accuracy and throughput of the last steps, totals of all."""
+    """The numbers at the top of the page: loss and accuracy of the last steps, totals of all."""
     seconds = float(np.nansum(rows.step_seconds))
     last = slice(max(len(rows) - _LAST, 0), None)
     found = noise.estimate(rows.grad_square, rows.grad_agreement)
@@ -180,7 +180,7 @@ def headline(rows: Columns) -> dict[str, Any]:
 
 
 def noise_of_gradients(rows: Columns) -> dict[str, Any]:
-    """How often the noise of the gradient was measured, and what is known of each layer (`noise.LayerNoise`)."""
+    """How often the noise of the gradient was measured, and the result for each layer (`noise.LayerNoise`)."""
     measured = list(rows.seldom["grad_layers"].values())
     return {
         "measured": len(measured),
@@ -191,7 +191,7 @@ def noise_of_gradients(rows: Columns) -> dict[str, Any]:
 
 
 def what_updates_taught(rows: Columns, domain_of: np.ndarray, domains: list[dict[str, Any]]) -> dict[str, Any]:
-    """What updates taught: of all, and of each domain in the order of `domains` (`teaching.Taught`)."""
+    """What updates taught: all together, and by domain in the order of `domains` (`teaching.Taught`)."""
     names = [domain["full"] for domain in domains]
     whole, each = teaching.by_domain(rows.loss, rows.loss_after, rows.next_loss, rows.learning_rate, domain_of, names)
     return {
@@ -209,7 +209,7 @@ def _as_values(taught: teaching.Taught) -> dict[str, Any]:
 
 
 def by_domain(rows: Columns, domain_of: np.ndarray, count: int) -> list[dict[str, Any]]:
-    """Per domain: documents, tokens, loss of its first and last tenth (at least 10 documents), accuracy, bits/byte."""
+    """By domain: documents, tokens, loss of its first and last tenth (at least 10 documents), accuracy, bits/byte."""
     found = []
     for domain in range(count):
         places = np.flatnonzero(domain_of == domain)
@@ -228,7 +228,7 @@ def by_domain(rows: Columns, domain_of: np.ndarray, count: int) -> list[dict[str
 
 
 def by_length(rows: Columns) -> list[dict[str, Any]]:
-    """Loss of the later half of the run by the length of the document in tokens, bins of powers of two."""
+    """Loss in the later half of the run by the length of documents in tokens, in bins of powers of two."""
     later = np.arange(len(rows) // 2, len(rows))
     later = later[np.isfinite(rows.loss[later])]
     if not len(later):
@@ -246,7 +246,7 @@ def by_length(rows: Columns) -> list[dict[str, Any]]:
 
 
 def surprisals_of(folder: RunFolder, rows: Columns) -> tuple[np.ndarray | None, str]:
-    """The side file as an array that is read where it is looked at, and what is missing of it, in words."""
+    """The file of surprisals as a memory map, and what is missing in it, in words."""
     path = folder.path / surprisals.FILE_NAME
     expected = int(rows.predicted.sum())
     found = path.stat().st_size // surprisals.DTYPE.itemsize if path.is_file() else 0
@@ -259,7 +259,7 @@ def surprisals_of(folder: RunFolder, rows: Columns) -> tuple[np.ndarray | None, 
         )
     values = np.memmap(path, surprisals.DTYPE, "r", shape=(found,))
     missing = expected - found
-    # While a run is on its last rows may be on their way.
+    # While a run is in progress, its last rows may not be written yet.
     late = missing > 64 * 1024
     return (
         values,
@@ -268,7 +268,7 @@ def surprisals_of(folder: RunFolder, rows: Columns) -> tuple[np.ndarray | None, 
 
 
 def by_position(rows: Columns, nats: np.ndarray | None) -> dict[str, Any] | None:
-    """Mean surprisal by position in the document, for each quarter of the run: bins that grow with the position."""
+    """Mean surprisal by position in the document, for each quarter of the run; bins grow with the position."""
     if nats is None or not len(rows):
         return None
     begins = surprisals.offsets(rows.predicted)

@@ -1,9 +1,9 @@
-"""Arrays and JSON in one compressed piece, small enough to stand inside a page.
+"""Packs arrays and JSON into one compressed block, small enough for a page.
 
 Layout before gzip: length of the JSON (uint32, little-endian), the JSON in UTF-8, the bytes of the arrays one after the
-other. The JSON is `{"meta": ..., "arrays": {name: [type, elements, offset]}}`, offsets from the end of the JSON. The
-bytes of an array are transposed (all first bytes, then all second ones, ...), which halves its compressed size.
-`unpack` in assets/data.js is the other side.
+other. The JSON is `{"meta": ..., "arrays": {name: [type, elements, offset]}}`, with offsets from the end of the JSON.
+The bytes of an array are transposed (all first bytes, then all second ones, ...), which halves its compressed size.
+`unpack` in assets/data.js reads it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TYPES = {"u1", "u2", "u4", "i4", "f4"}
 
 
 def pack(meta: Any, arrays: dict[str, np.ndarray]) -> bytes:
-    """Gzip of `meta` (JSON values, no NaN) and one-dimensional arrays of `TYPES`. The same input, the same bytes."""
+    """Gzip of `meta` (JSON values, no NaN) and one-dimensional arrays of `TYPES`. Equal input gives equal bytes."""
     described: dict[str, tuple[str, int, int]] = {}
     parts: list[bytes] = []
     offset = 0

@@ -1,4 +1,4 @@
-"""The one file of the report: the assets beside this module, the content of a run, and nothing from anywhere else."""
+"""Makes the one file of the report from the assets in this folder and the content of a run; it needs nothing else."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from slimpajama_hf.report.packing import pack
 FILE_NAME = "report.html"
 
 _ASSETS = Path(__file__).parent / "assets"
-#: In this order they are one script; each stands on those before it.
+#: The scripts are joined in this order; each may use those before it.
 _LIBRARY = "uplot/uPlot.iife.min.js"
 _SCRIPTS = (_LIBRARY, "data.js", "format.js", "chart.js", "document.js", "panels.js", "live.js", "main.js")
 _STYLES = ("uplot/uPlot.min.css", "page.css", "live.css")
 
 
 def write(folder: Path) -> Path:
-    """Write `report.html` into the folder of a run and return its path; replaced whole or not at all.
+    """Write `report.html` into the folder of a run and return its path; replaces an old one as a whole or not at all.
 
-    Old, torn and young runs give a report that says what is missing. Raises UserError when there is no run in the
-    folder, OSError when the disk is full.
+    The report of an old, torn or young run says what is missing. Raises UserError if there is no run in the folder,
+    OSError if the disk is full.
     """
     run = RunFolder(Path(folder))
     packed, meta = packed_content(run, Reader(run.ledger))
@@ -38,7 +38,7 @@ def write(folder: Path) -> Path:
 
 
 def packed_content(run: RunFolder, reader: Reader) -> tuple[bytes, dict[str, Any]]:
-    """The content of a run as `packing.pack` gives it, and its JSON part; passports give way where it grows too big."""
+    """The content of a run as packed by `packing.pack`, and its JSON part; with fewer passports if it is too big."""
     most = documents.MOST_PASSPORTS + 24
     while True:
         meta, arrays = content.gather(run, reader, most)
@@ -49,10 +49,10 @@ def packed_content(run: RunFolder, reader: Reader) -> tuple[bytes, dict[str, Any
 
 
 def render(meta: dict[str, Any], packed: bytes | None, watch: str = "no") -> str:
-    """The page. `packed` None: it asks the server that it came from; `watch` is then `yes`, or `several` where that
-    server has a page of several runs too.
+    """The page. `packed` None: the page gets its content from the server that it came from. Then `watch` is `yes`, or
+    `several` if that server also has a page of several runs.
 
-    Nothing of a document stands in the page as text: documents are in the packed content.
+    Texts of documents are only in the packed content, never in the HTML.
     """
     parts = {
         "title": html.escape(meta["title"]),
@@ -66,10 +66,10 @@ def render(meta: dict[str, Any], packed: bytes | None, watch: str = "no") -> str
 
 
 def filled(template: str, scripts: Sequence[str], parts: dict[str, str], asks_server: bool) -> str:
-    """An asset with `parts` in the places that it names, beside `policy`, `style` and `script`.
+    """A template with its placeholders replaced by `parts`, `policy`, `style` and `script`.
 
-    The content security policy names the one script that may run, and forbids every connection but those to the server
-    that the page came from (`asks_server`).
+    The content security policy permits only this script, and connections only to the page's own server, if
+    `asks_server`.
     """
     script = "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in scripts)
     licence = (_ASSETS / "uplot" / "LICENSE").read_text(encoding="utf-8")
@@ -83,7 +83,7 @@ def filled(template: str, scripts: Sequence[str], parts: dict[str, str], asks_se
         "script": script,
     }
     page = (_ASSETS / template).read_text(encoding="utf-8")
-    # One pass over the template: what is put in is never looked at again.
+    # One pass over the template: inserted text is not searched for placeholders.
     pieces = page.split("{{")
     return pieces[0] + "".join(parts[name] + rest for name, rest in (piece.split("}}", 1) for piece in pieces[1:]))
 
@@ -93,7 +93,7 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def _held_out(evaluations: list[dict[str, Any]]) -> str:
-    """The newest held-out scores, of the weights and of their average; a sentence where there are none."""
+    """The newest held-out scores, of the weights and of their average; without scores, a sentence."""
     newest = evaluations[-1] if evaluations else {}
     rows = ""
     for name, words, scores in (("raw", "weights", newest), ("averaged", "averaged weights", newest.get("averaged"))):
@@ -113,13 +113,13 @@ def _held_out(evaluations: list[dict[str, Any]]) -> str:
         '<th scope="col">bits per byte<small>of text</small></th></tr></thead>'
         f"<tbody>{rows}</tbody></table></section>"
         f'<p class="note" id="no-held-out"{" hidden" if newest else ""}>'
-        "No held-out document was scored in this run yet: <code>--eval_steps N</code> does it every N "
+        "No held-out document was scored in this run yet: <code>--eval_steps N</code> does this every N "
         "steps. The numbers below are of documents just before they were learned.</p>"
     )
 
 
 def _figures(meta: dict[str, Any]) -> str:
-    """The headline numbers as HTML: they are there at the first paint, and where no script runs."""
+    """The headline numbers as HTML, so that they are there at once, and without a script."""
     head, steps = meta["headline"], meta["steps"]
     last = f"last {min(head['recent_steps'], steps)} steps" if steps > 1 else "one step"
     goal = f"of {meta['max_steps']:,}" if meta["max_steps"] and meta["max_steps"] != steps else "one document each"

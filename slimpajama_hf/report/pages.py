@@ -1,4 +1,4 @@
-"""The pages of the live server that are no report: of a run that has not begun, and of several runs."""
+"""Pages of the live server besides the report: of a run that has not begun, and of several runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SCRIPTS = ("uplot/uPlot.iife.min.js", "format.js", "several.js")
 
 
 def waiting(name: str) -> dict[str, Any]:
-    """What `page.render` needs of a run of which nothing is written yet."""
+    """The `meta` for `page.render` if nothing of a run has been written yet."""
     nothing = ("loss", "accuracy", "bits_per_byte", "throughput", "noise_scale")
     return {
         "title": name,

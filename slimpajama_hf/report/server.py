@@ -1,12 +1,12 @@
-"""The live page over HTTP, for this machine alone: pages, packed content, and news as server-sent events.
+"""Serves the live page over HTTP to this machine only: pages, packed content, and server-sent events.
 
-Starlette on uvicorn, not `http.server`: there every page that is open would hold a thread for its events, one that
-stops reading would keep it for good, and requests that stop half way would need limits of our own. Here a connection is
-a few kilobytes, and one that does not read waits alone.
+It uses Starlette on uvicorn, not `http.server`, where each open page would hold a thread for its events, also after it
+stopped reading, and half-sent requests would need limits of our own. Here a connection costs a few kilobytes, and a
+page that does not read blocks no other.
 
-Whoever asks needs the token of the address, asks by GET, and is a page of this server: other hosts (a site whose name
-was made to lead here), other origins (a page of the web in the same browser) and other methods are refused. No address
-is ever a path of the disk: runs have numbers.
+A request must be a GET with the token from the address, from a page of this server. Refused are other hosts (a site
+whose name was made to resolve to this machine), other origins (another site in the same browser) and other methods. No
+address is a path on the disk: runs have numbers.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from slimpajama_hf.errors import UserError
 from slimpajama_hf.report import page, pages, several
 from slimpajama_hf.report.live import LiveRun
 
-#: The page is for programs on this machine.
+#: Only programs on this machine can open the page.
 ADDRESS = "127.0.0.1"
 
-#: Where the page is looked for first; the next free port is taken where this one is not.
+#: The first port to try; if it is taken, the next ones are tried.
 PORT = 8642
 PORTS_TRIED = 20
 
-#: Seconds between two looks at the ledgers while a page is open. Where a look takes long it is rarer, to this limit.
+#: Seconds between two looks at the ledgers while a page is open. If looking takes long, up to the second number.
 SECONDS_BETWEEN_LOOKS, MOST_SECONDS_BETWEEN_LOOKS = 0.5, 1.5
-#: What looking may take of a core beyond that.
+#: The share of a core that looking may use within that limit.
 LOOKING = 0.02
 
-#: Without news an event stream writes a comment so often, seconds: only by writing is a page missed that is gone.
+#: After so many seconds without news an event stream sends a comment; only writing shows that a page is gone.
 HEARTBEAT_SECONDS = 10.0
 _SIGN_OF_LIFE = ": still here\n\n"
 
-#: Connections at once; a browser has six for a page.
+#: Maximum number of connections; a browser uses up to six per page.
 MOST_CONNECTIONS = 256
 
 _HEADERS = {
@@ -62,7 +62,7 @@ _HEADERS = {
 
 
 def listen(port: int | None) -> socket.socket:
-    """A socket on this machine alone, at `port` (None: `PORT` or the next that is free). Raises UserError."""
+    """A socket on this machine only, at `port` (None: `PORT` or the next free one). Raises UserError."""
     wanted = [port] if port is not None else list(range(PORT, PORT + PORTS_TRIED))
     for number in wanted:
         found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -80,7 +80,7 @@ def listen(port: int | None) -> socket.socket:
 
 
 class Gate:
-    """Lets through what a page of this server asks with the token of the address; refuses the rest in a sentence."""
+    """Lets requests with the token from pages of this server through, and refuses all others with a sentence."""
 
     def __init__(self, inside: Any, port: int, token: str) -> None:
         self._inside, self._token = inside, token.encode()
@@ -105,7 +105,7 @@ class Gate:
         origin = headers.get("origin")
         if origin is not None and origin != f"http://{hosts[0]}":
             return _refuse(403, "another page may not read this one")
-        # A link that somebody clicks may lead here from anywhere: the new page is the reader's alone.
+        # A clicked link may come from any site: the page that it opens is the user's own.
         clicked = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not clicked:
             return _refuse(403, "another page may not read this one")
@@ -120,7 +120,7 @@ def _refuse(status: int, words: str, **headers: str) -> Response:
 
 
 class LivePages:
-    """The pages of some runs. `over`: said to the pages when the program that serves them ends."""
+    """The pages of some runs. `over`: set when the program ends; the pages are told."""
 
     def __init__(self, runs: Sequence[LiveRun]) -> None:
         self.runs = runs
@@ -128,11 +128,11 @@ class LivePages:
         self._changed = asyncio.Condition()
         self._version = 0
         self._open = 0
-        """Event streams that somebody holds open: without any, nobody looks at the ledgers."""
+        """How many event streams are open. Without any, the ledgers are not read."""
         self._somebody = asyncio.Event()
 
     def app(self, port: int, token: str) -> Gate:
-        """The application, behind its gate."""
+        """The application behind its gate."""
         routes = [
             Route("/{token}/", self._front),
             Route("/{token}/events", self._events_of_all),
@@ -150,11 +150,11 @@ class LivePages:
         return Gate(Starlette(routes=routes, exception_handlers=handlers), port, token)
 
     def end(self) -> None:
-        """Say to the pages that the program ends."""
+        """Tell the pages that the program ends."""
         self.over.set()
         self._somebody.set()
 
-    # ---- what is asked for ----
+    # ---- requests ----
 
     def _run(self, request: Request) -> LiveRun:
         number = request.path_params["number"]
@@ -187,16 +187,16 @@ class LivePages:
         return Response(whole.packed, media_type="application/octet-stream", headers=_HEADERS | {"ETag": tag})
 
     async def _gather(self, run: LiveRun) -> None:
-        """Have the content of a run, gathered again where that is due."""
+        """Gather the content of a run again if it is due."""
         await asyncio.to_thread(run.look)
         if run.is_due():
-            # What was met stands in the state of the run.
+            # The error is in the state of the run.
             with contextlib.suppress(Exception):
                 await asyncio.to_thread(run.gather)
 
     async def _events_of_one(self, request: Request) -> Response:
         run = self._run(request)
-        # As the browser says after a broken connection, or as the page says at first: GENERATION-STEPS.
+        # GENERATION-STEPS: from the browser after a broken connection, or from the page at first.
         given = request.headers.get("last-event-id") or request.query_params.get("from", "")
         return self._stream(self._news_of(run, given))
 
@@ -207,7 +207,7 @@ class LivePages:
     def _stream(news: AsyncIterator[str]) -> Response:
         return StreamingResponse(news, media_type="text/event-stream", headers=_HEADERS)
 
-    # ---- news: each stream keeps what it has sent, and sends what there is by now ----
+    # ---- news: each stream knows what it has sent ----
 
     async def _news_of(self, run: LiveRun, given: str) -> AsyncIterator[str]:
         generation, _, steps = given.partition("-")
@@ -222,7 +222,7 @@ class LivePages:
             if whole is None:
                 continue
             if have is None or have[0] != run.generation or whole.kind != run.kind:
-                # The page has rows of another ledger, or of another kind: it fetches all.
+                # The page has rows of another ledger or of another kind: it must fetch everything.
                 have = None
             elif have[1] < len(rows):
                 found = await asyncio.to_thread(run.rows_from, have[1])
@@ -238,7 +238,7 @@ class LivePages:
             yield _event("runs", await asyncio.to_thread(several.together, self.runs)) if changed else _SIGN_OF_LIFE
 
     async def _each_change(self) -> AsyncIterator[bool]:
-        """True at once and then after each change, at the end of all a last time; False where it is quiet for long."""
+        """True at once, after each change, and at the end; False after a long time without a change."""
         self._open += 1
         self._somebody.set()
         try:
@@ -259,10 +259,10 @@ class LivePages:
         async with self._changed:
             await self._changed.wait_for(lambda: self._version != seen or self.over.is_set())
 
-    # ---- looking at the ledgers ----
+    # ---- reading the ledgers ----
 
     async def follow(self) -> None:
-        """Look at the ledgers while somebody has a page open, until `over`."""
+        """Read the ledgers while a page is open, until `over` is set."""
         gathering: asyncio.Task[None] | None = None
         told: list[dict[str, Any]] = []
         loop = asyncio.get_running_loop()
@@ -274,7 +274,7 @@ class LivePages:
             if gathering is None or gathering.done():
                 gathering = asyncio.create_task(self._gather_due())
             took = loop.time() - start
-            # Whoever asks for a page looks too: what counts is what pages were told.
+            # Requests for pages read the ledgers too, so this compares with what was last told.
             states = [run.state for run in self.runs]
             if states != told:
                 told = states
@@ -287,7 +287,7 @@ class LivePages:
     async def _gather_due(self) -> None:
         for run in self.runs:
             if run.is_due():
-                # What was met stands in the state of the run.
+                # The error is in the state of the run.
                 with contextlib.suppress(Exception):
                     await asyncio.to_thread(run.gather)
                 await self._tell()
@@ -306,16 +306,16 @@ def _event(name: str, data: Any, number: str | None = None) -> str:
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Signals are the business of the program that serves."""
+        """Leave signals to the program that serves."""
         yield
 
 
 async def serve(
     runs: Sequence[LiveRun], port: int | None, say: Callable[[str], None], until: Callable[[], Awaitable[Any]]
 ) -> None:
-    """Serve the pages of some runs until `until()` ends. `say(address)` as soon as they can be opened.
+    """Serve the pages of some runs until `until()` returns. Calls `say(address)` when they can be opened.
 
-    Raises UserError where there is no port.
+    Raises UserError if there is no free port.
     """
     token = secrets.token_urlsafe(16)
     listening = listen(port)

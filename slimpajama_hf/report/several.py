@@ -1,4 +1,4 @@
-"""Several runs side by side: a curve and the numbers of each, and where their configurations differ."""
+"""Several runs side by side: curves, numbers, and the differences of their configurations."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from slimpajama_hf.record.columns import Columns
     from slimpajama_hf.report.live import LiveRun
 
-#: Steps that every point of a curve is a mean of.
+#: Steps in the mean at each point of a curve.
 WINDOW = 50
 
-#: Points of a curve: more than a wide chart has pixels would be lost in it.
+#: Maximum points of a curve; a wide chart has no pixels for more.
 MOST_POINTS = 800
 
-#: Keys that differ between any two runs, and say nothing of how they learn.
+#: Keys that differ between any two runs and do not affect how they learn.
 _OF_EVERY_RUN = {"output_dir"}
 
 
 def together(runs: Sequence[LiveRun]) -> dict[str, Any]:
-    """JSON values: `runs`, each with its numbers and its curve, and `equal_steps`, which all of them have reached."""
+    """JSON values: `runs`, each with numbers and curve; `equal_steps`, the step that all of them have reached."""
     rows = [run.rows for run in runs]
     reached = [len(each) for each in rows if len(each)]
     equal = min(reached) if len(reached) > 1 else None
@@ -62,9 +62,9 @@ def _means(values: np.ndarray) -> np.ndarray:
 
 
 def _curve(rows: Columns, means: np.ndarray) -> dict[str, list[Any]]:
-    """Steps, tokens and training seconds so far with the mean loss there: `MOST_POINTS` at most, with the last one."""
+    """Steps, tokens and training seconds so far, with the mean loss there: at most `MOST_POINTS`, and the last."""
     count = len(rows)
-    # Always the same places as the run grows, or the curve would tremble.
+    # The same places as the run grows, so that the curve does not jitter.
     stride = 1
     while count / stride > MOST_POINTS:
         stride *= 2

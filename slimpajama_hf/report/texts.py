@@ -1,4 +1,4 @@
-"""The texts of the page: passports, samples, prompts, and the documents that were unusual."""
+"""The texts on the page: passports, samples, prompts, and unusual documents."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _UNUSUAL = 12
 
 
 def with_surprisals(passports: list[dict[str, Any]], rows: Columns, nats: np.ndarray | None) -> list[dict[str, Any]]:
-    """The passports; those that do not say how surprising their tokens were before the step have it from the ledger's
-    surprisals, where those are there."""
+    """The passports. Surprisals before the step are added from the surprisals file if a passport has none and the file
+    has them."""
     if nats is None:
         return passports
     begins, found = surprisals.offsets(rows.predicted), []
@@ -38,10 +38,10 @@ def with_surprisals(passports: list[dict[str, Any]], rows: Columns, nats: np.nda
 
 
 def pack_passports(passports: list[dict[str, Any]]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays of the passports, one after the other, and the texts that their numbers stand for.
+    """The arrays of the passports, joined, and the texts that their indices refer to.
 
-    `piece`: tokens of each passport; `before`, `after`: ten-thousandths of a nat, tokens - 1 of each; `top`, `chance`:
-    five guesses at each predicted token of those that have them, the chance as the square of n/255.
+    `piece`: the tokens of each passport. `before`, `after`: ten-thousandths of a nat, tokens - 1 of each. `top`,
+    `chance`: if a passport has them, five guesses for each predicted token; the probability is the square of n/255.
     """
     vocabulary: dict[str, int] = {}
 
@@ -87,7 +87,7 @@ def _five(values: list[Any], filler: Any) -> list[Any]:
 
 
 def samples_of(folder: RunFolder, texts: Texts, notes: list[str]) -> list[dict[str, Any]]:
-    """What the model wrote after openings of documents, beside what came there."""
+    """What the model generated after the beginnings of documents, with the true continuation."""
     found = [entry for _, entry in files.json_lines(folder.samples) if isinstance(entry.get("step"), int)]
     found = [found[place] for place in documents.spread(len(found), documents.MOST_SAMPLES)]
     samples = []
@@ -108,7 +108,7 @@ def samples_of(folder: RunFolder, texts: Texts, notes: list[str]) -> list[dict[s
 
 
 def prompts_of(folder: RunFolder) -> list[dict[str, Any]]:
-    """What the model wrote after the fixed prompts, by step."""
+    """What the model generated after the fixed prompts, by step."""
     found = [
         {
             "step": entry["step"],
@@ -121,9 +121,10 @@ def prompts_of(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def unusual_documents(rows: Columns, texts: Texts) -> dict[str, Any]:
-    """The hardest and the easiest documents for their time: by robust z-score among the steps around.
+    """The hardest and the easiest documents for their time, by robust z-score among the surrounding steps.
 
-    A run that noted them while it trained has their text; of others the scores are taken here, block by block.
+    If the run noted unusual documents while it trained, these have their texts. Otherwise scores are computed here, by
+    blocks of steps.
     """
     noted = {step: p["unusual"] for step, p in texts.passports.items() if isinstance(p.get("unusual"), int | float)}
     finite = np.flatnonzero(np.isfinite(rows.loss))
@@ -167,19 +168,19 @@ def unusual_documents(rows: Columns, texts: Texts) -> dict[str, Any]:
 
 
 class Texts:
-    """The texts of steps: from the passports, or from the corpus where it lies on this disk."""
+    """The texts of steps, from passports, or from the corpus if it is on this disk."""
 
     def __init__(self, record: dict[str, Any], rows: Columns, passports: list[dict[str, Any]]) -> None:
         self.record, self.rows = record, rows
         self.passports = {passport["step"]: passport for passport in passports}
 
     def opening(self, step: int) -> str | None:
-        """How the document of a step begins, if a passport says so."""
+        """The beginning of a step's document, if there is a passport."""
         passport = self.passports.get(step)
         return documents.text_of(passport)[: documents.OPENING_CHARACTERS] if passport else None
 
     def read(self, samples: list[dict[str, Any]], unusual: dict[str, Any]) -> None:
-        """Fill in what is missing among `samples` and `unusual` from the files of the corpus, checked by their hash."""
+        """Add missing texts to `samples` and `unusual` from the files of the corpus, checked by their hash."""
         rows = self.rows
         listed = [entry for kind in ("hardest", "easiest") for entry in unusual[kind] if entry["text"] is None]
         lacking = [sample for sample in samples if sample["true"] is None]
@@ -195,6 +196,6 @@ class Texts:
         for sample in lacking:
             text = found.get(places[sample["step"]])
             begin = sample["input"] or ""
-            # The first sample of a document begins with the document; a tokenizer that changes spaces shows elsewhere.
+            # Only the first sample of a document begins like it, and only if the tokenizer keeps spaces.
             if text is not None and text.startswith(begin):
                 sample["true"] = text[len(begin) : len(begin) + documents.OPENING_CHARACTERS]

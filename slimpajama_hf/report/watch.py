@@ -1,8 +1,8 @@
-"""The report of runs that are on: pages on this machine alone that take in what the ledgers gain.
+"""The report of runs in progress: pages on this machine only, which add new rows of the ledgers.
 
-`python -m slimpajama_hf report RUN... --watch` calls `serve`. A run that is started with `--watch` starts
-`python -m slimpajama_hf.report.watch RUN`, a `Child`: it answers `{"address": ...}` or `{"error": ...}` and ends when
-its input ends, or its parent.
+`python -m slimpajama_hf report RUN... --watch` calls `serve`. A run with `--watch` starts
+`python -m slimpajama_hf.report.watch RUN` as a `Child`. It answers `{"address": ...}` or `{"error": ...}` and ends when
+its input or its parent ends.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from slimpajama_hf.report.live import LiveRun
 def serve(folders: Sequence[Path], port: int | None, say: Callable[[str], None]) -> int:
     """Show the report of runs at 127.0.0.1 until Ctrl-C; returns the exit code, 130.
 
-    `port` None: `server.PORT` or the next one that is free. Raises UserError when there is no run or no port.
+    `port` None: `server.PORT` or the next free one. Raises UserError if there is no run or no free port.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UsageError("--watch: the same folder is named twice; name each run once")
@@ -46,7 +46,7 @@ def serve(folders: Sequence[Path], port: int | None, say: Callable[[str], None])
 
 
 def follow(folders: Sequence[Path]) -> list[LiveRun]:
-    """The runs of some folders, each with the last parts of its path that tell it from the others."""
+    """The runs in some folders. Each is named by the last parts of its path that distinguish it from the others."""
     gpus = machine.Gpus()
     parts = [folder.resolve().parts for folder in folders]
     count = 1
@@ -58,16 +58,16 @@ def follow(folders: Sequence[Path]) -> list[LiveRun]:
 
 
 def step_aside() -> None:
-    """Training goes first: with 10 of `nice` a thread has a tenth of the turn of one without.
+    """Let training go first: at `nice` 10 a thread gets a tenth of the time of one at 0.
 
-    Not `priority.stand_back`: on a machine whose cores are all busy a page would then wait for seconds.
+    `priority.stand_back` would be too much: with all cores busy, a page would wait for seconds.
     """
     if hasattr(os, "nice"):
         os.nice(10)
 
 
 def main(folder: str) -> None:
-    """Beside training: serve the page of its run until the input ends."""
+    """Serve the page of one run beside its training, until the input ends."""
     child.begin()
     step_aside()
 

@@ -1,4 +1,4 @@
-"""Whether the step is written out (`gpt2_step.py`) or left to autograd, and the step that is."""
+"""Chooses between the written-out step (`gpt2_step.py`) and autograd, and makes the written-out step."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def why_autograd(args: Any, model: Any, backward: str) -> str | None:
-    """Why the step of `model` is left to autograd, in words; None where it is written out (`gpt2_step.py`).
+    """Why autograd computes the step of `model`, in words; None if the step is written out (`gpt2_step.py`).
 
-    `args`: the training arguments. `backward`: what `--backward` is.
+    `args`: the training arguments. `backward`: the value of `--backward`.
     """
     if backward == "autograd":
         return "--backward autograd"
@@ -36,7 +36,7 @@ def why_autograd(args: Any, model: Any, backward: str) -> str | None:
 
 
 def refuse_reduce_dtype(args: Any, why: str | None, reduce_dtype: str) -> None:
-    """Raise UserError where `--reduce_dtype` would have no effect. `why`: what `why_autograd` says."""
+    """Raise UserError if `--reduce_dtype` would have no effect. `why`: the result of `why_autograd`."""
     if reduce_dtype == "float32" or (args.world_size > 1 and why is None):
         return
     reason = f"the step is autograd's ({why})" if args.world_size > 1 else "one process sends no gradients"
@@ -46,8 +46,8 @@ def refuse_reduce_dtype(args: Any, why: str | None, reduce_dtype: str) -> None:
 def write_out(
     model: Any, args: Any, max_length: int, optimizer: Any, loss_scale: LossScale | None, reduce_dtype: str
 ) -> tuple[GPT2Step, SharedGradient | None]:
-    """The step of `model`, and of several processes what makes its gradients those of all. `max_length`: tokens of the
-    longest sample. Raises UserError where memory is short."""
+    """The written-out step of `model`, and with several processes the object that sums their gradients, else None.
+    `max_length`: tokens of the longest sample. Raises UserError if memory is short."""
     several = args.world_size > 1
     weight = torch.ones((), device=args.device) if several else None
     with memory.said("the buffer of the gradients was made"):

@@ -1,4 +1,4 @@
-"""The Trainer's way to a checkpoint: what of it is written in the step, and what from copies while training goes on."""
+"""How the Trainer saves checkpoints: what is written within the step, and what from copies while training goes on."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 class Checkpointing(Trainer):
     """A Trainer whose checkpoints are staged, given a manifest and renamed (`saving.py`).
 
-    Weights, their average and the optimizer's state are copied to the host's memory, which is what a step waits for; a
-    thread writes the copies, hashes and renames. A sharded model is written in the step, for all processes have to
-    take part, and so is one whose copies do not fit into memory.
+    A step waits until weights, their average and the optimizer's state are copied to host memory. A thread writes the
+    copies, hashes and renames them. A sharded model is written within the step, because all processes must take part.
+    So is a model whose copies do not fit into memory.
     """
 
     saving: Saving
@@ -39,7 +39,7 @@ class Checkpointing(Trainer):
     _updating: bool
     _copies: HostCopies | None = None
     _copies_fit: bool | None = None
-    """Whether there is memory for the copies; None: not looked at yet."""
+    """Whether there is memory for the copies; None: not checked yet."""
 
     def tell_now(self) -> None:
         raise NotImplementedError
@@ -49,19 +49,19 @@ class Checkpointing(Trainer):
         return str(staging) if staging is not None else super()._get_output_dir(trial)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        # Of a run that began in float16 and goes on in another precision there is one in the checkpoint, and none here.
+        # The checkpoint of a run that began in float16 has one, but in another precision there is no scaler to load.
         if self.accelerator.scaler is not None:
             super()._load_scaler(checkpoint)
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **named: Any) -> None:
-        # Behind the first update there is all that a checkpoint will hold.
+        # After the first update everything that a checkpoint holds exists.
         if self._copies_fit is None and self.args.save_strategy != "no":
             self._is_behind()
         super()._maybe_log_save_evaluate(*arguments, **named)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Stage, write or copy, add the manifest, rename. The ledger is on the disk before the checkpoint that counts
-        on it."""
+        """Stage, write or copy, add the manifest, rename. The ledger is on the disk before the checkpoint, which refers
+        to it."""
         self.tell_now()
         self.saving.wait()
 
@@ -101,7 +101,7 @@ class Checkpointing(Trainer):
         return self._copies_fit
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Weights, configuration and tokenizer. Loaded elsewhere, the model shall generate with a cache."""
+        """Save weights, configuration and tokenizer. The saved configuration says that the model uses a cache."""
         folder = Path(output_dir or self.run_path)
         if self.saving.is_behind and state_dict is None:
             if self.args.should_save:
@@ -110,11 +110,11 @@ class Checkpointing(Trainer):
         with saved_model.with_a_cache(self.accelerator.unwrap_model(self.model).config):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
-            # A pickle of all arguments, the Hub token among them; run_config.yaml says the same without it.
+            # It pickles all arguments, the Hub token among them; run_config.yaml has them without the token.
             (folder / "training_args.bin").unlink(missing_ok=True)
 
     def _save_behind(self, weights: list[torch.Tensor], folder: Path) -> None:
-        """Copy `weights`, in the order of the model's parameters; what they are saved as is written later."""
+        """Copy `weights`, in the order of the model's parameters; their files are written later."""
         folder.mkdir(parents=True, exist_ok=True)
         assert self._copies is not None
         made = saved_model.like(self.accelerator.unwrap_model(self.model), self._copies.of(weights))
@@ -138,8 +138,8 @@ class Checkpointing(Trainer):
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
 
     def save_now(self) -> None:
-        """Save the state after the last finished step, unless its checkpoint is there already, or the weights are no
-        longer those of it; wait until it is there."""
+        """Save the state after the last finished step and wait for it. Does nothing if this checkpoint exists, or if
+        an update was interrupted and the weights no longer belong to that step."""
         step = self.state.global_step
         self.saving.wait()
         if step == 0 or self.args.save_strategy == "no" or self._updating:

@@ -1,4 +1,4 @@
-"""Training time, without charts, samples, evaluation and saving."""
+"""Measures training time, without charts, samples, evaluation and saving."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 
 @dataclasses.dataclass
 class Pause:
-    """`seconds` that the clock stood still, once it goes on."""
+    """How long the clock stood still, in `seconds`; known when it goes on."""
 
     seconds: float = 0.0
 
 
 class TrainingClock:
-    """Counts training time: charts, samples, evaluation and saving happen while it is paused."""
+    """Counts training time. It is paused during charts, samples, evaluation and saving."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
@@ -25,18 +25,18 @@ class TrainingClock:
         self.training_seconds = 0.0
         """Training time since the start of this session."""
         self.paused_seconds = 0.0
-        """Time spent otherwise."""
+        """Time in pauses, up to the last lap."""
         self.seconds_of: dict[str, float] = {}
-        """Of that, what has a name: `scoring` held-out documents, `saving` checkpoints."""
+        """Of that time, what has a name: `scoring` held-out documents, `saving` checkpoints."""
 
     def start(self) -> None:
-        """Training begins now: what came before does not count."""
+        """Training begins now; earlier time does not count."""
         self._lap_start, self._paused_in_lap = self._now(), 0.0
 
     @contextlib.contextmanager
     def paused(self, what: str = "") -> Iterator[Pause]:
-        """What is done meanwhile does not count; how long it took stands in what this gives, and under the name `what`
-        in `seconds_of`."""
+        """Context whose time does not count as training. Its length is in the `Pause` it gives, and is added to
+        `seconds_of` under the name `what`."""
         start, pause = self._now(), Pause()
         try:
             yield pause

@@ -1,6 +1,6 @@
 """Scores on held-out documents: loss, perplexity, next-token accuracy, bits per byte, by domain.
 
-To add a score: a property of `Scores` and a line in `Scores.to_dict`.
+To add a score, add a property to `Scores` and a line to `Scores.to_dict`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Scores:
-    """Sums over samples, from which every score follows."""
+    """Sums over samples, from which every score is computed."""
 
     samples: int = 0
     predicted: int = 0
-    """Tokens predicted: all but the first of each sample."""
+    """Predicted tokens: all but the first of each sample."""
     nats: float = 0.0
     """Code length of the predicted tokens."""
     first_nats: float = 0.0
     """Code length of the first tokens, at their uniform cost ln(vocabulary)."""
     text_bytes: int = 0
     whole_nats: float = 0.0
-    """Code length of whole texts, where that is asked for, and `whole_bytes` their bytes."""
+    """Code length of the whole texts, if that was asked for; `whole_bytes`: their bytes."""
     whole_bytes: int = 0
     guesses: list[torch.Tensor] = dataclasses.field(default_factory=list)
     targets: list[torch.Tensor] = dataclasses.field(default_factory=list)
@@ -57,11 +57,11 @@ class Scores:
 
     @property
     def whole_bits_per_byte(self) -> float:
-        """The same over all bytes of the texts: comparable where tokenizers differ in how much of a text fits."""
+        """Bits per byte of the whole texts: comparable even if tokenizers differ in how much of a text fits."""
         return self.whole_nats / math.log(2) / self.whole_bytes
 
     def accuracy(self, metric: Any) -> float:
-        """Fraction of next tokens right, by an `evaluate` metric."""
+        """Fraction of next tokens predicted right, by an `evaluate` metric."""
         return metric.compute(
             predictions=torch.cat(self.guesses).tolist(), references=torch.cat(self.targets).tolist()
         )["accuracy"]
@@ -79,9 +79,9 @@ class Scores:
 
 
 def next_token_accuracy() -> Any:
-    """An `evaluate.Metric` that needs no network: `evaluate.load("accuracy")` fetches a script from the Hub.
+    """An `evaluate.Metric` for next-token accuracy. `evaluate.load("accuracy")` would need the network, for a script.
 
-    Imported here alone: `evaluate` takes seconds to import.
+    `evaluate` takes seconds to import, so it is imported only here.
     """
     import datasets
     import evaluate
@@ -113,10 +113,10 @@ def score(
     on_sample: Callable[[int], None] = lambda done: None,
     whole: tuple[Encoder, int] | None = None,
 ) -> dict[str, Scores]:
-    """Scores of `model` on samples, by domain, and over all under `all`. The model's mode is restored after.
+    """Scores of `model` by domain, and over all samples under `all`. Restores the model's mode.
 
-    `vocabulary`: tokens that a text may begin with; the model may have more, to pad its matrices. `whole`: score the
-    whole texts of the samples too, with this encoder, in windows of so many tokens.
+    `vocabulary`: tokens that a text may begin with; the model may have more, to pad its matrices. `whole`: an encoder
+    and a window length in tokens, to score the whole texts of the samples too.
     """
     by_domain: dict[str, Scores] = {}
     total = Scores()
@@ -156,11 +156,10 @@ def score(
 
 @torch.no_grad()
 def nats_behind(model: Any, ids: Sequence[int], done: int, length: int) -> float:
-    """Nats of the tokens of a text behind its first `done`, in windows of `length` tokens.
+    """Nats of the tokens of a text after its first `done` (at least 1), in windows of `length` tokens.
 
-    Each window lies half a window on from the one before, and only what is new in it counts: a token is predicted from
-    half a window or more of what stands before it, as far as there is so much. The first token of a text is predicted
-    from nothing: `done` is at least 1.
+    Each window begins half a window after the one before, and only its new tokens count. So a token is predicted from
+    at least half a window of context, or from the whole text before it.
     """
     nats = 0.0
     while done < len(ids):
@@ -174,13 +173,13 @@ def nats_behind(model: Any, ids: Sequence[int], done: int, length: int) -> float
 
 
 def metrics_of(scores: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Scores by domain, as a line of `evaluations.jsonl` has them, as metrics in Trainer's names."""
+    """Metrics under Trainer's names, from scores by domain as in a line of `evaluations.jsonl`."""
     return {f"eval_{name}": scores["all"][name] for name in ("loss", "perplexity", "accuracy", "bits_per_byte")}
 
 
 class HeldOutScores:
-    """What `--eval_steps` calls: scores on the same held-out documents each time, of the weights and of their average,
-    appended to `evaluations.jsonl`."""
+    """The evaluation of `--eval_steps`: scores the weights and their average, on the same held-out documents each time,
+    and appends the scores to `evaluations.jsonl`."""
 
     def __init__(self, documents: Corpus, samples: list[Sample], folder: RunFolder, vocabulary: int) -> None:
         self.samples = samples

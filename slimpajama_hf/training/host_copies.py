@@ -1,4 +1,4 @@
-"""Copies of a model's tensors in the memory of the host, which a checkpoint is written from while training goes on."""
+"""Copies tensors of a model to host memory; a checkpoint is written from the copies while training goes on."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-#: Where a copy begins in the memory for all, bytes: what vector units read at once.
+#: Alignment of each copy in the shared block, in bytes; vector units read this much at once.
 _ALIGNED = 64
 
 
 class HostCopies:
-    """Memory for the copies of a checkpoint, which the next one takes again.
+    """Host memory for the copies of a checkpoint; every checkpoint reuses it.
 
-    A page that is touched for the first time costs more than what is copied into it: a second for 1.6 GB, four on some
-    virtual machines, where the copies alone take 0.35. So it is touched once, by a thread, while the first steps run.
-    `size`: bytes of the tensors of a checkpoint; what is more gets memory of its own.
+    To touch a page for the first time costs more than to copy into it: for 1.6 GB a second, on some virtual machines
+    four; the copies alone take 0.35. So a thread touches the memory once, while the first steps run. `size`: bytes of
+    the tensors of a checkpoint. Tensors beyond that get memory of their own.
     """
 
     def __init__(self, size: int, pinned: bool) -> None:
@@ -31,21 +31,21 @@ class HostCopies:
         self._touching.start()
 
     def _touch(self) -> None:
-        # Where there is not so much in one piece, each copy gets memory of its own.
+        # If there is no block of this size, each copy gets memory of its own.
         with contextlib.suppress(RuntimeError, MemoryError):
-            # A tenth more: what is aligned, and the small states beside the moments.
+            # A tenth more, for alignment and for small optimizer states.
             memory = torch.empty(self._size + self._size // 10, dtype=torch.uint8, pin_memory=self._pinned)
             if not self._pinned:
                 ctypes.memset(memory.data_ptr(), 0, memory.nbytes)
             self._memory = memory.numpy()
 
     def begin(self) -> None:
-        """A new checkpoint: the copies of the last one are no longer needed."""
+        """Begin a new checkpoint: the copies of the last one may be overwritten."""
         self._touching.join()
         self._used = 0
 
     def of(self, state: Any) -> Any:
-        """A copy of a state with all its tensors in the memory of the host."""
+        """A copy of a state, with all its tensors in host memory."""
         if isinstance(state, torch.Tensor):
             return self._place_for(state).copy_(state.detach())
         if isinstance(state, dict):
@@ -60,6 +60,6 @@ class HostCopies:
         if not size or self._memory is None or first + size > self._memory.nbytes:
             return torch.empty(tensor.shape, dtype=tensor.dtype)
         self._used = first + size
-        # Not a view: `torch.save` would write all that a view is a part of.
+        # Not a view of the whole block: `torch.save` would write all of that.
         flat = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=first)
         return flat.view(tensor.shape)

@@ -1,26 +1,27 @@
-"""The scale of the loss in float16, whose range ends where many gradients begin: below 6e-8 all is 0.
+"""The loss scale in float16, where gradients below 6e-8 become 0.
 
-The gradient of the loss is multiplied by it where it begins, and divided by it where it is used. It is halved when a
-gradient goes beyond float16's other end, 65,504 (that update is skipped), and doubled after 2,000 updates that did not.
-The number, its rules and its file `scaler.pt` are those of `torch.amp.GradScaler`, which accelerate makes. What that
-does around `optimizer.step` is done by the trainer instead: it reads the device with optimizers that are not fused,
-skips the schedule's step with theirs, and knows nothing of a loss that is no number.
+The loss is multiplied by the scale before the backward, and gradients are divided by it where they are used. The scale
+is halved when a gradient exceeds float16's maximum, 65,504 (that update is skipped), and doubled after 2,000 updates
+without that. The number, its rules and its file `scaler.pt` are those of `torch.amp.GradScaler`, which accelerate
+makes. The trainer itself does what GradScaler does around `optimizer.step`: GradScaler reads the device if the
+optimizer is not fused, skips the schedule's step along with the optimizer's, and does not look at a loss that is not
+finite.
 """
 
 from __future__ import annotations
 
 import torch
 
-#: Above 1 ten times in a row may a smaller scale still help: the largest gradients are then beyond 65,504 unscaled.
+#: Above this a smaller scale may still help. Ten halvings below 1: there gradients exceed 65,504 even unscaled.
 LEAST = 2.0**-10
 
 
 class LossScale:
-    """The scale that lies on `device`, kept by `scaler`, which accelerate scales the loss by where autograd works."""
+    """The scale, on `device`. `scaler` keeps it; with autograd, accelerate multiplies the loss by it."""
 
     def __init__(self, scaler: torch.amp.GradScaler, device: torch.device) -> None:
         self._scaler = scaler
-        # Makes its tensors, which a checkpoint may have given their values.
+        # Creates the scaler's tensors, with values from a checkpoint if one was loaded.
         scaler.scale(torch.ones((), device=device))
 
     @property
@@ -31,8 +32,8 @@ class LossScale:
         return factor
 
     def learn(self, not_finite: torch.Tensor | None) -> None:
-        """After each gradient: 1.0 where it was no number, else 0.0; (), on the device, which is not waited for. None:
-        there was none."""
+        """Adjust the scale after a gradient. `not_finite`: 1.0 if it was not finite, else 0.0; (), on the device, which
+        is not waited for. None: there was no gradient."""
         scaler, finite_so_far = self._scaler, self._scaler._growth_tracker
         if not_finite is not None:
             assert finite_so_far is not None
@@ -40,7 +41,7 @@ class LossScale:
                 self.factor, finite_so_far, not_finite,
                 scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval(),
             )  # fmt: skip
-        # What `unscale_` has noted of this step, so that it may be called in the next.
+        # Forget what `unscale_` noted in this step, so that it can be called in the next one.
         scaler._per_optimizer_states.clear()
 
     def may_be_too_large(self) -> bool:
@@ -49,5 +50,5 @@ class LossScale:
 
 
 def for_a_cpu() -> torch.amp.GradScaler:
-    """accelerate makes none for a CPU (accelerator.py: `self.device.type != "cpu"`)."""
+    """A scaler for a CPU: accelerate makes none there (accelerator.py: `self.device.type != "cpu"`)."""
     return torch.amp.GradScaler("cpu")

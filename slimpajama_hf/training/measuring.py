@@ -1,6 +1,6 @@
-"""What is measured beside training, with its clock stopped: the noise of gradients, and what a step teaches.
+"""Measures the noise of gradients and what a step teaches, while the training clock is paused.
 
-`Measuring` is asked three times a step: before its documents are taken (`look_ahead`), when its gradient is computed
+`Measuring` is called three times per step: before its documents are taken (`look_ahead`), to compute its gradient
 (`gradient`), and after its update (`after`).
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from slimpajama_hf.training.clock import TrainingClock
     from slimpajama_hf.training.loss_scale import LossScale
 
-#: What is only measured, in words.
+#: What can be left out for lack of memory, in words.
 MEASURED = {
     "noise": "the gradients of other documents (the noise scale)",
     "teaching": "the loss of a document before or after another's update (what documents teach)",
@@ -36,19 +36,19 @@ _Found = TypeVar("_Found")
 
 
 def is_due(step: int) -> bool:
-    """Whether it is looked at what `step` teaches."""
+    """Whether it is measured what `step` teaches."""
     return step % teaching.STEPS_BETWEEN == teaching.STEPS_BETWEEN - 1
 
 
 def is_new(sample: Sample) -> bool:
-    """Whether the sample that comes next is of another document than the one before it, and in its first pass."""
+    """Whether the next sample begins another document than the one before, in the first pass over the corpus."""
     return sample.part == 0 and sample.after.epoch == 0
 
 
 class Measuring:
-    """Measures at the weights of a step that is written out (`gpt2_step.py`); until `begin` it measures nothing.
+    """Measures at the weights of a written-out step (`gpt2_step.py`); before `begin` it measures nothing.
 
-    What the device has no memory for is left out, counted and said: training goes on as if nobody had asked.
+    If the device has no memory for a measurement, it is left out, counted and reported, and training goes on.
     """
 
     def __init__(self, clock: TrainingClock) -> None:
@@ -56,31 +56,31 @@ class Measuring:
         self._step: GPT2Step | None = None
         self._unmeasured = torch.tensor(math.nan)
         self.ahead: deque[dict[str, Any]] = deque()
-        """Batches that were asked for before their step, to be measured at the weights of an earlier one."""
+        """Batches that were read before their step, for a measurement at the weights of an earlier step."""
         self.seconds = 0.0
-        """Time that measuring has taken in this session."""
+        """Seconds that measuring took in this session."""
         self.left_out: Counter[str] = Counter()
-        """What was not measured in this session because the device had no memory for it, how often."""
+        """How often each kind of measurement was left out in this session for lack of memory."""
         self.forget()
 
     def forget(self) -> None:
-        """Nothing is measured of the step that begins."""
+        """Forget the numbers of the last step."""
         none = self._unmeasured
         self.numbers = StepNumbers(grad_square=none, grad_agreement=none, loss_after=none, next_loss=none)
-        """What is known of the step."""
+        """The numbers of the current step."""
         self.noise_by_parameter: torch.Tensor | None = None
-        """`grad_square` and `grad_agreement` of each parameter's part, (2, parameters), where they were measured."""
+        """`grad_square` and `grad_agreement` of each parameter's part, (2, parameters); None if not measured."""
 
     def on(self, device: torch.device) -> None:
-        """The device on which training computes."""
+        """Tell on which device training computes."""
         self._unmeasured = torch.full((), math.nan, device=device)
         self.forget()
 
     def begin(
         self, step: GPT2Step, max_grad_norm: float, loss_scale: LossScale | None, documents_are_whole: bool
     ) -> None:
-        """The step is ready. `documents_are_whole`: each sample is of one document, so it can be said what it teaches.
-        `max_grad_norm`: what gradients are clipped at, 0 for no clipping."""
+        """Measure from now on with `step`. `max_grad_norm`: the clipping norm, 0 for no clipping.
+        `documents_are_whole`: each sample is of one document, so it can be measured what it teaches."""
         self._step, self._limit, self._loss_scale = step, max_grad_norm or math.inf, loss_scale
         self._teaches = documents_are_whole
 
@@ -91,7 +91,7 @@ class Measuring:
         return self._step is not None and self._teaches and is_due(number)
 
     def look_ahead(self, number: int, batches: Iterator) -> None:
-        """Have the documents at hand that a measurement needs beside its step's own; each still gets its step."""
+        """Read the further documents that a measurement needs in advance; each still gets its own step."""
         needed = 2 if self._is_teaching_due(number) else 0
         if self._is_noise_due(number):
             needed = noise.DOCUMENTS
@@ -101,7 +101,7 @@ class Measuring:
                     self.ahead.append(batch)
 
     def gradient(self, number: int, input_ids: torch.Tensor) -> Result:
-        """Loss and gradient of step `number` on its sample, (T,) on the host, and what is measured at its weights."""
+        """Loss and gradient of step `number` on its sample, (T,) on the host; measures at its weights if it is due."""
         step = self._step
         assert step is not None
         if self._is_teaching_due(number):
@@ -115,7 +115,7 @@ class Measuring:
             if others is None or not memory.is_out(error):
                 raise
         if result is None:
-            # The gradients of others stood in its way. A step overwrites its gradients: it is made again, whole.
+            # Memory was short because of the others' gradients. The step is made again without them, as a whole.
             others = None
             self._leave_out(number, "noise")
             result = step(input_ids)
@@ -126,7 +126,7 @@ class Measuring:
         return result
 
     def after(self, number: int, sample: Sample, not_finite: torch.Tensor) -> None:
-        """The update of step `number` is made. `not_finite`: 1.0 on the device where it was skipped, ()."""
+        """Measure after the update of step `number`. `not_finite`: 1.0 if the update was skipped, (), on the device."""
         if self._is_teaching_due(number):
             taught = self._measured(number, "teaching", functools.partial(self._look_back, sample, not_finite))
             self.numbers.loss_after, self.numbers.next_loss = taught or (self._unmeasured, self._unmeasured)
@@ -134,8 +134,8 @@ class Measuring:
     # ---- within time and memory ----
 
     def _measured(self, number: int, kind: str, measure: Callable[[], _Found]) -> _Found | None:
-        """As `unless_out_of_memory`, beside training: its clock stands still, and the time is counted; a device's too,
-        which is waited for before and after. That is seldom."""
+        """As `unless_out_of_memory`, with the training clock paused and the time counted. It waits for the device
+        before and after, which is acceptable because it is rare."""
         device = self._unmeasured.device
         transfers.wait_for(device)
         began = time.perf_counter()
@@ -146,7 +146,7 @@ class Measuring:
         return found
 
     def unless_out_of_memory(self, number: int, kind: str, measure: Callable[[], _Found]) -> _Found | None:
-        """What `measure` finds; None where the device has no memory for it. `kind`: one of `MEASURED`."""
+        """The result of `measure`; None if the device has no memory for it. `kind`: one of `MEASURED`."""
         try:
             return measure()
         except Exception as error:
@@ -168,8 +168,8 @@ class Measuring:
     # ---- noise ----
 
     def _other_gradients(self) -> tuple[torch.Tensor, torch.Tensor, int] | None:
-        """Sum of the clipped gradients of the next documents at these weights, sum of the squares of each parameter's
-        part of them, (parameters,), how many; None where there are none."""
+        """The next documents at the weights of this step: the sum of their clipped gradients, the summed squared norms
+        of each parameter's part, (parameters,), and how many they are. None if there are none."""
         assert self._step is not None
         others = list(self.ahead)[: noise.DOCUMENTS - 1]
         if not others:
@@ -184,8 +184,8 @@ class Measuring:
         return total, squares, len(others)
 
     def _add_clipped(self, total: torch.Tensor) -> torch.Tensor:
-        """Add the gradient that lies in the buffer to `total` as the optimizer would see it; the squared norm of each
-        parameter's part of it, (parameters,)."""
+        """Add the gradient in the buffer to `total` as the optimizer would see it. Returns the squared norm of each
+        parameter's part, (parameters,)."""
         assert self._step is not None
         squares = self._step.squared_norms()
         share = (self._limit / (squares.sum().sqrt() + 1e-6)).clamp(max=1.0)
@@ -196,8 +196,8 @@ class Measuring:
     def _compare(
         self, total: torch.Tensor, squares: torch.Tensor, others: int
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Mean square, and mean product of any two, of the step's gradient and the others': of the whole, () each, and
-        of each parameter's part, (2, parameters)."""
+        """Mean square of the step's and the others' gradients, and mean product of any two: of the whole gradient, ()
+        each, and of each parameter's part, (2, parameters)."""
         assert self._step is not None
         squares = squares + self._add_clipped(total)
         count = others + 1
@@ -207,17 +207,17 @@ class Measuring:
     # ---- teaching ----
 
     def _next_loss(self) -> torch.Tensor | None:
-        """Loss of the document that comes next, at these weights; None where it is no document that is new."""
+        """Loss of the next document at these weights; None if the next sample does not begin a new document."""
         assert self._step is not None
         if not self.ahead or not is_new(self.ahead[0]["sample"]):
             return None
         return self._step.loss_alone(self.ahead[0]["input_ids"][0])
 
     def _look_back(self, sample: Sample, not_finite: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of the step's document once more, after its update, and that of the next one, before it; NaN where
-        the update was skipped."""
+        """Loss of the step's document after its update, and of the next document before it; NaN if the update was
+        skipped."""
         assert self._step is not None
         losses = self._step.loss_alone(torch.tensor(sample.input_ids)), self.numbers.next_loss
-        # Chosen on the device: it is not waited for.
+        # Chosen on the device, so that nothing waits.
         after, following = (torch.where(not_finite > 0, self._unmeasured, loss) for loss in losses)
         return after, following

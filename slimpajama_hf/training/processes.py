@@ -1,8 +1,8 @@
 """Several processes of one run: what the first does for all, and what they tell each other between steps.
 
-Which documents are whose needs no talk: each process reads the same stream (`samples.SampleStream`). How many tokens a
-step has is one number, summed beside the gradients. What else is told, the losses of each and whether somebody was
-asked to stop, is told about twice a second instead of at every step.
+Every process reads the same stream (`samples.SampleStream`), so all know which documents are whose. The number of
+tokens of a step is summed along with the gradients. The rest, losses and requests to stop, is told about twice a
+second, not at every step.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Processes tell each other the news this often, and after at most so many steps.
+#: How often processes exchange news, in seconds, and after how many steps at most.
 NEWS_SECONDS, NEWS_STEPS = 0.5, 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes of this run; one alone talks to nobody. `group`: gloo's, so that a GPU is not waited for."""
+    """The processes of this run; may be only one. `group`: a gloo group, so that no message waits for a GPU."""
 
     rank: int = 0
     world_size: int = 1
@@ -56,9 +56,9 @@ class Processes:
         return self.rank == 0
 
     def first_does(self, act: Callable[[], T]) -> T:
-        """`act()`, done by the first process alone; all have its result (pickled) or its UserError or OSError.
+        """`act()`, called in the first process alone; all get its result (pickled), or its UserError or OSError.
 
-        What is secret stays with the first: `first_keeps`.
+        For a secret result, use `first_keeps`.
         """
         if self.world_size == 1:
             return act()
@@ -77,13 +77,13 @@ class Processes:
         raise failure if failure is not None else SaidByTheFirst(value)
 
     def first_keeps(self, act: Callable[[], T]) -> T | None:
-        """`act()`, done by the first process alone, which has its result; the others have None, or its error too."""
+        """`act()`, called in the first process alone. It gets the result, the others None; errors are raised in all."""
         kept: list[T] = []
         self.first_does(lambda: kept.append(act()))
         return kept[0] if kept else None
 
     def agree(self, failure: Exception | None) -> None:
-        """Wait until all are here. Raises the failure of this process, else an OSError with that of another."""
+        """Wait until all are here. Raises `failure`, else an OSError with the failure of another process."""
         if self.world_size > 1:
             told = self._told_by_all(str(failure) if failure else None)
             if failure is None:
@@ -94,15 +94,15 @@ class Processes:
             raise failure
 
     def machine(self) -> Machine | None:
-        """The processes of this machine, the way to the first of them open; None where there is one alone.
+        """The processes on this machine, with the socket of the first of them open; None if there is only one.
 
-        Those are of one machine that see the same folder for temporary files under the same running kernel: in it lies
-        the way.
+        Processes are on one machine if they see the same temporary folder under the same running kernel. The socket
+        lies in that folder.
         """
         if self.world_size == 1:
             return None
         temporary, boot = os.stat(tempfile.gettempdir()), Path("/proc/sys/kernel/random/boot_id")
-        # Names of machines are not always their own.
+        # Host names are not always unique.
         kernel = boot.read_text() if boot.exists() else ""
         here = (socket.gethostname(), kernel, temporary.st_dev, temporary.st_ino)
         ranks = tuple(rank for rank, there in enumerate(self._told_by_all(here)) if there == here)
@@ -111,14 +111,14 @@ class Processes:
         return Machine(ranks, places[ranks[0]]) if machine is None and len(ranks) > 1 else machine
 
     def _told_by_all(self, value: Any) -> list[Any]:
-        """What each process says, in the order of ranks."""
+        """The values of all processes, in the order of ranks."""
         told: list[Any] = [None] * self.world_size
         with others_lost():
             dist.all_gather_object(told, value, group=self.group)
         return told
 
     def most(self, numbers: list[float]) -> list[float]:
-        """Of each number the greatest that any process has."""
+        """The greatest value that any process has, of each number."""
         values = torch.tensor(numbers, dtype=torch.float64)
         if self.world_size > 1:
             with others_lost():
@@ -135,7 +135,7 @@ class Processes:
         return gathered or []
 
     def leave(self) -> None:
-        """The end that all processes reach. Without it gloo's threads end the program by SIGABRT now and then."""
+        """End together with all processes. Without this, gloo's threads sometimes end the program by SIGABRT."""
         if self.world_size > 1:
             with others_lost():
                 dist.barrier(group=self.group)
@@ -148,7 +148,7 @@ class OthersLost(UserError):
 
 @contextlib.contextmanager
 def others_lost() -> Iterator[None]:
-    """What torch.distributed raises inside becomes OthersLost."""
+    """Context that turns errors of torch.distributed inside into OthersLost."""
     try:
         yield
     except RuntimeError as error:
@@ -156,7 +156,7 @@ def others_lost() -> Iterator[None]:
 
 
 def lost(error: Exception) -> str:
-    """What to say when talking to the other processes failed with `error`."""
+    """The message to show when communication with the other processes failed with `error`."""
     return (
         "another process of the run ended or no longer answers "
         f"({' '.join(str(error).split())[:120]}); start all of them again with --resume_from_checkpoint true"
@@ -164,7 +164,7 @@ def lost(error: Exception) -> str:
 
 
 def is_about_others(error: BaseException) -> bool:
-    """Whether `error` is torch.distributed's of a process that is gone (gloo raises RuntimeError, NCCL a DistError)."""
+    """Whether torch.distributed raised `error` for a process that is gone (gloo: RuntimeError, NCCL: a DistError)."""
     told = str(error).lower()
     return isinstance(error, dist.DistError | OthersLost) or (
         isinstance(error, RuntimeError) and any(word in told for word in ("gloo", "nccl", "connection", "peer"))
@@ -172,17 +172,17 @@ def is_about_others(error: BaseException) -> bool:
 
 
 def join(training: Any) -> Processes:
-    """Meet the other processes that the launcher started; alone without any. All but the first keep quiet from here on.
+    """Meet the other processes of the launcher; without any, this one is alone. Mutes the screen of all but the first.
 
-    accelerate has opened the process group when `training` was made.
+    The process group must be open; accelerate opens it when `training` is made.
     """
     if not devices.is_distributed():
         return Processes()
-    # GPT-2 uses all of its weights and has no buffers that training changes: nothing to look for, nothing to send.
+    # GPT-2 uses all of its weights, and training changes no buffers: DDP need not look for unused ones or send buffers.
     for name in ("ddp_find_unused_parameters", "ddp_broadcast_buffers"):
         if getattr(training, name) is None:
             setattr(training, name, False)
-    # torch has a new name for the second; transformers knows the old one.
+    # torch renamed the second; transformers still uses the old name.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=training.ddp_timeout))
     team = Processes(dist.get_rank(), dist.get_world_size(), group)
@@ -191,7 +191,7 @@ def join(training: Any) -> Processes:
 
 
 def news(team: Processes, training: Any, signals: StopSignals) -> News | None:
-    """What tells a run whose steps have several samples about itself; None where a step is one document."""
+    """The exchange of news for a run whose steps have several samples; None if a step is one document."""
     accumulated = training.gradient_accumulation_steps
     if team.world_size * accumulated == 1:
         return None
@@ -200,26 +200,26 @@ def news(team: Processes, training: Any, signals: StopSignals) -> News | None:
 
 
 class News:
-    """What the processes tell each other between steps: losses to the first, and who was asked to stop or to save."""
+    """What the processes tell each other between steps: losses, to the first; and requests to stop or to save."""
 
     def __init__(self, team: Processes, accumulated: int, signals: StopSignals) -> None:
         self.team, self.accumulated, self._signals = team, accumulated, signals
         self._steps: list[tuple[Step, list[Sample], torch.Tensor]] = []
         self._interval = 1
         self.failing = False
-        """Set by a process that cannot go on, and told with the next news."""
+        """Set by a process that cannot go on; the others learn of it with the next news."""
         self.failed = False
-        """Whether one of them cannot: all stop after this step."""
+        """Whether any process cannot go on: all stop after this step."""
 
     def add(self, step: Step, own: list[tuple[Sample, torch.Tensor]], numbers: StepNumbers) -> list[Step]:
-        """One more finished step with this process's samples of it, the numbers of each (`SampleNumbers.pack`) and its
-        own; the steps that are known in full now, where it was time for news."""
+        """Add a finished step: this process' samples with the numbers of each (`SampleNumbers.pack`), and the step's.
+        Returns the steps that are complete now, if it was time for news."""
         packed = pack(numbers, [values for sample, values in own if not sample.only_fills])
         self._steps.append((step, [sample for sample, _ in own], packed))
         return self.tell() if len(self._steps) >= self._interval else []
 
     def tell(self) -> list[Step]:
-        """Tell and be told now, all processes at the same step; the first has the steps since the last time."""
+        """Exchange news now; all processes must call it at the same step. Returns new complete steps, in the first."""
         steps = [_Told(step, samples, *split(packed.cpu().numpy())) for step, samples, packed in self._steps]
         self._steps, signals = [], self._signals
         seconds = sum(told.step.seconds for told in steps) / max(len(steps), 1)
@@ -227,7 +227,7 @@ class News:
         stop, save, failed, slowest, width_of_all = self.team.most(
             [float(signals.received or 0), float(signals.save_requested), float(self.failing), seconds, float(width)]
         )
-        # Everybody's from here on, so that all do the same between the same steps.
+        # Equal in all processes from here on, so that all do the same between the same steps.
         signals.agreed = signal.Signals(int(stop)) if stop else None
         signals.received = signals.received or signals.agreed
         signals.save_agreed, signals.save_requested = bool(save), False
@@ -237,13 +237,13 @@ class News:
         return self._shared(steps, int(width_of_all))
 
     def _shared(self, steps: list[_Told], width: int) -> list[Step]:
-        """The steps with the numbers of all their samples, in the first process. `width`: the most that any process has
-        to tell of them."""
+        """The steps with the numbers of all their samples, in the first process. `width`: the greatest length of any
+        process' numbers."""
         if not steps:
             return []
         own = torch.cat([torch.from_numpy(told.values) for told in steps])
         own = torch.nn.functional.pad(own, (0, width - len(own)))
-        # What only the process that tokenized it knows of a sample; 0 tokens where a place stands empty.
+        # Facts that only the process that tokenized a sample knows; 0 tokens if the sample only fills a place.
         cuts = [
             [0, 0, 0, 0] if each.only_fills else [each.tokens, each.text_bytes, each.tokens_cut, each.tokens_cut_exact]
             for told in steps
@@ -278,19 +278,19 @@ class News:
 
 @dataclasses.dataclass
 class _Told:
-    """A step as this process knows it."""
+    """A step as one process knows it."""
 
     step: Step
     samples: list[Sample]
-    """Its own."""
+    """This process' samples."""
     numbers: StepNumbers
     values: np.ndarray
-    """The numbers of those of its samples that do not only fill a place, one after the other, float32."""
+    """The numbers of its samples that do not only fill a place, one after the other, float32."""
 
 
 class Weights:
-    """What the mean loss of each sample is multiplied by, so that the mean over the samples of a step is that over its
-    tokens. The tokens of all processes are one number, summed on `device` while the step begins; nobody knows more."""
+    """Factors for the mean loss of each sample, with which the mean over samples equals the mean over tokens. The
+    number of tokens in all processes is summed on `device` while the step begins."""
 
     def __init__(self, team: Processes, accumulated: int, device: torch.device) -> None:
         self._several, self._size = team.world_size > 1, team.world_size * accumulated
@@ -298,7 +298,7 @@ class Weights:
         self._work: Any = None
 
     def begin(self, samples: list[Sample]) -> None:
-        """A step begins, whose samples in this process are these."""
+        """Begin a step. `samples`: those of this process."""
         self._predicted.fill_(sum(sample.predicted for sample in samples if not sample.only_fills))
         if self._several:
             with others_lost():

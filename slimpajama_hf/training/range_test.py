@@ -1,9 +1,8 @@
-"""`--lr_find`: which learning rate, by a short run at rates that rise from hardly any to far too much.
+"""`--lr_find`: finds a learning rate by a short run whose rate rises from very low to far too high.
 
-The range test of Smith 2017 (arXiv 1506.01186, section 3.3), on the run's own stream: model, data, optimizer and
-clipping are those of the run that is asked about. At batch size 1 a document's loss says little, so losses are
-averaged over their neighbours before anything is read from them. `session/range_test_result.py` says and draws what
-was found.
+This is the range test of Smith 2017 (arXiv 1506.01186, section 3.3) with the model, data, optimizer and clipping of the
+run itself. At batch size 1 the loss of a document says little, so losses are averaged over neighbouring steps first.
+`session/range_test_result.py` prints and draws the result.
 """
 
 from __future__ import annotations
@@ -13,31 +12,32 @@ import dataclasses
 import numpy as np
 
 LOWEST, HIGHEST = 1e-6, 0.3
-#: A run stays at its rate, so it has to be below the one where the falling ends. By how much, from one model: the 5.3M
-#: GPT-2 fell up to 5e-4 in a test, and learned most from 2,000 documents at 3e-4 (of 5e-5, 3e-4, 1e-3, 2.5e-3).
+#: A run stays at its rate, so the rate must be below the one at which the loss stops falling. This factor is from one
+#: model: the loss of the 5.3M GPT-2 fell up to 5e-4 in a test, and 3e-4 learned most from 2,000 documents (of 5e-5,
+#: 3e-4, 1e-3, 2.5e-3).
 SAFETY = 2.0
 
 
 def rate(step: int, steps: int) -> float:
-    """The rate of step `step` of `steps`: as many steps in every decade."""
+    """The learning rate of step `step` of `steps`: every decade has equally many steps."""
     return LOWEST * (HIGHEST / LOWEST) ** (step / max(steps - 1, 1))
 
 
 @dataclasses.dataclass
 class Found:
-    """What the curve says; rates as --learning_rate takes them."""
+    """The result of a test; rates as for --learning_rate."""
 
     rates: np.ndarray
-    """Of each step, (steps,)."""
+    """The rate of each step, (steps,)."""
     smoothed: np.ndarray
-    """Loss, averaged over neighbouring steps, nats per token, (steps,)."""
+    """Loss averaged over neighbouring steps, nats per token, (steps,)."""
     lowest: float | None
-    """The rate where the falling ends; None where the loss did not fall."""
+    """The rate at which the loss stops falling; None if it did not fall."""
     suggested: float | None
 
 
 def smooth(values: np.ndarray, width: float) -> np.ndarray:
-    """Averages under a Gaussian of standard deviation `width` steps; what is not finite counts nothing."""
+    """Averages under a Gaussian of standard deviation `width` steps, without values that are not finite."""
     steps = np.arange(len(values))
     good = np.isfinite(values)
     weights = np.exp(-0.5 * ((steps[:, None] - steps[None, :]) / width) ** 2) * good
@@ -46,18 +46,18 @@ def smooth(values: np.ndarray, width: float) -> np.ndarray:
 
 
 def read(rates: np.ndarray, losses: np.ndarray) -> Found:
-    """What to make of the losses of a test."""
+    """Evaluate the losses of a test."""
     smoothed = smooth(losses, max(len(losses) / 40, 1.0))
     if not np.isfinite(smoothed).any():
         return Found(rates, smoothed, None, None)
     place = int(np.nanargmin(smoothed))
     begin = float(np.nanmean(smoothed[: max(len(smoothed) // 10, 1)]))
-    # Noise alone makes some place the lowest: it has to be well below where it began.
-    # Up to there: behind it losses jump about.
+    # Noise alone makes some loss the lowest, so it must be well below the losses at the beginning. Losses after the
+    # lowest one scatter too much to be counted.
     apart = np.abs(losses - smoothed)[: place + 1]
     scatter = 1.4826 * float(np.nanmedian(apart)) / max(len(losses) / 20, 1.0) ** 0.5
     if begin - smoothed[place] < 4 * scatter:
         return Found(rates, smoothed, None, None)
-    # Two digits, as they are said: the half of what is said is what is suggested.
+    # Rounded first: the suggested rate is half of the rate that is printed.
     lowest = float(f"{rates[place]:.2g}")
     return Found(rates, smoothed, lowest, float(f"{lowest / SAFETY:.2g}"))

@@ -1,4 +1,4 @@
-"""From the step to the ledger: numbers leave the device without making it wait, and become rows in order."""
+"""Takes the numbers of each step from the device without making it wait, and writes them to the ledger in order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from slimpajama_hf.training.step_numbers import Step
 
 
-#: Steps that the ledger may lag behind a device before it waits for it.
+#: How many steps the ledger may be behind the device before it waits for the device.
 MOST_BEHIND = 16
 
 
@@ -42,11 +42,11 @@ def _known(value: float) -> float | None:
 
 
 class StepRecorder:
-    """Turns finished steps into ledger rows, in order, and tells those who listen.
+    """Turns finished steps into ledger rows, in order, and calls the listeners.
 
-    `tokens - 1` tokens of a sample are predicted; the first is coded at its uniform cost, ln(vocabulary) nats. Rows
-    that the disk does not take are kept and tried again at every later step. `remembered`: rows before a resume.
-    `surprisals`: where the loss of every token goes, if it is kept. Of several processes the first has the ledger.
+    `tokens - 1` tokens of a sample are predicted; the first costs ln(vocabulary) nats. If the disk does not take a row,
+    it is kept and tried again at every later step. `remembered`: rows before a resume. `surprisals`: where the loss of
+    every token is kept, if it is. With several processes, only the first has a ledger.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class StepRecorder:
         self._unwritten: deque[tuple[Row, np.ndarray]] = deque()
         self._spikes = LossSpikes(row["loss"] for row in remembered if row["loss"] is not None)
         self.not_finite: list[dict[str, Any]] = []
-        """The latest rows, unbroken, whose loss or gradient was no number."""
+        """The rows at the end of the ledger, in a row, whose loss or gradient was not finite."""
         for row in remembered:
             self._watch(row)
         self.layers: list[str] = []
-        """Name of the layer that each parameter of the model belongs to, where noise is measured (`noise.layer_of`)."""
+        """The layer of each parameter of the model, if noise is measured (`noise.layer_of`)."""
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
 
     @property
@@ -77,11 +77,11 @@ class StepRecorder:
 
     @property
     def unwritten(self) -> int:
-        """Rows that the disk has not taken."""
+        """How many rows the disk has not taken."""
         return len(self._unwritten)
 
     def add(self, step: Step, values: torch.Tensor) -> None:
-        """A finished step of one sample; its numbers (`step_numbers.pack`) are on the device, not waited for."""
+        """Add a finished step of one sample. Its numbers (`step_numbers.pack`) are on the device and not waited for."""
         self._waiting.append((step, Reading(values)))
         while self._waiting and (self._waiting[0][1].here() or len(self._waiting) > MOST_BEHIND):
             self._write(*self._waiting.popleft())
@@ -95,7 +95,7 @@ class StepRecorder:
         self.record(step.unpacked(reading.values().numpy()))
 
     def record(self, step: Step) -> None:
-        """A finished step, its numbers on the host, with all of its samples."""
+        """Record a finished step, whose numbers and samples are all known on the host."""
         sample, numbers, seconds = step.sample, step.numbers, step.seconds
         losses, correct = [each.loss for each in step.samples], [each.correct for each in step.samples]
         nats = [each.nats for each in step.samples]
@@ -178,7 +178,7 @@ class StepRecorder:
             self.not_finite.clear()
 
     def _drain(self) -> dict[str, Any] | None:
-        """Write what is unwritten, in order; the last row as written, or None while the disk takes nothing."""
+        """Write waiting rows, in order. Returns the last row as written, or None if the disk does not take one."""
         record = None
         assert self._ledger is not None
         before = len(self._unwritten)
@@ -203,7 +203,7 @@ class StepRecorder:
         return record
 
     def write_all(self) -> None:
-        """Write what a checkpoint counts on. Raises OSError when the disk does not take it."""
+        """Write everything that a checkpoint refers to. Raises OSError if the disk does not take it."""
         self.flush()
         if self._ledger is not None:
             self._drain()
@@ -211,7 +211,7 @@ class StepRecorder:
                 raise OSError(28, f"{len(self._unwritten):,} rows of the ledger are not on the disk")
 
     def sync(self) -> None:
-        """Force what was written to the disk. Raises OSError when the disk does not take it."""
+        """Flush written rows to the disk. Raises OSError if the disk does not take them."""
         if self._surprisals is not None:
             self._surprisals.sync()
         if self._ledger is not None:
@@ -228,7 +228,7 @@ class StepRecorder:
 
 
 class AfterEachStep(TrainerCallback):
-    """Hands the finished step to the recorder before any other callback sees it."""
+    """Lets the recorder have each finished step before any other callback sees it."""
 
     def __init__(
         self,
@@ -252,7 +252,7 @@ class AfterEachStep(TrainerCallback):
         self._update(False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # The Trainer counts it from the start of the session (ignore_data_skip); a resume must not show.
+        # The Trainer counts epochs from the start of the session (ignore_data_skip), which would differ after a resume.
         state.epoch = state.global_step / state.max_steps
         if not self._record():
             control.should_training_stop = True

@@ -1,6 +1,6 @@
-"""What the folder of a saved model has beside what `transformers` writes, so that other programs load it as it is.
+"""Adds what other programs need, besides what `transformers` writes, to the folder of a saved model.
 
-Converters to other formats ask config.json for `n_ctx`; a batch needs a pad token, in the tokenizer and for `generate`.
+Converters to other formats read `n_ctx` in config.json. Batches need a pad token, in the tokenizer and for `generate`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tok
 
 @contextlib.contextmanager
 def with_a_cache(config: Any) -> Iterator[None]:
-    """What is saved inside generates with a cache when it is loaded; training needs none."""
+    """Context in which a saved configuration says that the model uses a cache; training uses none."""
     cache, config.use_cache = config.use_cache, True
     try:
         yield
@@ -30,11 +30,11 @@ def with_a_cache(config: Any) -> Iterator[None]:
 
 
 def like(model: Any, weights: list[torch.Tensor]) -> Callable[[], Any]:
-    """What makes a model like `model` that has `weights`, in the order of its parameters, and will generate with a
-    cache; it may be called in another thread while `model` trains."""
+    """A function that makes a model like `model` with `weights`, in the order of its parameters, and with a cache for
+    generation. It may be called in another thread while `model` trains."""
     config = copy.deepcopy(model.config)
     config.use_cache = True
-    # Without memory, and without a draw of the generators that training goes on with.
+    # Allocates no memory and draws nothing from the random generators of training.
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         made = type(model)(config)
     names = [name for name, _ in model.named_parameters()]
@@ -51,8 +51,8 @@ def like(model: Any, weights: list[torch.Tensor]) -> Callable[[], Any]:
 
 
 def files_for(folder: Path) -> dict[str, bytes]:
-    """Files to be put in place of those of `folder` (a saved model, or one without weights), by name; none where all
-    are as they should be."""
+    """Contents, by name, of files to be replaced in `folder`, a saved model with or without weights. Empty if all are
+    as they should be."""
     config = _read(folder / _CONFIG)
     positions = config.get("n_positions") or config.get("max_position_embeddings")
     changed = portable_tokenizer.files_for(folder, positions)
@@ -69,7 +69,7 @@ def files_for(folder: Path) -> dict[str, bytes]:
 
 
 def complete(folder: Path) -> str | None:
-    """Put them there. Returns why transformers 4 will not load the tokenizer, in a few words; None where it will."""
+    """Write these files. Returns why transformers 4 cannot load the tokenizer, in a few words; None if it can."""
     for name, content in files_for(folder).items():
         (folder / name).write_bytes(content)
     return portable_tokenizer.why_not_everywhere(_read(folder / _TOKENIZER))

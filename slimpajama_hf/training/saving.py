@@ -1,4 +1,4 @@
-"""How a checkpoint of a run is saved: the ledger first, then all of it or nothing."""
+"""Saves the checkpoints of a run: the ledger first, then the whole checkpoint or nothing."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from slimpajama_hf.training.recorder import StepRecorder
 
 
-#: What torch and safetensors raise where a disk does not take something, and what another process says of it.
+#: Errors of torch and safetensors when a disk does not take something, and what another process reports of one.
 _OF_THE_DISK = (OSError, RuntimeError, SafetensorError, SaidByTheFirst)
 
 
 class Saving:
     """Saves checkpoints of the run in `run`: staged, given a manifest, renamed.
 
-    One that is saved `behind` is staged and copied in the step; a thread of the first process writes it, hashes it and
-    renames it. One at a time is under way. What went wrong there is said at the next step (`look`) or by who waits.
+    With `behind` a step only stages and copies; a thread of the first process writes, hashes and renames. One
+    checkpoint at a time is written. Errors of the thread are reported at the next step (`look`) or by the next `wait`.
 
-    `about` goes into each manifest. `parameters`: of the model, by which a disk that is too full is recognised.
+    `about`: facts for each manifest. `parameters`: of the model, to recognise a disk that is too full.
     """
 
     def __init__(
@@ -52,21 +52,21 @@ class Saving:
         self._run, self._recorder, self._team = run, recorder, team
         self._about, self._limit, self._parameters = about, limit, parameters
         self.staging: Path | None = None
-        """Where the checkpoint that is being saved is written."""
+        """Where the current checkpoint is written."""
         self.failure: str | None = None
-        """Why the last save did not succeed, if it did not."""
+        """Why the last save failed, if it did."""
         self.is_behind = False
-        """Whether the checkpoint that is being saved is written from copies while training goes on."""
+        """Whether the current checkpoint is written from copies while training goes on."""
         self.listeners: list[Callable[[int], None]] = []
-        """Told of the step of each checkpoint that is there now."""
+        """Called with the step of each checkpoint that is complete."""
         self._jobs: list[Callable[[], None]] = []
         self._under_way: _UnderWay | None = None
         self._said = False
 
     def save(self, step: int, cursor: Cursor, write: Callable[[Path], None], behind: bool = False) -> None:
-        """The checkpoint of `step`, after which reading goes on at `cursor`. `write` fills `checkpoint-<step>` of the
-        folder that it is given, or leaves jobs that do (`later`), where `behind`. A disk that does not take it is said,
-        and training goes on."""
+        """Save the checkpoint of `step`, after which reading goes on at `cursor`. `write` fills `checkpoint-<step>` in
+        the folder that it is given; with `behind`, jobs that it adds by `later` may do so. If the disk does not take
+        the checkpoint, that is reported and training goes on."""
         self.wait()
         self._jobs, self.is_behind = [], behind
         try:
@@ -82,16 +82,16 @@ class Saving:
             self._jobs, self.is_behind = [], False
 
     def later(self, job: Callable[[], None]) -> None:
-        """Write something into the checkpoint that is being saved, from copies of its own, when training goes on."""
+        """Add a job that writes into the current checkpoint while training goes on; it needs copies of its data."""
         self._jobs.append(job)
 
     def look(self) -> None:
-        """After each step: whether the checkpoint that was under way is there now, or why it is not."""
+        """Called after each step: report the checkpoint in progress if it is complete or has failed."""
         if self._under_way is not None and not self._under_way.is_alive():
             self.wait()
 
     def wait(self) -> None:
-        """Until no checkpoint is under way. What went wrong is said."""
+        """Wait until no checkpoint is in progress, and report what went wrong."""
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
             if under_way.is_alive():
@@ -100,7 +100,7 @@ class Saving:
             self._note(under_way.step, under_way.error)
 
     def finished(self) -> Path:
-        """The run's folder, with no checkpoint under way in it: what is there now is what a run can go on from."""
+        """Wait; returns the run's folder, which then has exactly the checkpoints that a run can go on from."""
         self.wait()
         return self._run
 
@@ -123,8 +123,8 @@ class Saving:
         return " ".join(str(error).split())[:200]
 
     def _stage(self, step: int, cursor: Cursor, write: Callable[[Path], None]) -> None:
-        """The first process makes the folder and renames it; what is each process' own (the random generators, and the
-        shards of a sharded model) each writes into it itself."""
+        """The first process makes the folder and renames it. Each process writes its own part: random generators, and
+        its shards of a sharded model."""
         run, team = self._run, self._team
         about = self._about | {"not_finite_in_a_row": len(self._recorder.not_finite)}
         failure: Exception | None = None
@@ -141,7 +141,7 @@ class Saving:
             jobs = self._jobs
 
             def finish() -> None:
-                """What the first process does, behind the step or in it: other files, and what vouches for all."""
+                """In the first process, in the step or in the thread: write other files and facts for the manifest."""
                 for job in jobs:
                     job()
                 self._complete(checkpoint)
@@ -164,7 +164,7 @@ class Saving:
                 failure = error
             finally:
                 self.staging = None
-            # All have written: now the first renames, and all wait for it, where it is not done behind.
+            # All have written. Unless that happens in a thread, the first renames now and all wait.
             team.agree(failure)
             if self.is_behind:
                 if team.is_first:
@@ -176,7 +176,7 @@ class Saving:
         checkpoints.keep_newest(self._run, self._limit)
 
     def _complete(self, checkpoint: Path) -> None:
-        """What other programs need beside what transformers writes; what one of them will not load is said once."""
+        """Add what other programs need. If transformers 4 cannot load the tokenizer, say so once."""
         why = saved_model.complete(checkpoint)
         saved_model.complete(checkpoint / averaging.FOLDER)
         if why is not None and not self._said:
@@ -185,12 +185,12 @@ class Saving:
 
 
 class _UnderWay(threading.Thread):
-    """A checkpoint that is written while training goes on: `finish` fills the folder, leaving `staged` renames it."""
+    """Writes a checkpoint while training goes on: `finish` fills the folder, leaving `staged` renames it."""
 
     def __init__(
         self, step: int, finish: Callable[[], None], staged: contextlib.ExitStack, keep_newest: Callable[[], None]
     ) -> None:
-        # Not waited for by an interpreter that ends: what is half written is as if the process had been killed.
+        # A daemon, so that exiting does not wait for it: a half-written checkpoint is as after a kill.
         super().__init__(name=f"checkpoint-{step}", daemon=True)
         self.step = step
         self.error: Exception | None = None

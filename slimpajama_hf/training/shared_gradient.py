@@ -1,8 +1,8 @@
-"""The gradient of a step of several processes: each writes out that of its own sample, and their sum is everybody's.
+"""Sums gradients over processes: each computes the written-out step on its own sample, and all get the sum.
 
-The gradients of a step lie in one row (`GPT2Step.gradients`). It is summed in pieces over `torch.distributed`, each as
-soon as the backward has filled it, the last blocks first: one piece travels while the next is computed. Where the step
-is captured as a CUDA graph, gradients are summed behind it.
+The gradients of a step lie in one row (`GPT2Step.gradients`), which is summed in pieces over `torch.distributed`. A
+piece is sent as soon as the backward has filled it, the last blocks first, while the next is computed. If the step is a
+CUDA graph, the gradients are summed after it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from slimpajama_hf.training.processes import others_lost
 if TYPE_CHECKING:
     from slimpajama_hf.model.gpt2_step import GPT2Step, Result
 
-#: Fewer elements than this are not sent by themselves: each message has a cost of its own.
+#: Pieces with fewer elements are not sent alone, because each message has a cost of its own.
 SMALLEST_PIECE = 1 << 20
 
 REDUCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -26,8 +26,8 @@ REDUCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class SharedGradient:
     """Makes the gradients of `step` the mean over all predicted tokens of the step, in all processes.
 
-    `weight`: the tensor that `step` multiplies its gradients by. `dtype`: what is sent, `float32` or `bfloat16`; sums
-    of bfloat16 are rounded to it too. The result is the same to the bit in every process.
+    `weight`: the tensor that `step` multiplies its gradients by. `dtype`: that of messages, `float32` or `bfloat16`;
+    sums in bfloat16 are rounded to it too. The result is equal to the bit in every process.
     """
 
     def __init__(self, step: GPT2Step, weight: torch.Tensor, dtype: str) -> None:
@@ -40,12 +40,12 @@ class SharedGradient:
             step.filled = self._filled
 
     def __call__(self, input_ids: torch.Tensor, weight: torch.Tensor) -> Result:
-        """The step on one sample, (T,). `weight`: that of the sample, () (`Weights.of`), 1 on average over processes.
-        Raises OthersLost where another process is gone, torch.OutOfMemoryError."""
+        """The step on one sample, (T,). `weight`: the weight of the sample, () (`Weights.of`), 1 on average over
+        processes. Raises OthersLost if another process is gone, and torch.OutOfMemoryError."""
         torch.div(weight, dist.get_world_size(), out=self._weight)
         self._under_way, self._whole = [], None
         result = self._step(input_ids)
-        # What is left: the embeddings, which are filled last, the last norm, and the smallest pieces.
+        # Send the rest: the embeddings, which are filled last, the final norm, and pieces that were too small.
         done = sorted((first, last) for _, first, last in self._under_way)
         begin = 0
         for first, last in [*done, (self._step.gradients.numel(),) * 2]:
@@ -61,7 +61,7 @@ class SharedGradient:
         return result
 
     def _filled(self, first: int, last: int) -> None:
-        """A stretch is whole; the one behind it was told of before."""
+        """Take note of a part that is final; the part after it came in the call before."""
         end = self._whole[1] if self._whole is not None and self._whole[0] == last else last
         self._whole = (first, end)
         if end - first >= SMALLEST_PIECE:

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end, or to save: noted at once, obeyed between two steps."""
+"""Signals that ask a run to end or to save: noted at once, obeyed between two steps."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from slimpajama_hf import child, screen
 
 
 def can_be_caught() -> bool:
-    """Whether this thread may say what a signal does: only the main one may (`signal` of Python)."""
+    """Whether this thread may handle signals; in Python only the main thread may."""
     return threading.current_thread() is threading.main_thread()
 
 
 class StopSignals:
-    """While entered, SIGINT, SIGTERM and SIGHUP are noted in `received`; a second one of the first two ends at once.
+    """Context that notes SIGINT, SIGTERM and SIGHUP in `received`. After any of them SIGINT or SIGTERM exits at once.
 
-    In a thread they are left alone, and the screen says so.
+    Outside the main thread signals are not handled, and the screen says so.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -29,7 +29,7 @@ class StopSignals:
         self.save_requested = False
         """Set by SIGUSR1: save a checkpoint after this step and go on."""
         self.shared = False
-        """Whether other processes have to stop and to save at the same step: then only what was agreed on counts."""
+        """Whether all processes must stop and save at the same step: then only `agreed` and `save_agreed` count."""
         self.agreed: signal.Signals | None = None
         self.save_agreed = False
         self._before: dict[signal.Signals, Any] = {}
@@ -56,7 +56,7 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             if number == signal.SIGHUP:
-                # The launcher or the terminal goes away while the run ends: nothing new.
+                # The launcher or the terminal goes away while the run ends.
                 return
             os._exit(128 + number)
         self.received = signal.Signals(number)
@@ -71,7 +71,7 @@ class StopSignals:
         return (self.agreed if self.shared else self.received) is not None
 
     def take_save(self) -> bool:
-        """Whether a checkpoint is to be saved after this step; asked once."""
+        """Whether a checkpoint is to be saved after this step; True once per request."""
         if self.shared:
             asked, self.save_agreed = self.save_agreed, False
         else:
@@ -80,12 +80,12 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 0 without any."""
+        """130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, else 0."""
         return 0 if self.received is None else 128 + self.received
 
 
 def _end_with_launcher() -> None:
-    """Under `accelerate launch`, take the launcher's death as SIGHUP: it hands no signal on (accelerate launch.py,
-    `simple_launcher`), so `kill <launcher>` would leave this process training alone. Linux only."""
+    """Under `accelerate launch` (Linux only), treat the launcher's death as SIGHUP. The launcher passes no signal on
+    (accelerate launch.py, `simple_launcher`), so after `kill <launcher>` this process would train on alone."""
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         child.end_with_parent(signal.SIGHUP)

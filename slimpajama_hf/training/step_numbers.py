@@ -1,7 +1,7 @@
-"""The numbers of a step: how they leave the device together, and who is who.
+"""The numbers of a step, and how they travel from the device together.
 
-To add one, add a field to `StepNumbers`, made by `number`. It is then measured at every step and appears, under its
-name, in the ledger, `metrics_history.json`, the experiment trackers, the report and `inspect`.
+To add a number, add a field to `StepNumbers` by `number`. It is measured at every step and appears under its name in
+the ledger, `metrics_history.json`, the experiment trackers, the report and `inspect`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def number(meaning: str, measure: Callable[[Any], torch.Tensor]) -> Any:
-    """A field for a number of our own. `meaning`: in a few words with its unit, as the report shows it. `measure`: from
-    the model after the step's update, () or (1,) on its device; what it costs is paid at every step."""
+    """A field for a further number. `meaning`: a few words with the unit, for the report. `measure`: from the model
+    after the update to () or (1,) on its device; every step pays for it."""
     return dataclasses.field(default=math.nan, metadata={"meaning": meaning, "measure": measure})
 
 
@@ -31,25 +31,25 @@ class StepNumbers:
     grad_norm: Any = math.nan
     """L2 norm of the gradient before clipping."""
     not_finite: Any = math.nan
-    """1.0 where the update was skipped because loss or gradient is no number."""
+    """1.0 if the update was skipped because loss or gradient is not finite."""
     grad_square: Any = math.nan
-    """Mean square of the gradients of some documents (`record/noise.py`)."""
+    """Mean square of the gradients of several documents (`record/noise.py`)."""
     grad_agreement: Any = math.nan
-    """Mean product of two of them."""
+    """Mean product of two of these gradients."""
     loss_after: Any = math.nan
     """Loss of the step's document after its update (`record/teaching.py`)."""
     next_loss: Any = math.nan
-    """Loss of the next document before it."""
+    """Loss of the next document before this update."""
 
     def pack(self) -> torch.Tensor:
-        """All of them in the order of the fields, (fields,) float32, on the device of the norm."""
+        """All numbers in the order of the fields, (fields,) float32, on the device of the norm."""
         like = self.grad_norm
         values = (getattr(self, field.name) for field in dataclasses.fields(self))
         return torch.stack(
             [
                 value.to(like.device, torch.float32).reshape(())
                 if isinstance(value, torch.Tensor)
-                # Filled there, not sent there: nothing waits.
+                # Filled on the device: sending it there would wait.
                 else torch.full((), value, dtype=torch.float32, device=like.device)
                 for value in values
             ]
@@ -57,7 +57,7 @@ class StepNumbers:
 
     @classmethod
     def unpack(cls, values: np.ndarray) -> StepNumbers:
-        """From what `pack` has made, (fields,)."""
+        """The numbers from the result of `pack`, (fields,)."""
         return cls(*values.tolist())
 
     def added(self) -> dict[str, float]:
@@ -65,14 +65,14 @@ class StepNumbers:
         return {field.name: getattr(self, field.name) for field in _added(type(self))}
 
     def measure(self, model: Any) -> None:
-        """Take the numbers that were made by `number` from the model as it is now."""
+        """Measure the numbers that were made by `number`, from the model as it is now."""
         with torch.no_grad():
             for field in _added(type(self)):
                 setattr(self, field.name, field.metadata["measure"](model))
 
     @classmethod
     def meanings(cls) -> dict[str, str]:
-        """What each number that was made by `number` means, by its name."""
+        """The meaning of each number that was made by `number`, by name."""
         return {field.name: field.metadata["meaning"] for field in _added(cls)}
 
 
@@ -82,30 +82,30 @@ def _added(numbers: type[StepNumbers]) -> list[dataclasses.Field]:
 
 @dataclasses.dataclass
 class SampleNumbers:
-    """What one sample of a step gave, on the host."""
+    """The numbers of one sample of a step, on the host."""
 
     loss: float
     """Mean over its predicted tokens, nats."""
     correct: float
-    """Predicted tokens that were right."""
+    """How many tokens were predicted right."""
     nats: np.ndarray
     """Surprisal of each predicted token, (predicted,) float32."""
 
     @staticmethod
     def pack(loss: torch.Tensor, correct: torch.Tensor, nats: torch.Tensor) -> torch.Tensor:
-        """The three of them in one, (2 + predicted,) float32, on their device."""
+        """All three in one tensor, (2 + predicted,) float32, on their device."""
         return torch.cat([torch.stack([loss.detach().float(), correct.float()]), nats])
 
     @classmethod
     def unpack(cls, values: np.ndarray) -> SampleNumbers:
-        """From what `pack` has made."""
+        """The numbers from the result of `pack`."""
         loss, correct = values[:2].tolist()
         return cls(loss, correct, values[2:])
 
 
 @dataclasses.dataclass
 class Step:
-    """A finished step. Its numbers travel beside it in one tensor (`pack`) until `unpacked` gives it them."""
+    """A finished step. Until `unpacked` adds them, its numbers travel beside it in one tensor (`pack`)."""
 
     step: int
     sample: Sample
@@ -113,17 +113,17 @@ class Step:
     seconds: float
     """Training time."""
     update_skipped: str = ""
-    """Why the update was skipped, where that is known before the numbers are."""
+    """Why the update was skipped, if that is known before the numbers are."""
     numbers: StepNumbers = dataclasses.field(default_factory=StepNumbers)
     samples: list[SampleNumbers] = dataclasses.field(default_factory=list)
-    """Of all its samples, in the order of the stream."""
+    """One for each sample, in the order of the stream."""
     by_parameter: np.ndarray | None = None
-    """Where noise was measured, mean squares and mean products by parameter, (2, parameters)."""
+    """Mean squares and mean products of gradients by parameter, (2, parameters); None if noise was not measured."""
     mean: tuple[float, float] | None = None
-    """Loss and accuracy of a step of another trainer, of whose samples no one knows them one by one."""
+    """Loss and accuracy of a step of another trainer, which does not tell those of single samples."""
 
     def unpacked(self, values: np.ndarray) -> Step:
-        """The same step of one sample with its numbers, from what `pack` has made of them."""
+        """This step of one sample with its numbers, from the result of `pack`."""
         numbers, rest = split(values)
         sample, by_parameter = np.split(rest, [2 + self.sample.predicted])
         return dataclasses.replace(
@@ -132,8 +132,8 @@ class Step:
 
 
 def pack(numbers: StepNumbers, samples: list[torch.Tensor], by_parameter: torch.Tensor | None = None) -> torch.Tensor:
-    """The numbers of a step in one float32 tensor on the device: its own, then those of its samples (packed), then the
-    noise by parameter."""
+    """The numbers of a step in one float32 tensor on the device: of the step, of its samples (packed), and the noise
+    by parameter."""
     parts = [numbers.pack(), *samples]
     if by_parameter is not None:
         parts.append(by_parameter.view(-1))
@@ -141,6 +141,6 @@ def pack(numbers: StepNumbers, samples: list[torch.Tensor], by_parameter: torch.
 
 
 def split(values: np.ndarray) -> tuple[StepNumbers, np.ndarray]:
-    """What `pack` has put first, and the rest."""
+    """The step's numbers from the result of `pack`, and the rest."""
     count = len(dataclasses.fields(StepNumbers))
     return StepNumbers.unpack(values[:count]), values[count:]

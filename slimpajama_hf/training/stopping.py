@@ -1,4 +1,4 @@
-"""How a run ends before its last step: by a signal, and in which words by itself."""
+"""How a run ends before its last step: by a signal or by itself, and what it says."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from slimpajama_hf.training.loss_scale import LossScale
     from slimpajama_hf.training.signals import StopSignals
 
-#: So many updates in a row that cannot be made mean that the weights are lost, not that a document is odd.
+#: After this many skipped updates in a row the weights are lost, rather than a document odd.
 MOST_NOT_FINITE_IN_A_ROW = 10
 
-#: Against a lack of memory.
+#: The advice when memory runs out.
 CURE = "close what else uses the device, or take a smaller --max_seq_length or --model"
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM end the run after the step that is on, with a checkpoint; SIGUSR1 saves one and goes on."""
+    """Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; SIGUSR1 saves one and goes on."""
 
     def __init__(self, signals: StopSignals) -> None:
         self._signals = signals
@@ -41,14 +41,14 @@ class StopOnSignal(TrainerCallback):
 
 
 class LackOfMemory:
-    """Steps that did not fit into memory. The first one is skipped: another program may have been at the card. Then it
-    is the model that does not fit."""
+    """Counts steps that did not fit into memory. The first is skipped, because another program may have used the GPU.
+    After the second the model is too large."""
 
     def __init__(self) -> None:
         self._count = 0
 
     def of(self, step: int, sample: Sample, may_skip: bool) -> None:
-        """One more, of which nothing was applied. Raises UserError unless it may be skipped, which is said."""
+        """Count one more step, of which nothing was applied. Says that it is skipped, or raises UserError."""
         self._count += 1
         document = sample.document
         if self._count > 1 or not may_skip:
@@ -63,11 +63,11 @@ class LackOfMemory:
 def weights_are_lost(
     rows: list[dict[str, Any]], run: Callable[[], Path], loss_scale: LossScale | None
 ) -> UserError | None:
-    """Why the run ends, if it does: too many of the latest steps in a row (their rows of the ledger) had no update,
-    because loss or gradient was no number. `run` waits for a checkpoint that is under way and gives the folder."""
+    """Why the run must end, or None: too many steps in a row had no update because loss or gradient was not finite.
+    `rows`: their rows of the ledger. `run` waits for a checkpoint in progress and returns the run's folder."""
     most = MOST_NOT_FINITE_IN_A_ROW
     if loss_scale is not None and len(rows) >= most and loss_scale.may_be_too_large():
-        # A gradient beyond float16's range is no sign of lost weights while the scale still comes down.
+        # A gradient beyond float16's range does not mean lost weights while the scale still falls.
         rows = [row for row in rows if row["loss"] is None or not math.isfinite(row["loss"])]
     if len(rows) < most:
         return None
@@ -82,7 +82,7 @@ def weights_are_lost(
 
 
 def memory_ended(step: int, run: Path, in_update: bool) -> str:
-    """What to say where memory ended at `step`, or in the middle of its update."""
+    """The message when memory ran out at `step`, or (`in_update`) in the middle of its update."""
     if not in_update:
         return f"out of memory at step {step}; {CURE}"
     newest = max(checkpoints.steps(run), default=None)

@@ -1,4 +1,4 @@
-"""`SlimPajamaTrainer`: the step of one document, its schedule, its loader, and what is measured in it."""
+"""`SlimPajamaTrainer`: the step of one document, its schedule, its data loader, and its measurements."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from slimpajama_hf.training.shared_gradient import SharedGradient
 
 
-#: Private methods of Trainer that we override or call: a test fails when their signature moves.
+#: Private methods of Trainer that we override or call. A test fails if a signature changes.
 PRIVATE_HOOKS = {
     "_clip_grad_norm": "(self, model)",
     "_get_grad_norm": "(self, model, grad_norm=None)",
@@ -57,12 +57,12 @@ PRIVATE_HOOKS = {
 class SlimPajamaTrainer(Checkpointing):
     """A Trainer whose optimizer step is one streamed document.
 
-    Beside what `transformers.Trainer` does: the loss is the mean over the predicted tokens (5.23 alone under-scales
-    GPT-2's by (L-1)/L); accuracy is taken where the logits are; every step becomes a row of the ledger; checkpoints
-    are staged, given a manifest and renamed; no `training_args.bin` (it pickles the Hub token).
+    What differs from `transformers.Trainer`: the loss is the mean over the predicted tokens (alone, 5.23 scales GPT-2's
+    by (L-1)/L); accuracy is computed from the same logits; every step becomes a row of the ledger; checkpoints are
+    staged, given a manifest and renamed; there is no `training_args.bin` (it pickles the Hub token).
 
-    `backward`: `auto` computes GPT-2's step with `gpt2_step.py` where that can, else and with `autograd` the Trainer
-    does.
+    `backward`: `auto` computes the step with `gpt2_step.py` if that can compute the model. Otherwise, and with
+    `autograd`, the Trainer computes it.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class SlimPajamaTrainer(Checkpointing):
         self.stream = stream
         self.team = news.team if news is not None else Processes()
         self.news = news
-        """Where a step has several samples, how their losses come together (`processes.py`)."""
+        """Brings losses together if a step has several samples (`processes.py`); else None."""
         self.recorder = recorder
         self.clock = TrainingClock()
         self.sample: Sample | None = None
-        """The sample of the step that is on."""
+        """The sample of the current step."""
         self.cursor = stream.start
         """Where reading goes on after the last trained sample."""
         self.stream_ended = False
@@ -99,29 +99,29 @@ class SlimPajamaTrainer(Checkpointing):
         self._correct = self._loss = torch.tensor(0.0)
         self._nats = torch.zeros(0)
         self._weight: Any = None
-        """Of the sample that is on, in the loss of its step, where that has several."""
+        """The weight of the current sample in the loss of its step, if that has several samples."""
         self._own: list[tuple[Sample, torch.Tensor]] = []
-        """Each sample of the step that this process had, and its packed numbers, where a step has several."""
+        """This process' samples of the current step with their packed numbers, if a step has several samples."""
         self._backward, self._reduce_dtype = backward, reduce_dtype
         self._written_out: GPT2Step | None = None
         self._shared: SharedGradient | None = None
-        """Of several processes, what sums their gradients where the step is written out."""
+        """Sums the gradients of several processes if the step is written out."""
         self._loss_scale: LossScale | None = None
-        """In float16 what the loss is multiplied by."""
+        """What the loss is multiplied by in float16."""
         self.measuring = Measuring(self.clock)
         self._lack = stopping.LackOfMemory()
         self._updating = False
-        """Whether the optimizer is at work: what stops it leaves weights of which some have moved and some have not."""
+        """Whether the optimizer is at work. If it is interrupted, only some of the weights have moved."""
         self._lr_find = lr_find
         self._average_half_life = average_half_life
         self.average: averaging.WeightAverage | None = None
-        """The average of the weights, if one is kept; of several processes the first keeps it."""
+        """The average of the weights, if one is kept; with several processes the first keeps it."""
         self._resumed_from: Path | None = None
         self._update_skipped = ""
         self.failure: UserError | None = None
         """Why training stopped by itself, if it did."""
         self.computes_in = "unknown"
-        """The precision of the step's products, as seen when training began."""
+        """The dtype of the step's products, as seen when training began."""
         after_each_step = AfterEachStep(
             self.clock, self._begin_training, self._record_step, self.tell_now, self._note_update
         )
@@ -135,12 +135,12 @@ class SlimPajamaTrainer(Checkpointing):
             )
         self._weights = Weights(self.team, news.accumulated, self.args.device) if news is not None else None
         if self.args.fp16 and self.args.device.type == "cpu" and self.accelerator.scaler is None:
-            # Else it would be float32 there, without a word.
+            # Without a scaler the Trainer would silently compute in float32 here.
             self.accelerator.scaler, self.accelerator.native_amp = loss_scale.for_a_cpu(), True
         self.hidden_optim, self.hidden_rate = optimization.of_hidden_matrices(
             self.args.optim, hidden_optim, hidden_rate
         )
-        self.remove_callback(PrinterCallback)  # the bar and the lines are ours
+        self.remove_callback(PrinterCallback)  # we print our own bar and lines
         self.run_path = Path(str(self.args.output_dir))
         self._parameters: int = self.accelerator.unwrap_model(self.model).num_parameters(exclude_embeddings=True)
         self.saving = Saving(self.run_path, recorder, self.team, about, self.args.save_total_limit, self._parameters)
@@ -148,15 +148,15 @@ class SlimPajamaTrainer(Checkpointing):
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """Our stream, one sample a batch, not prepared by accelerate: a prepared loader runs one sample ahead.
+        """A loader of our stream, one sample per batch, not prepared by accelerate: that would read one sample ahead.
 
-        The generator of its own keeps DataLoader from drawing a seed from the global one at each start
-        (torch dataloader.py: `_BaseDataLoaderIter`), which would change dropout after a resume.
+        Without a generator of its own, DataLoader would draw a seed from the global one at each start (torch
+        dataloader.py: `_BaseDataLoaderIter`), which would change dropout after a resume.
         """
         return DataLoader(Batches(self.stream), batch_size=1, collate_fn=collate, generator=torch.Generator())
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
-        """The next samples. Each knows its weight, so nothing is counted; at the end of the stream training stops."""
+        """The next samples. Each has its own weight, so nothing is counted. Training stops at the end of the stream."""
         batches, ahead = [], self.measuring.ahead
         self.measuring.look_ahead(self.state.global_step, epoch_iterator)
         for _ in range(num_batches):
@@ -173,12 +173,12 @@ class SlimPajamaTrainer(Checkpointing):
     # ---- the step ----
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As transformers', but that hidden matrices learn in their own way (`optimization.py`)."""
+        """As in transformers, except that hidden matrices learn in their own way (`optimization.py`)."""
         there = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         if there:
             return optimizer
-        # Orthogonal is a matrix up to a factor of 2 here: that is not where `--precision float32` is exact.
+        # Muon's matrices are only orthogonal up to a factor of 2: `--precision float32` need not make them exact.
         fast = precision.choose("auto", self.args.device)
         network: Any = model if model is not None else self.model
         self.optimizer = optimization.with_hidden_matrices(
@@ -193,7 +193,7 @@ class SlimPajamaTrainer(Checkpointing):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """Linear warm-up to the rate, then constant; the first step trains at lr/warmup where transformers' has 0."""
+        """Linear warm-up, then constant. The first step trains at lr/warmup, where transformers' would train at 0."""
         if self.lr_scheduler is None:
             own, warmup = self.args.learning_rate, self.args.get_warmup_steps(num_training_steps)
 
@@ -208,12 +208,12 @@ class SlimPajamaTrainer(Checkpointing):
         return self.lr_scheduler
 
     def why_autograd(self) -> str | None:
-        """Why the step is left to autograd, in words; None where it is written out (`gpt2_step.py`)."""
+        """Why autograd computes the step, in words; None if the step is written out (`gpt2_step.py`)."""
         return why_autograd(self.args, self.accelerator.unwrap_model(self.model), self._backward)
 
     @contextlib.contextmanager
     def seeing(self) -> Iterator[Any]:
-        """The model as samples, passports and scores compute it: float32. A sharded one computes as it trains."""
+        """Context with the model for samples, passports and scores: in float32, but a sharded one as it trains."""
         model = self.accelerator.unwrap_model(self.model)
         if self.is_fsdp_enabled:
             yield model
@@ -222,11 +222,11 @@ class SlimPajamaTrainer(Checkpointing):
                 yield model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; a path goes on with the average of the weights too. Raises UserError where a lack of memory
-        ends it."""
+        """As in transformers. A checkpoint's average of the weights goes on too. Raises UserError if memory runs
+        out."""
         self._resumed_from = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
         if self.team.world_size > 1 and self.why_autograd() is None:
-            # No DDP round the model: gradients meet in `SharedGradient`.
+            # The model is not wrapped in DDP: `SharedGradient` sums the gradients.
             self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         try:
             outcome = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -235,7 +235,7 @@ class SlimPajamaTrainer(Checkpointing):
         except Exception as error:
             if isinstance(error, UserError) or not memory.is_out(error):
                 raise
-        # Outside: what the exception refers to is freed by now.
+        # Outside of the `except` block, so that what the exception refers to is freed.
         memory.give_back()
         raise UserError(stopping.memory_ended(self.state.global_step, self.saving.finished(), self._updating))
 
@@ -243,19 +243,19 @@ class SlimPajamaTrainer(Checkpointing):
         self._updating = begins
 
     def _begin_training(self) -> None:
-        """Weights are loaded, the optimizer is there: now the step can be made ready."""
+        """Prepare the step, once weights are loaded and the optimizer is there."""
         self.measuring.on(self.args.device)
         assert isinstance(self.lr_scheduler, LambdaLR)
         schedule.choose_again(self.lr_scheduler, self._chosen)
-        # Of several processes the first keeps it; of a sharded model no process has the weights.
+        # With several processes the first keeps the average. With a sharded model no process has all weights.
         if self._average_half_life and self.team.is_first and not self.is_fsdp_enabled:
             model = self.accelerator.unwrap_model(self.model)
             self.average = averaging.begin(model, self._average_half_life, self._resumed_from)
         if self.accelerator.scaler is not None:
             self._loss_scale = LossScale(self.accelerator.scaler, self.args.device)
-            # What accelerate would do round the optimizer's step is done here (loss_scale.py says why).
+            # The trainer does what accelerate would do around the optimizer's step (loss_scale.py says why).
             self.optimizer.scaler = None  # type: ignore[union-attr]
-        # Without accelerate's wrapping.
+        # Without accelerate's wrapper.
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         if self.why_autograd() is None:
             model = self.accelerator.unwrap_model(self.model)
@@ -281,7 +281,7 @@ class SlimPajamaTrainer(Checkpointing):
         out_of_memory = False
         try:
             if self._written_out is not None:
-                # From the host: the step sends what it needs, and the labels are the ids.
+                # Ids on the host: the step copies what it needs, and labels are the ids.
                 ids, step, shared = inputs["input_ids"][0], self.state.global_step, self._shared
                 result = shared(ids, self._weight) if shared else self.measuring.gradient(step, ids)
                 self._loss, self._correct, self._nats = result.loss, result.correct, result.nats
@@ -297,7 +297,7 @@ class SlimPajamaTrainer(Checkpointing):
         if self.news is not None:
             self._own.append((sample, self._of_sample(sample)))
             if len(self._own) > 1:
-                # Who looks at the step sees its first sample.
+                # Callbacks see the first sample of the step.
                 return self._loss
         self.sample = sample
         return self._loss
@@ -306,7 +306,7 @@ class SlimPajamaTrainer(Checkpointing):
         return SampleNumbers.pack(self._loss, self._correct, self._nats[: sample.predicted])
 
     def _without_memory(self, sample: Sample) -> torch.Tensor:
-        """The step that is on did not fit into memory: it has no loss. Raises UserError where that ends the run."""
+        """Give up the current sample, which did not fit into memory; its loss is NaN. May raise UserError."""
         self.model.zero_grad(set_to_none=True)  # type: ignore[union-attr]
         memory.give_back()
         self._lack.of(self.state.global_step, sample, may_skip=self.news is None)
@@ -318,8 +318,8 @@ class SlimPajamaTrainer(Checkpointing):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean cross-entropy of the predicted tokens, times the sample's weight in its step; keeps the mean, that of
-        each token, and how many were right."""
+        """Mean cross-entropy of the predicted tokens, times the sample's weight in its step. Keeps the mean, the nats
+        of each token, and how many were right."""
         outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         logits, targets = outputs.logits[0, :-1].float(), inputs["labels"][0, 1:]  # (T-1, V), (T-1,)
         nats = F.cross_entropy(logits, targets, reduction="none")  # (T-1,)
@@ -339,22 +339,22 @@ class SlimPajamaTrainer(Checkpointing):
         if grad_norm is None and self._written_out is not None:
             grad_norm = self.update.leave_unclipped()
         norm = super()._get_grad_norm(model, grad_norm)
-        # The loss of one sample among several is that process' own; all must decide alike.
+        # With several samples this loss is this process' own, but all processes must decide alike.
         self.update.decide(norm, self._loss, loss_decides=self.news is None, was_computed=not self._update_skipped)
         return norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """6 x tokens x parameters, counted without walking over the modules at every step."""
+        """6 x tokens x parameters, without a walk over the modules at every step."""
         return 6 * inputs["input_ids"].numel() * self._parameters
 
     def accuracy_now(self) -> float:
-        """Next-token accuracy of the step that is on (of its first sample), a fraction; waits for the device."""
+        """Next-token accuracy of the current step's first sample, a fraction; waits for the device."""
         assert self.sample is not None
         correct = self._own[0][1][1] if self._own else self._correct
         return correct.item() / self.sample.predicted
 
     def _record_step(self) -> bool:
-        """Hand the finished step to the recorder; False when the run has to stop."""
+        """Give the finished step to the recorder. Returns False if the run must stop."""
         assert self.sample is not None
         self.cursor = self.sample.after
         self.saving.look()
@@ -365,7 +365,7 @@ class SlimPajamaTrainer(Checkpointing):
             self.average.step(step + 1)
         numbers = self.measuring.numbers
         numbers.grad_norm, numbers.not_finite = self.update.grad_norm, self.update.not_finite
-        if numbers.meanings():  # looking for the model inside its wrapping takes its time
+        if numbers.meanings():  # because unwrapping the model takes time
             numbers.measure(self.accelerator.unwrap_model(self.model))
         finished = Step(step, self.sample, self.update.rate, self.clock.lap(), self._update_skipped)
         if self.news is not None:
@@ -379,7 +379,7 @@ class SlimPajamaTrainer(Checkpointing):
         return self.failure is None
 
     def tell_now(self) -> None:
-        """All processes at the same step: what they have not told each other yet."""
+        """Exchange outstanding news; all processes must call this at the same step."""
         if self.news is not None:
             self._take_in(self.news.tell())
 
@@ -389,7 +389,7 @@ class SlimPajamaTrainer(Checkpointing):
             self.recorder.record(step)
         self._look_at_what_is_not_finite()
         assert self.news is not None
-        # Told with the next news, so that all stop after the same step.
+        # Told with the next news, so that all processes stop after the same step.
         self.news.failing = self.failure is not None
         if self.news.failed and self.failure is None:
             self.failure = SaidByTheFirst("the first process stops the run")
@@ -401,7 +401,7 @@ class SlimPajamaTrainer(Checkpointing):
     # ---- evaluation ----
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Scores on held-out documents (`evaluation.py`), with the clock of training stopped."""
+        """Scores on held-out documents (`evaluation.py`), with the training clock paused."""
         if self._held_out is None:
             raise ValueError("no held-out documents were given to this trainer")
         scores, must = functools.partial(self._held_out, self), self.args.metric_for_best_model is not None
@@ -410,7 +410,7 @@ class SlimPajamaTrainer(Checkpointing):
             return self.measuring.unless_out_of_memory(self.state.global_step, "evaluation", scores) or {}
 
         with self.clock.paused("scoring"):
-            # A sharded model computes with all processes or not at all.
+            # A sharded model computes in all processes together.
             metrics = scores() if self.is_fsdp_enabled else self.team.first_does(scores if must else scores_if_they_fit)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -1,4 +1,4 @@
-"""The update of a step: how long its gradient is, what it is divided by, whether it is made at all."""
+"""The update of a step: the norm of its gradient, the clipping, and whether the update is made at all."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class Update:
-    """What is decided between the gradient of a step and the optimizer, without waiting for the device.
+    """Decides between a step's gradient and the optimizer, without waiting for the device.
 
-    `optimizer` without accelerate's wrapping; `step` where it is written out (`gpt2_step.py`), `loss_scale` in float16.
+    `optimizer`: without accelerate's wrapper. `step`: the written-out step, if any. `loss_scale`: in float16.
     """
 
     def __init__(self, optimizer: Any, step: GPT2Step | None, loss_scale: LossScale | None) -> None:
@@ -24,13 +24,13 @@ class Update:
         self.grad_norm = torch.tensor(0.0)
         """L2 norm of the gradient before clipping, ()."""
         self.not_finite = torch.tensor(0.0)
-        """1.0 where the update is not made, for loss or gradient is no number, ()."""
+        """1.0 if the update is skipped because loss or gradient is not finite, ()."""
         self.rate = 0.0
-        """The learning rate of the step that is on."""
+        """The learning rate of the current step."""
 
     def clip(self, longest: float) -> torch.Tensor:
-        """The norm of the written-out gradient; the optimizer scales by it while it reads, which saves a pass over the
-        weights."""
+        """Clip the written-out gradient; returns its norm before. The optimizer divides while it reads the gradient,
+        which saves a pass over it."""
         norm = self._norm()
         too_long_by = ((norm + 1e-6) / longest).clamp(min=1.0)
         self._divide_gradients(too_long_by if self._loss_scale is None else too_long_by * self._loss_scale.factor)
@@ -40,7 +40,7 @@ class Update:
         """The norm of the written-out gradient, which is not clipped."""
         norm = self._norm()
         if self._loss_scale is not None:
-            # A scale that is learned before the optimizer's step is the next step's.
+            # A copy: the scale is adjusted before the optimizer's step, for the next one.
             self._divide_gradients(self._loss_scale.factor.clone())
         return norm
 
@@ -56,15 +56,15 @@ class Update:
             self._step.gradients.div_(by)
 
     def decide(self, norm: Any, loss: torch.Tensor, loss_decides: bool, was_computed: bool) -> None:
-        """Leave the weights as they are when the gradient is no number, or the loss, where `loss_decides`.
+        """Skip the update if the gradient is not finite, or, with `loss_decides`, if the loss is not.
 
-        Fused optimizers take a flag for it on the device, made for gradient scaling (`found_inf`, torch/optim/adam.py),
-        where its kernels look at it; others, and a CPU, are told by having no gradients.
+        Fused optimizers whose kernels support it get a flag on the device that was made for gradient scaling
+        (`found_inf`, torch/optim/adam.py). For others, and on a CPU, the gradients are removed.
         """
-        # Read before the update: after it the scheduler has moved on.
+        # Read before the update: afterwards the scheduler has moved on.
         self.rate = float(self._optimizer.param_groups[0]["lr"])
         norm = norm if isinstance(norm, torch.Tensor) else torch.tensor(float(norm))
-        # Of a sharded model a norm is a DTensor.
+        # The norm of a sharded model is a DTensor.
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self.grad_norm = norm.detach().to(loss.device)
         finite = torch.isfinite(self.grad_norm)
@@ -77,5 +77,5 @@ class Update:
         elif self.not_finite.item():
             self._optimizer.zero_grad(set_to_none=True)
         if self._loss_scale is not None:
-            # Nothing was computed in a step that did not fit.
+            # After running out of memory there is no gradient.
             self._loss_scale.learn(self.not_finite if was_computed else None)

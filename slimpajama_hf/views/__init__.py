@@ -1,1 +1,1 @@
-"""What is drawn and written from the record and can be made again at any time."""
+"""Charts and files that are made from the record and can be made again at any time."""

@@ -1,6 +1,6 @@
-"""A run as a short animation (`report RUN --animate`): its loss and accuracy grow, and so does what the model writes.
+"""A run as a short animation (`report RUN --animate`): growing curves of loss and accuracy, and what the model writes.
 
-Drawn with the parts of the charts, from the ledger, `prompts.jsonl` and `samples.jsonl` alone.
+It uses the parts of the charts, and only the ledger, `prompts.jsonl` and `samples.jsonl`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FILE_NAME = "training.gif"
 FRAMES = 48
 FRAME_MILLISECONDS = 140
 LAST_FRAME_MILLISECONDS = 4_000
-#: Colours of a frame: anti-aliased text needs some, and each costs bytes.
+#: Colours per frame: anti-aliased text needs several, and each costs bytes.
 COLOURS = 48
 
 SIZE = (9.6, 5.8)  # inches
@@ -45,13 +45,13 @@ OPENING_CHARACTERS = 40
 
 
 def frame_steps(steps: int, frames: int = FRAMES) -> list[int]:
-    """Steps done at each frame, rising, the last one `steps`: close together where a run changes fastest."""
+    """Finished steps at each frame, ascending up to `steps`; dense at the beginning, where a run changes fastest."""
     shown = np.linspace(0, 1, frames) ** 2 * (steps - 1) + 1
     return sorted({round(float(each)) for each in shown})
 
 
 def written_at(entries: list[dict[str, Any]], step: int) -> dict[str, Any] | None:
-    """The last of `entries` (by rising `step`) that is not after `step`."""
+    """The last of `entries` (ascending by `step`) that is not after `step`; None if there is none."""
     place = bisect.bisect_right([entry["step"] for entry in entries], step)
     return entries[place - 1] if place else None
 
@@ -59,7 +59,7 @@ def written_at(entries: list[dict[str, Any]], step: int) -> dict[str, Any] | Non
 def draw(
     whole: Columns, done: int, prompts: list[dict[str, Any]], samples: list[dict[str, Any]], caption: charts.Caption
 ) -> Figure:
-    """The frame of a run after `done` steps; axes are those of the `whole` run, so that nothing jumps."""
+    """The frame after `done` steps. Its axes are those of the `whole` run, so that they do not move between frames."""
     columns = whole.first(done)
     width, height = SIZE
     with matplotlib.rc_context(drawing.STYLE):
@@ -116,7 +116,7 @@ def _draw_text(figure: Figure, done: int, prompts: list[dict[str, Any]], samples
         y = (top - 0.72 - 0.36 * line) / height
         opening = drawing.printable(opening)[-OPENING_CHARACTERS:]
         begins = MARGIN + len(opening) * drawing.CHARACTER
-        # A line of one word of 60 characters is cut where it is, not left out.
+        # Cut at any character: a word of 60 characters would otherwise be left out as a whole.
         output = drawing.printable(output)[: int((width - MARGIN - begins) / drawing.CHARACTER)]
         figure.text(left, y, opening, family=drawing.MONO, color=palette.MUTED)
         figure.text(begins / width, y, output, family=drawing.MONO)
@@ -132,7 +132,7 @@ def _pixels(figure: Figure) -> Image.Image:
 
 
 def write(folder: Path) -> Path:
-    """Write `training.gif` into the folder of a run and return its path. Raises UserError for a run of no steps."""
+    """Write `training.gif` into the folder of a run and return its path. Raises UserError for a run without steps."""
     run = RunFolder(folder)
     whole = columns.read_columns(run.ledger)
     if not len(whole):
@@ -141,7 +141,7 @@ def write(folder: Path) -> Path:
     caption = charts.Caption(*views.caption_of(record), max_steps=record["max_steps"])
     prompts, samples = views.read_samples(run.prompts, ("texts",)), views.read_samples(run.samples)
     pictures = [_pixels(draw(whole, done, prompts, samples, caption)) for done in frame_steps(len(whole))]
-    # One palette for all frames, so that nothing flickers: that of the middle and of the end, dots and band.
+    # One palette for all frames avoids flicker. It is from the middle and the last frame, for both dots and band.
     both = Image.new("RGB", (pictures[-1].width, 2 * pictures[-1].height))
     both.paste(pictures[len(pictures) // 2], (0, 0))
     both.paste(pictures[-1], (0, pictures[-1].height))

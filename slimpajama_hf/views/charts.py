@@ -1,7 +1,7 @@
-"""The picture of a run: eight panels under a headline, drawn from the ledger's columns alone.
+"""The chart of a run: eight panels below a headline, drawn from the ledger's columns and the samples.
 
-To add a panel, write one function `draw_x(ax, columns, samples)` and add one line to `PANELS`.
-However long the run is, what is drawn stays bounded: past `RAW_STEPS` steps a band replaces the points.
+To add a panel, write a function `draw_x(ax, columns, samples)` and add a line to `PANELS`.
+The number of drawn elements is bounded: beyond `RAW_STEPS` steps, a band replaces the points.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ Groups = Sequence[tuple[str, np.ndarray]]  # (domain, mask of its steps)
 
 @dataclasses.dataclass
 class Caption:
-    """What the headline says beside the numbers."""
+    """The parts of the headline that are not computed from the ledger."""
 
     title: str
     subtitle: str
@@ -85,9 +85,9 @@ class Caption:
 
 
 def draw_series(ax: Axes, columns: Columns, values: np.ndarray, unit: str, number: str, floor: bool) -> None:
-    """One quantity per step and its mean. `number` formats the mean of the last steps; `floor`: start at 0."""
+    """One quantity per step and its mean. `number`: format of the mean of the last steps; `floor`: start at 0."""
     steps = columns.step
-    # Once a pixel holds more than WINDOW steps, a mean of WINDOW would show only which of them were picked.
+    # When a pixel is wider than WINDOW steps, means over WINDOW would only show which steps were picked.
     window = max(WINDOW, values.size // LINE_POINTS)
     key = draw_steps(ax, steps, values)
     now = draw_mean(ax, steps, values, window)
@@ -100,7 +100,7 @@ def draw_series(ax: Axes, columns: Columns, values: np.ndarray, unit: str, numbe
 
 
 def mean_of(window: int, steps: int) -> str:
-    """What a line of means is, for the label of its axis; a short run has fewer steps than the window."""
+    """The axis label of a line of means; a short run has fewer steps than the window."""
     return f"mean of {min(window, max(steps, 1)):,} steps"
 
 
@@ -126,10 +126,10 @@ def draw_throughput(ax: Axes, columns: Columns, samples: Samples) -> None:
 
 
 def draw_learning_rate(ax: Axes, columns: Columns, samples: Samples) -> None:
-    """The rate of every step on a log axis."""
+    """The learning rate of every step on a log axis."""
     steps, rates = columns.step, columns.learning_rate
     if rates.size > RAW_STEPS:
-        # Least and greatest of each chunk: no restart of a schedule falls between two points.
+        # Minimum and maximum of each chunk, so that no restart of a schedule falls between two points.
         chunk = rates.size // LINE_POINTS
         whole = rates[: rates.size // chunk * chunk].reshape(-1, chunk)
         start = np.arange(len(whole)) * chunk
@@ -141,7 +141,7 @@ def draw_learning_rate(ax: Axes, columns: Columns, samples: Samples) -> None:
     low, high = (float(positive.min()), float(positive.max())) if positive.size else (1e-4, 1e-3)
     ax.set_ylim(low / 1.8, high * 1.8)
     marker = "o" if rates.size <= 30 else ""
-    # A rate of 0 has no place on a log axis: it lies on the bottom edge rather than nowhere.
+    # A log axis has no place for a rate of 0: it is drawn at the bottom edge.
     ax.plot(steps, np.maximum(rates, low / 1.8), color=palette.ACCENT, lw=2, marker=marker, ms=5, gid="rate")
     step_axis(ax, columns.step)
     number_axis(ax, "y", "per step, log axis")
@@ -154,7 +154,7 @@ def draw_learning_rate(ax: Axes, columns: Columns, samples: Samples) -> None:
 
 
 def draw_cloud(ax: Axes, columns: Columns, samples: Samples) -> None:
-    """Loss against accuracy: one point per step, evenly thinned, the late ones on top."""
+    """Loss against accuracy: one point per step, evenly thinned, late steps on top."""
     shown = evenly(len(columns), CLOUD_POINTS)
     x, y, steps = 100 * columns.accuracy[shown], columns.loss[shown], columns.step[shown]
     last = max(len(columns) - 1, 1)
@@ -175,17 +175,17 @@ def draw_cloud(ax: Axes, columns: Columns, samples: Samples) -> None:
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda step, _: short_number(step) if step else "step 0"))
     bar.ax.tick_params(length=0, labelsize=BODY, labelcolor=palette.MUTED, pad=3)
     bar.ax.spines[:].set_visible(False)
-    if bar.solids is not None:  # as opaque as the colours that points add up to
+    if bar.solids is not None:  # opaque, as overlapping points are
         bar.solids.set_alpha(1)
 
 
 def draw_recent(ax: Axes, columns: Columns, samples: Samples) -> None:
-    """Loss of the last RECENT steps, coloured by domain; the texts give each domain's mean among them."""
+    """Loss of the last RECENT steps, coloured by domain; labels give the mean of each domain in them."""
     steps, loss, domain = columns.step[-RECENT:], columns.loss[-RECENT:], columns.domain[-RECENT:]
     colours = np.array([palette.domain_colour(name) for name in columns.domains] or [palette.MUTED])
     size = 34 if steps.size <= 100 else 16
     ax.scatter(steps, loss, c=list(colours[domain]), s=size, lw=0, alpha=0.8, gid="recent")
-    # Averaged over the whole run, so that the line enters from the left with a full window.
+    # Averaged over the whole run, so that the line has a full window at its left end.
     mean = centred_mean(columns.loss, WINDOW)[-RECENT:]
     ax.plot(steps, mean, color=palette.INK, lw=2, marker="o" if steps.size == 1 else "", gid="mean")
     ax.set_ylim(*robust_limits(loss))
@@ -202,13 +202,13 @@ def draw_recent(ax: Axes, columns: Columns, samples: Samples) -> None:
 
 
 def domain_label(domain: str) -> str:
-    """Short printable name of a domain."""
+    """The name of a domain, short and printable."""
     name = printable(palette.domain_name(domain))
-    return name if len(name) <= 13 else f"{name[:6]}…{name[-6:]}"  # the ends tell names apart
+    return name if len(name) <= 13 else f"{name[:6]}…{name[-6:]}"  # both ends help to tell names apart
 
 
 def draw_domains(ax: Axes, columns: Columns, samples: Samples) -> None:
-    """Loss of each domain: rows of dots for a short run, running means for a long one; counts in both."""
+    """Loss of each domain: rows of dots for a short run, running means for a long one; both with counts."""
     groups = [(columns.domains[i], columns.domain == i) for i in by_frequency(columns)[:DOMAINS_SHOWN]]
     if len(columns) < DOT_ROWS:
         heights, means = domain_dots(ax, columns, groups)
@@ -218,7 +218,7 @@ def draw_domains(ax: Axes, columns: Columns, samples: Samples) -> None:
         note_unseen(ax, columns.loss, (-math.inf, math.inf), gutter=LABELS - 0.1)
     if len(columns.domains) > DOMAINS_SHOWN:
         more = len(columns.domains) - DOMAINS_SHOWN
-        ax.yaxis.label.set_text(f"{ax.get_ylabel()} · {more} rarer not shown")  # set_ylabel would move it
+        ax.yaxis.label.set_text(f"{ax.get_ylabel()} · {more} rarer not shown")  # set_ylabel would move the label
     labels = []
     for (name, where), height, mean in zip(groups, heights, means, strict=True):
         text = f"{domain_label(name)} {mean:.2f} · {short_number(int(where.sum()))}"
@@ -227,7 +227,7 @@ def draw_domains(ax: Axes, columns: Columns, samples: Samples) -> None:
 
 
 def domain_dots(ax: Axes, columns: Columns, groups: Groups) -> tuple[list[float], list[float]]:
-    """One row per domain, the hardest on top: its documents as dots, their mean as a bar. Returns heights, means."""
+    """One row per domain, highest loss on top: documents as dots, their mean as a bar. Returns heights and means."""
     means = [last_mean(columns.loss[where], DOT_ROWS) for _, where in groups]
     heights = [float(rank) for rank in np.argsort(np.argsort(means, kind="stable"))]
     for (name, where), mean, height in zip(groups, means, heights, strict=True):
@@ -244,8 +244,9 @@ def domain_dots(ax: Axes, columns: Columns, groups: Groups) -> tuple[list[float]
 
 
 def domain_curves(ax: Axes, columns: Columns, groups: Groups) -> list[float]:
-    """Mean of each domain's own documents around each step. Returns the mean of the last ones of each."""
-    # Rare domains move along steps in leaps: 1 % of their documents keeps a long run's curves apart and smooth.
+    """Mean of each domain's documents around each step. Returns the mean of the last documents of each domain."""
+    # With a fixed window, rare domains would move in leaps. 1 % of a domain's documents keeps the curves of a long run
+    # smooth and apart.
     windows = [max(WINDOW, int(where.sum()) // 100) for _, where in groups]
     means = [
         draw_mean(ax, columns.step[where], columns.loss[where], window, palette.domain_colour(name), f"mean {name}")
@@ -262,7 +263,7 @@ def domain_curves(ax: Axes, columns: Columns, groups: Groups) -> list[float]:
 
 
 def draw_samples(ax: Axes, columns: Columns, samples: Samples) -> None:
-    """Table of the last generated samples, newest first. Placed in inches, for its texts are wrapped in inches."""
+    """Table of the last generated samples, newest first. Units are inches, because texts are wrapped in inches."""
     ax.set_axis_off()
     width, height = ax.bbox.width / DPI, ax.bbox.height / DPI
     ax.set_xlim(0, width)
@@ -292,9 +293,9 @@ def draw_samples(ax: Axes, columns: Columns, samples: Samples) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """A panel and its place: a row shares its width out by `weight`; `left` and `gutter` are inches beside it.
+    """A panel and its place. Panels share the width of their `row` by `weight`; `left` and `gutter`: inches beside it.
 
-    In the title stand `{steps}` and `{samples}` for how many of them are shown.
+    `{steps}` and `{samples}` in the title are replaced by how many are shown.
     """
 
     name: str
@@ -322,7 +323,7 @@ PANELS: list[Panel] = [
 
 
 def headline(columns: Columns, max_steps: int) -> list[tuple[str, str, str]]:
-    """The big numbers now: (number, what it is, how it is meant)."""
+    """The big numbers: (number, name, explanation)."""
     done = len(columns)
     series = (columns.loss, 100 * columns.accuracy, columns.throughput)
     loss, accuracy, throughput = (last_mean(values, WINDOW) for values in series)
@@ -345,7 +346,7 @@ def headline(columns: Columns, max_steps: int) -> list[tuple[str, str, str]]:
 
 
 def _noise(columns: Columns) -> list[tuple[str, str, str]]:
-    """The noise scale, once it is known."""
+    """The noise scale, if it is known."""
     found = noise.estimate(columns.grad_square, columns.grad_agreement)
     if found is None:
         return []
@@ -353,7 +354,7 @@ def _noise(columns: Columns) -> list[tuple[str, str, str]]:
 
 
 def draw_headline(figure: Figure, columns: Columns, caption: Caption) -> None:
-    """Title, subtitle and the big numbers above the panels."""
+    """Title, subtitle and big numbers, above the panels."""
     width, height = SIZE
     left, right = MARGIN / width, 1 - MARGIN / width
 
@@ -391,8 +392,8 @@ def places(panels: Iterable[Panel]) -> list[tuple[Panel, tuple[float, float, flo
 
 
 def draw(columns: Columns, samples: Samples, caption: Caption) -> Figure:
-    """The picture of a run so far. `samples`: dicts with `step`, `input`, `output`, `accuracy` (fraction or None),
-    and `error` where the generation failed; the last SAMPLES_SHOWN are shown."""
+    """The chart of a run. `samples`: dicts with `step`, `input`, `output`, `accuracy` (fraction or None), and `error`
+    if the generation failed; the last SAMPLES_SHOWN are shown."""
     shown = {
         "steps": plural(min(len(columns), RECENT), "step"),
         "samples": plural(min(len(samples), SAMPLES_SHOWN), "sample"),
@@ -417,16 +418,16 @@ def draw(columns: Columns, samples: Samples, caption: Caption) -> Figure:
 
 
 def render(columns: Columns, samples: Samples, caption: Caption) -> bytes:
-    """The picture as PNG."""
+    """The chart as PNG."""
     content = io.BytesIO()
-    with matplotlib.rc_context(STYLE):  # ticks and texts are laid out only now
+    with matplotlib.rc_context(STYLE):  # saving lays out ticks and texts
         figure = draw(columns, samples, caption)
         figure.savefig(content, format="png", dpi=DPI, facecolor=palette.PAPER, pil_kwargs={"compress_level": 3})
     return content.getvalue()
 
 
 def write(folder: Path, columns: Columns, samples: Samples, caption: Caption) -> Path:
-    """Write `training_step_NNNNNN.png` (NNNNNN steps done) and the same bytes as `training_latest.png`."""
+    """Write `training_step_NNNNNN.png` (NNNNNN: finished steps) and the same bytes as `training_latest.png`."""
     content = render(columns, samples, caption)
     path = folder / f"training_step_{len(columns):06d}.png"
     for target in (path, folder / "training_latest.png"):

@@ -1,4 +1,4 @@
-"""What all pictures are drawn with: axes, bands, running means, labels, texts that fit."""
+"""Parts of all charts: axes, bands, running means, labels, and texts that fit."""
 
 from __future__ import annotations
 
@@ -23,41 +23,41 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from slimpajama_hf import palette
 
-WINDOW = 50  # steps that a mean is of; fewer where a run has fewer
+WINDOW = 50  # steps in a mean; fewer if a run has fewer
 
 
 RAW_STEPS = 2_500  # more steps than this are drawn as a band
 
 
-BINS = 400  # of a band or of marks at an edge: about one per two pixels
+BINS = 400  # in a band or in marks at an edge: about one per two pixels
 
 
-LINE_POINTS = 600  # of a running mean over more than RAW_STEPS steps
+LINE_POINTS = 600  # in a running mean over more than RAW_STEPS steps
 
 
-CLOUD_POINTS = 4_000  # of the panel of loss against accuracy
+CLOUD_POINTS = 4_000  # in the panel of loss against accuracy
 
 
 DPI = 100
 
 
-LEFT = 0.62  # inches left of a plot, for its tick labels; titles start there
+LEFT = 0.62  # inches left of a plot for tick labels; titles begin there
 
 
 BODY, TITLE = 12.5, 16.0  # points
 
 
-MONO = "DejaVu Sans Mono"  # ships with matplotlib: the same picture everywhere
+MONO = "DejaVu Sans Mono"  # comes with matplotlib, so charts look the same everywhere
 
 
-CHARACTER = 0.602 * BODY / 72  # advance of one character of MONO at BODY, inches
+CHARACTER = 0.602 * BODY / 72  # width of one character of MONO at BODY, inches
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": BODY,
     "text.usetex": False,
     "text.hinting": "no_hinting",  # even letter spacing, and a fifth faster
-    "text.parse_math": False,  # a `$` in a document is a dollar
+    "text.parse_math": False,  # a `$` in a document is a dollar sign
     "text.color": palette.INK,
     "figure.facecolor": palette.PAPER,
     "figure.autolayout": False,
@@ -76,7 +76,7 @@ STYLE: Any = {
     "path.simplify": True,
 }
 
-#: Early steps pale, late steps dark: the present stands out. Without the end that is as pale as the paper.
+#: Early steps are pale, late steps dark. The palest third is left out, because it would vanish on the paper.
 STEP_COLOURS = LinearSegmentedColormap.from_list("steps", matplotlib.colormaps["YlGnBu"](np.linspace(0.32, 1, 64)))
 
 
@@ -86,15 +86,15 @@ STEP_COLOURS = LinearSegmentedColormap.from_list("steps", matplotlib.colormaps["
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean of the last `window` finite values up to each position, fewer at the start; same shape (n,).
 
-    A value that is not finite repeats the mean before it; before the first finite value the mean is NaN.
+    At a value that is not finite the mean before it is repeated; before the first finite value the mean is NaN.
     """
     values = np.asarray(values, dtype=np.float64)
     finite = np.isfinite(values)
     kept = values[finite]
     if not kept.size:
         return np.full(values.shape, np.nan)
-    # Each window is the end of one block of `window` values and the start of the next. Sums never leave their block,
-    # so that one huge value cannot cancel the digits of all later means, as it would with a single cumulative sum.
+    # A window is the end of one block of `window` values and the start of the next. Sums stay within their blocks, so
+    # one huge value cannot destroy the precision of all later means, as it would in a single cumulative sum.
     blocks = np.zeros(-(-kept.size // window) * window)
     blocks[: kept.size] = kept
     blocks = blocks.reshape(-1, window)
@@ -109,8 +109,8 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 def centred_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean of the `window` finite values around each position; same shape (n,).
 
-    It does not lag behind a falling loss, as `running_mean` does. The window shrinks at the ends: near the first value
-    it reaches as far ahead as back, near the last one it has only what is behind. Not finite: as in `running_mean`.
+    Unlike `running_mean` it does not lag behind a falling loss. The window shrinks at both ends: at the first value it
+    reaches as far ahead as back, at the last it has only earlier values. Not finite: as in `running_mean`.
     """
     values = np.asarray(values, dtype=np.float64)
     finite = np.isfinite(values)
@@ -119,7 +119,7 @@ def centred_mean(values: np.ndarray, window: int) -> np.ndarray:
         return np.full(values.shape, np.nan)
     place, back = np.arange(kept.size), window // 2
     ahead = window - 1 - back
-    # A window that ends at `last` is a trailing one; one that is cut off by the end is a trailing one seen from there.
+    # A window that ends at `last` is a trailing window; one that the end cuts off is a trailing window in reverse.
     last = place + np.minimum(place, ahead)
     cut_off = last >= kept.size
     means = running_mean(kept, window)[np.minimum(last, kept.size - 1)]
@@ -132,8 +132,8 @@ def centred_mean(values: np.ndarray, window: int) -> np.ndarray:
 def robust_limits(values: np.ndarray) -> tuple[float, float]:
     """Limits of an axis that shows the course of `values` (n,), not its outliers.
 
-    Inside are what keeps to the fence among all values and among the first, and the medians of chunks: so a long run
-    still shows the height that it fell from.
+    They include all values inside the fence, the first values inside theirs, and the medians of chunks, so that a long
+    run still shows from where it fell.
     """
     finite = values[np.isfinite(values)]
     if not finite.size:
@@ -147,7 +147,7 @@ def robust_limits(values: np.ndarray) -> tuple[float, float]:
 
 
 def fenced(values: np.ndarray) -> np.ndarray:
-    """Least and greatest of finite `values` (n,) within Tukey's far-out fence, 3 interquartile ranges."""
+    """Minimum and maximum of finite `values` (n,) within Tukey's outer fence, 3 interquartile ranges."""
     first, middle, third = (float(q) for q in np.percentile(values, (25, 50, 75)))
     fence = 3 * (third - first) or abs(middle) or math.inf
     inside = values[(values >= first - fence) & (values <= third + fence)]
@@ -155,10 +155,10 @@ def fenced(values: np.ndarray) -> np.ndarray:
 
 
 def spread(positions: Sequence[float] | np.ndarray, gap: float) -> np.ndarray:
-    """`positions` (k,) in [0, 1] moved as little as possible until neighbours are `gap` apart, order kept."""
+    """`positions` (k,) in [0, 1], moved as little as possible so that neighbours are `gap` apart, in the same order."""
     order = np.argsort(positions, kind="stable")
     room = max(1 - gap * (len(order) - 1), 0.0)
-    # With k gaps taken out, "apart" becomes "not decreasing": isotonic regression by pooling adjacent violators.
+    # Without the gaps, "apart" becomes "not decreasing": isotonic regression by pooling adjacent violators.
     pools: list[list[float]] = []  # [mean, size]
     for rank, index in enumerate(order):
         pools.append([min(max(positions[index] - rank * gap, 0.0), room), 1])
@@ -175,7 +175,7 @@ def band(values: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     size = -(-values.size // bins)
     padded = np.full(-(-values.size // size) * size, np.nan)
     padded[: values.size] = np.where(np.isfinite(values), values, np.nan)
-    chunks = np.sort(padded.reshape(-1, size), axis=1)  # NaN goes last
+    chunks = np.sort(padded.reshape(-1, size), axis=1)  # sorts NaN last
     top = np.isfinite(chunks).sum(axis=1) - 1
     row = np.arange(len(chunks))
     ends = np.minimum((row + 1) * size, values.size) - 1
@@ -184,7 +184,7 @@ def band(values: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def evenly(n: int, most: int) -> np.ndarray:
-    """At most `most` indices of `n`, evenly spaced, first and last included."""
+    """At most `most` indices of `n`, evenly spaced, with the first and the last."""
     return np.arange(n) if n <= most else np.linspace(0, n - 1, most).round().astype(np.int64)
 
 
@@ -192,13 +192,13 @@ def short_number(value: float) -> str:
     """A count to three digits: `2,500`, `33.1k`, `1.25M`."""
     if abs(value) < 9_999.5:
         return f"{value:,.0f}"
-    value = float(f"{value:.3g}")  # rounded first: 999,999 is 1M
+    value = float(f"{value:.3g}")  # rounded first, so that 999,999 is 1M
     size, letter = next(pair for pair in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= pair[0])
     return f"{value / size:g}{letter}"
 
 
 def tick_text(value: float) -> str:
-    """A tick label, exact: `0.25`, `2,500`, `250k`, `1,234,200`."""
+    """An exact tick label: `0.25`, `2,500`, `250k`, `1,234,200`."""
     value = round(value, 9)
     for size, letter in ((1_000_000, "M"), (1_000, "k")):
         if abs(value) >= max(size, 10_000) and value % (size / 4) == 0:
@@ -217,7 +217,7 @@ def _glyphs() -> frozenset[int]:
 
 
 def printable(text: object, most: int = 2_000) -> str:
-    """The first `most` characters of `text` as one harmless line: line ends as ⏎, what cannot be drawn as `·`."""
+    """The first `most` characters of `text` as one safe line: line ends as ⏎, characters without a glyph as `·`."""
     shown: list[str] = []
     for char in unicodedata.normalize("NFC", str(text)[:most].replace("\r\n", "\n")):
         kind = unicodedata.category(char)
@@ -226,7 +226,7 @@ def printable(text: object, most: int = 2_000) -> str:
         elif char == "\t" or kind == "Zs":
             shown.append(" ")
         elif kind in ("Cf", "Mn", "Me"):
-            continue  # invisible, turning the direction of the line, or piled onto its neighbour
+            continue  # invisible, changes the writing direction, or combines with its neighbour
         elif ord(char) in _glyphs() and kind != "Cc":
             shown.append(char)
         elif shown[-3:] != ["·"] * 3:
@@ -235,7 +235,7 @@ def printable(text: object, most: int = 2_000) -> str:
 
 
 def fit(text: object, width: float, lines: int) -> str:
-    """`text` made printable and broken into `lines` lines of MONO that fit into `width` inches, `…` where it is cut."""
+    """Printable `text`, wrapped to `lines` lines of MONO within `width` inches; ends in `…` if it was cut."""
     characters = max(int(width / CHARACTER), 10)
     return "\n".join(textwrap.wrap(printable(text), characters, max_lines=lines, placeholder=" …"))
 
@@ -244,7 +244,7 @@ def fit(text: object, width: float, lines: int) -> str:
 
 
 def step_axis(ax: Axes, steps: np.ndarray) -> None:
-    """Horizontal axis of optimizer steps, from the first to the last of `steps`."""
+    """A horizontal axis of optimizer steps, from the first to the last of `steps`."""
     first, last = (float(steps[0]), float(steps[-1])) if steps.size else (0.0, 1.0)
     span = max(last - first, 1.0)
     ax.set_xlim(first - 0.012 * span, first + 1.012 * span)
@@ -252,7 +252,7 @@ def step_axis(ax: Axes, steps: np.ndarray) -> None:
 
 
 def number_axis(ax: Axes, which: str, label: str, whole: bool = False) -> None:
-    """Ticks and label of the axis `which` ("x" or "y"); few ticks, for each costs time and ink."""
+    """Ticks and label of the axis `which` ("x" or "y"); few ticks, because each costs time and space."""
     axis, pixels = (ax.xaxis, ax.bbox.width) if which == "x" else (ax.yaxis, ax.bbox.height)
     nbins = min(max(int(pixels / (75 if which == "x" else 48)), 2), 7)
     axis.set_major_locator(MaxNLocator(nbins=nbins, integer=whole, steps=[1, 2, 2.5, 5, 10]))
@@ -260,13 +260,13 @@ def number_axis(ax: Axes, which: str, label: str, whole: bool = False) -> None:
     if which == "x":
         ax.set_xlabel(label)
     else:
-        # Lies over the axis, so that it is read without turning the head.
+        # Horizontal, above the axis, to be readable.
         ax.set_ylabel(label, rotation=0, ha="left", va="bottom")
         ax.yaxis.set_label_coords(-LEFT * DPI / ax.bbox.width, 1 + 0.1 * DPI / ax.bbox.height)
 
 
 def draw_steps(ax: Axes, steps: np.ndarray, values: np.ndarray) -> str:
-    """Single steps: points while they are few, else the band from their 5 % to their 95 % quantile. Returns its key."""
+    """Single steps: points if they are few, else a band from their 5 % to their 95 % quantile. Returns its legend."""
     if values.size <= RAW_STEPS:
         size = 6.0 if values.size <= 300 else 3.6
         ax.plot(steps, values, ls="none", marker="o", ms=size, mew=0, color=palette.POINT, alpha=0.65, gid="steps")
@@ -288,13 +288,13 @@ def draw_mean(
 
 
 def last_mean(values: np.ndarray, window: int) -> float:
-    """Mean of the last `window` finite values of `values` (n,); NaN where there is none."""
+    """Mean of the last `window` finite values of `values` (n,); NaN if there are none."""
     kept = values[np.isfinite(values)][-window:]
     return float(running_mean(kept, window)[-1]) if kept.size else math.nan
 
 
 def label_ends(ax: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
-    """Texts right of the plot at the heights of what they name, moved apart. `labels`: (data y, text, colour)."""
+    """Texts right of the plot, at the heights of what they name but apart. `labels`: (data y, text, colour)."""
     labels = [label for label in labels if math.isfinite(label[0])]
     points = ax.transData.transform([(ax.get_xlim()[1], y) for y, _, _ in labels] or np.empty((0, 2)))
     wanted = np.clip(ax.transAxes.inverted().transform(points)[:, 1], 0, 1) if labels else np.empty(0)
@@ -310,7 +310,7 @@ def label_ends(ax: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
 
 
 def mark_unseen(ax: Axes, steps: np.ndarray, values: np.ndarray, gutter: float = 0.0) -> None:
-    """Show where steps are not finite (red, at the top edge) or beyond the limits (triangles), and count them."""
+    """Mark and count steps that are not finite (red, at the top edge) or beyond the limits (triangles)."""
     lost = ~np.isfinite(values)
     low, high = ax.get_ylim()
     marks = ((lost, 1.0, "|", 13, palette.ALARM, "nonfinite"), (values > high, 0.985, "^", 6, palette.MUTED, "above"),
@@ -318,7 +318,7 @@ def mark_unseen(ax: Axes, steps: np.ndarray, values: np.ndarray, gutter: float =
     for where, height, marker, size, colour, gid in marks:
         if where.any():
             x = steps[where]
-            # One mark per two pixels says as much as a million on top of each other.
+            # At most one mark per two pixels; more would overlap.
             x = x[np.unique((x - x[0]) * BINS // max(int(steps[-1] - steps[0]), 1), return_index=True)[1]]
             ax.plot(
                 x, np.full(x.size, height), ls="none", marker=marker, ms=size, mew=2 if marker == "|" else 0,
@@ -328,7 +328,7 @@ def mark_unseen(ax: Axes, steps: np.ndarray, values: np.ndarray, gutter: float =
 
 
 def unseen(values: np.ndarray, limits: tuple[float, float]) -> list[str]:
-    """What to say of `values` (n,) that are not finite, and of those beyond `limits`; empty when all are seen."""
+    """Phrases that count `values` (n,) that are not finite or beyond `limits`; empty if all are shown."""
     finite = np.isfinite(values)
     lost = int((~finite).sum())
     beyond = int((finite & ((values < limits[0]) | (values > limits[1]))).sum())
@@ -336,7 +336,7 @@ def unseen(values: np.ndarray, limits: tuple[float, float]) -> list[str]:
 
 
 def note_unseen(ax: Axes, values: np.ndarray, limits: tuple[float, float], gutter: float = 0.0) -> None:
-    """Say what is `unseen` in the line of the title, up to `gutter` inches right of the plot."""
+    """Write the phrases of `unseen` into the line of the title, up to `gutter` inches right of the plot."""
     said = " · ".join(unseen(values, limits))
     colour = palette.ALARM if "non-finite" in said else palette.MUTED
     ax.set_title(said, loc="right", x=1 + gutter * DPI / ax.bbox.width, y=1.0, pad=28, fontsize=BODY, color=colour)

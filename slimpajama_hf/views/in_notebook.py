@@ -1,4 +1,4 @@
-"""How a run looks in a notebook: HTML that takes its ink from the page that it stands in, light or dark."""
+"""A run as HTML for a notebook; its text has the page's own colour, light or dark."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slimpajama_hf.record.columns import mean_of_last, read_columns
 from slimpajama_hf.record.run_folder import RunFolder
 from slimpajama_hf.views import views
 
-#: Steps that loss and accuracy are a mean of.
+#: Steps in the means of loss and accuracy.
 WINDOW = 50
 
 _NAME = "opacity:.65;font-size:12px"
@@ -29,7 +29,7 @@ def figures(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def progress(done: int, total: int, pairs: Iterable[tuple[str, str]]) -> str:
-    """A bar of `total` steps, and numbers beneath it."""
+    """A progress bar of `total` steps, with numbers below it."""
     percent = 100 * done / max(total, 1)
     bar = f'<div style="width:{percent:.1f}%;height:100%;border-radius:4px;background:{palette.ACCENT}"></div>'
     return (
@@ -41,7 +41,7 @@ def progress(done: int, total: int, pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def of_run(folder: RunFolder, record: dict[str, Any]) -> str:
-    """A run as it lies there: what it is, its numbers, its newest chart, and what shows the rest."""
+    """A stored run: its title, its numbers, its newest chart, and the command for the full report."""
     rows = read_columns(folder.ledger) if folder.ledger.exists() else None
     title, subtitle = views.caption_of(record)
     pairs = [("steps", "0")]

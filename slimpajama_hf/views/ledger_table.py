@@ -1,6 +1,6 @@
-"""The ledger as one Parquet table: a row a step, and the type of every column in the file.
+"""The ledger as a Parquet table: one row per step, with the type of every column in the file.
 
-Readers of JSON lines guess types from the first rows, where much is null: `datasets` then stops and DuckDB gives NULL.
+Readers of JSON lines guess types from the first rows, where much is null: then `datasets` fails and DuckDB gives NULL.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from slimpajama_hf.record.run_folder import RunFolder
 if TYPE_CHECKING:
     import pyarrow
 
-#: Rows that become columns at once; a group of the file has as many.
+#: How many rows are converted at once; also the row group size of the file.
 _ROWS = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What became of a ledger."""
+    """A summary of the written table."""
 
     rows: int
     columns: int
     left_out: tuple[str, ...]
     """Fields of rows that are neither this program's nor numbers."""
     torn: bool
-    """Whether the file ends in half a row, which is not in the table."""
+    """Whether the ledger ends in half a row, which is not in the table."""
 
 
 def write(folder: RunFolder, target: Path) -> Written:
@@ -56,7 +56,7 @@ def write(folder: RunFolder, target: Path) -> Written:
                 f"{folder.ledger}: between steps {batch[0]['step']:,} and {batch[-1]['step']:,} a value is not of its "
                 f"type ({str(error).splitlines()[0]}); python -m slimpajama_hf verify {folder.path} says which row"
             ) from None
-    # Numbers that a later session added are null before it.
+    # Numbers that a later session added are null in earlier rows.
     table = pyarrow.concat_tables(tables or [_schema([]).empty_table()], promote_options="default")
     about = {"run_id": record.get("run_id"), "model": record["model"].get("name"), "corpus": record["corpus"]["name"]}
     table = table.replace_schema_metadata({"slimpajama_hf": json.dumps(about)})
@@ -87,7 +87,7 @@ def _is_torn(path: Path) -> bool:
 
 
 def _as_lists(row: dict[str, Any]) -> dict[str, Any]:
-    """Dictionaries by reason and by layer as lists, for a type names every field that it has."""
+    """Dictionaries by reason and by layer as lists, because a struct type would have to name every key."""
     return row | {
         "skipped": [{"reason": name, "records": count} for name, count in row.get("skipped", {}).items()],
         "grad_layers": [
@@ -98,7 +98,7 @@ def _as_lists(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _schema(added: list[str]) -> pyarrow.Schema:
-    """The columns of a ledger: the fields of `Row` in their order, the numbers `added` to them, `chain`."""
+    """The columns of the table: the fields of `Row` in order, the `added` numbers, `chain`."""
     import pyarrow
 
     kinds = {

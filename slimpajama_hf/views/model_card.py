@@ -1,7 +1,7 @@
-"""The README.md of a pushed run, made of the run: valid metadata, curve, numbers, samples, how to load and repeat it.
+"""The README.md of a pushed run: metadata, curve, numbers, samples, how to load the model and how to repeat the run.
 
-Text that came from a corpus or a model is escaped letter by letter (`escaped`): it can make no link, heading, HTML tag,
-mention or table cell of its own, whatever it holds.
+Text from a corpus or a model is escaped character by character (`escaped`), so it cannot make a link, heading, HTML
+tag, mention or table cell.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     from slimpajama_hf.record.columns import Columns
 
 
-#: Samples shown, the newest ones, and letters shown of each.
+#: How many of the newest samples are shown, and how many characters of each.
 SAMPLES, SAMPLE_LETTERS = 3, 600
 
-#: Steps whose mean is "the final" loss and accuracy, as in the summary on screen.
+#: Loss and accuracy are means over so many last steps, as in the summary on screen.
 LAST_STEPS = 50
 
 _TASK = "text-generation"
 
-#: Endings of files and the loader of `datasets` that reads them.
+#: File extensions, and the loader of `datasets` for each.
 _LOADERS = {"json": "json", "jsonl": "json", "parquet": "parquet", "txt": "text", "csv": "csv"}
 
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What the card of one step is made of; paths of this machine are out already."""
+    """The contents of a card at one step; paths of this machine have been removed."""
 
     repo: str
     record: dict[str, Any]
-    """`run.json`."""
+    """The content of `run.json`."""
     columns: Columns
     """The ledger up to the step."""
     chain: str
@@ -47,16 +47,16 @@ class About:
     evaluation: dict[str, Any] | None
     """The last line of `evaluations.jsonl`."""
     config: dict[str, Any]
-    """`run_config.yaml`."""
+    """The content of `run_config.yaml`."""
     license: str | None = None
     averaged: bool = False
-    """Whether the weights are the average of the run's (they scored better), not the last."""
+    """Whether the weights are the run's average, because it scored better than the last weights."""
     has_chart: bool = True
     resumable: bool = True
 
 
 def escaped(text: str) -> str:
-    """`text` as plain words in Markdown and HTML: every ASCII mark as its entity, what steers or hides made visible."""
+    """`text` as plain words in Markdown and HTML: ASCII punctuation as entities, control characters made visible."""
     shown = visible(text, line_ends=False)
     return re.sub(r"[!-/:-@\[-`{-~]", lambda match: f"&#{ord(match.group())};", shown)
 
@@ -70,7 +70,7 @@ def render(about: About) -> str:
 
 
 def _metadata(about: About) -> Any:
-    """`ModelCardData`: only what is known."""
+    """`ModelCardData`, with known facts only."""
     from huggingface_hub import ModelCardData
 
     record = about.record
@@ -101,7 +101,7 @@ def hub_corpus(record: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def results(about: About) -> list[Any]:
-    """`EvalResult`s: held out where `--eval_steps` measured it, and prequential, which every run has."""
+    """`EvalResult`s: prequential scores, which every run has, and held-out ones if `--eval_steps` measured them."""
     from huggingface_hub import EvalResult
 
     corpus = hub_corpus(about.record)
@@ -109,7 +109,7 @@ def results(about: About) -> list[Any]:
     found = []
 
     def add(split: str, metric: str, shown: str, value: float, dataset: str, at: str | None) -> None:
-        # What is of the Hub has a revision.
+        # Only a dataset on the Hub has a revision.
         kind = dataset if at else _loader_of(about.record)
         if math.isfinite(value):
             found.append(
@@ -141,7 +141,7 @@ def results(about: About) -> list[Any]:
 
 
 def _loader_of(record: dict[str, Any]) -> str:
-    """The loader of `datasets` for a corpus of files: cards name that where there is no dataset on the Hub."""
+    """The loader of `datasets` for a corpus of files; a card names it if there is no dataset on the Hub."""
     for name, *_ in record["corpus"]["files"][:1]:
         for part in reversed(name.lower().split(".")[1:]):
             if part in _LOADERS:
@@ -150,7 +150,7 @@ def _loader_of(record: dict[str, Any]) -> str:
 
 
 def mean_of_last(values: np.ndarray, window: int = LAST_STEPS) -> float:
-    """Mean of the last `window` finite values, NaN without any."""
+    """Mean of the last `window` finite values; NaN if there are none."""
     finite = values[np.isfinite(values)][-window:]
     return float(finite.mean()) if len(finite) else math.nan
 
@@ -322,13 +322,13 @@ def _repeating(about: About) -> str:
     ]
     if about.resumable:
         parts.append(
-            "The run can be gone on with, on any machine, at the next document:\n\n```bash\naccelerate launch "
+            "The run can be continued on any machine, at the next document:\n\n```bash\naccelerate launch "
             f"run_clm_slimpajama.py --resume_from_checkpoint {about.repo}\n```"
         )
     return "\n\n".join(parts)
 
 
-#: Flags that say where a start of the run lay and where it was pushed, not what it is; the value behind them, if any.
+#: Flags about where a start wrote and pushed, which do not change the run; True if the flag takes a value.
 _OF_ONE_START = {
     "output_dir": True, "overwrite_output_dir": False, "resume_from_checkpoint": True, "push_to_hub": False,
     "hub_model_id": True, "hub_private_repo": False, "hub_strategy": True, "hub_revision": True, "hub_token": True,
@@ -337,7 +337,7 @@ _OF_ONE_START = {
 
 
 def repeatable(command: list[str]) -> list[str]:
-    """The words of a command that make the run what it is."""
+    """The words of a command that determine the run."""
     kept: list[str] = []
     words = list(command) or ["run_clm_slimpajama.py"]
     while words:
@@ -356,10 +356,10 @@ def repeatable(command: list[str]) -> list[str]:
 
 
 def _word(word: str) -> str:
-    """A word of the command inside a fenced block: quoted for a shell, on one line, unable to end the block."""
+    """A word of the command for a fenced block: quoted for a shell, on one line, unable to end the block."""
     return shlex.quote(visible(word, line_ends=False).replace("```", "'''"))
 
 
 def _code(text: str) -> str:
-    """Inside backticks, in a table too."""
+    """`text` for use inside backticks, also in a table."""
     return visible(str(text), line_ends=False).replace("`", "'").replace("|", "¦")

@@ -1,6 +1,6 @@
-"""What a run shows, made from its ledger alone: `metrics_history.json`, `text_samples.json`, charts.
+"""What a run shows, made from its record: `metrics_history.json`, `text_samples.json`, charts.
 
-Everything here can be made again at any time: `python -m slimpajama_hf.views.views RUN` does it.
+`python -m slimpajama_hf.views.views RUN` makes all of it again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from slimpajama_hf.record.columns import Columns
 
 
-#: Keys of `metrics_history.json` and the ledger's column that each shows. The first five are a promise.
+#: Keys of `metrics_history.json` with their columns of the ledger. The first five are a promise.
 METRICS = {
     "steps": "step",
     "loss": "loss",
@@ -34,7 +34,7 @@ METRICS = {
 
 
 def _strict(values: np.ndarray) -> list[Any]:
-    """A column as JSON values: what is not finite becomes None."""
+    """A column as JSON values; None where a value is not finite."""
     items = values.tolist()
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         return [value if math.isfinite(value) else None for value in items]
@@ -42,8 +42,8 @@ def _strict(values: np.ndarray) -> list[Any]:
 
 
 def write_metrics_history(folder: RunFolder, columns: Columns) -> Path:
-    """`{"steps": [...], "loss": [...], ...}`: accuracy a fraction, throughput in tokens/s, NaN as null; behind those of
-    `METRICS` every number that was added to a step."""
+    """`{"steps": [...], "loss": [...], ...}`: accuracy as a fraction, throughput in tokens/s, NaN as null. Keys of
+    `METRICS` come first, then all numbers that were added to steps."""
     path = folder.viz / "metrics_history.json"
     shown = {key: getattr(columns, column) for key, column in METRICS.items()} | columns.added
     files.write_json(path, {key: _strict(values) for key, values in shown.items()})
@@ -51,8 +51,8 @@ def write_metrics_history(folder: RunFolder, columns: Columns) -> Path:
 
 
 def read_samples(path: Path, fields: Sequence[str] = ("input", "output", "accuracy")) -> list[dict[str, Any]]:
-    """The generated samples, oldest first. Lines that are none (they have no `step` or lack one of `fields`) are left
-    out and counted on the screen; a torn last one is left out."""
+    """The generated samples, oldest first. Lines without a `step` or one of `fields` are left out and counted on the
+    screen; a torn last line is left out."""
     left_out: list[str] = []
     entries = [entry for _, entry in files.json_lines(path, left_out)]
     samples = [each for each in entries if type(each.get("step")) is int and all(name in each for name in fields)]
@@ -71,15 +71,15 @@ def write_text_samples(folder: RunFolder, samples: list[dict[str, Any]]) -> Path
 
 #: Up to so many steps the JSON files are written at every redraw.
 ALWAYS_WRITTEN_STEPS = 20_000
-#: The same where no chart is drawn beside them, which costs less than they do.
+#: The same limit if no chart is drawn, because the files cost more than the rest then.
 ALWAYS_WRITTEN_ALONE_STEPS = 2_000
-#: Beyond, when the run has grown by this part since the last time, and at its end: a file that is written anew at every
-#: redraw would cost more with every step, this costs the same per step however long the run is.
+#: In longer runs they are written after each growth by this share, and at the end. Writing them at every redraw would
+#: cost more with every step; this costs the same per step however long the run is.
 WRITTEN_AFTER_GROWTH = 0.05
 
 
 class Views:
-    """Redraws the views of one run, reading only what its ledger gained."""
+    """Redraws the views of one run; reads only what was added to its ledger."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
@@ -99,9 +99,9 @@ class Views:
         final: bool = True,
         with_chart: bool = True,
     ) -> Path | None:
-        """Write metrics, samples and chart as they are after `steps` steps (None: all); returns the chart's path.
+        """Write metrics, samples and chart as of `steps` steps (None: all); returns the chart's path.
 
-        Of a long run that is on (not `final`) the two JSON files are written after every 5 % of growth.
+        While a long run is in progress (not `final`), the two JSON files are written after every 5 % of growth.
         """
         columns = self._reader.update()
         if steps is not None:
@@ -122,7 +122,7 @@ class Views:
 def caption_of(record: dict[str, Any]) -> tuple[str, str]:
     """(title, subtitle) of a run's chart, from its `run.json`."""
     model, corpus = record["model"], record["corpus"]
-    # Of a path the last two parts say enough.
+    # The last two parts of a path are enough.
     corpus_name = "/".join(Path(corpus["name"]).parts[-2:]) if corpus["mirror"] == "local" else corpus["name"]
     title = f"{model['name']} on {corpus_name}"
     subtitle = f"{model['parameters'] / 1e6:.1f}M parameters · {corpus['mirror']} · tokenizer {record['tokenizer']}"

@@ -1,1 +1,1 @@
-"""What looks at a run as it goes on: bar, samples, passports, prompts, charts, trackers."""
+"""Callbacks that watch a run in progress: bar, samples, passports, prompts, charts, trackers."""

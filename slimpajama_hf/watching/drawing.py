@@ -1,4 +1,4 @@
-"""Metrics, samples and chart are drawn beside training, as often as their share allows."""
+"""Has metrics, samples and chart drawn beside training, as often as the budget allows."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class DrawViews(TrainerCallback):
-    """Metrics JSON, samples JSON, chart and report, drawn beside training from the ledger.
+    """Has metrics JSON, samples JSON, chart and report made from the ledger, beside training.
 
-    An interval that was typed is obeyed. Else: the first chart and report after the first step, then at steps 10, 30,
-    100, 300, ... while there is time for it, and every `interval` steps as often as the budget allows; the JSON files
-    every `interval` steps. `seeing_seconds`: what all watchers have taken so far.
+    With `obeyed` (the user typed the interval), every `interval` steps. Otherwise chart and report are made after the
+    first step and at steps 10, 30, 100, 300, ... if there is time, and a chart every `interval` steps if the budget
+    allows; the JSON files every `interval` steps. `seeing_seconds`: what all watchers have taken so far.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class DrawViews(TrainerCallback):
         self._interval, self._obeyed = interval, obeyed
         self._seeing_seconds = seeing_seconds
         self._early: int | None = None
-        """The last step of 10, 30, 100, ... whose chart is not asked for yet: one that is being drawn comes first."""
+        """The last of steps 10, 30, 100, ... whose chart has not been requested, because another is being drawn."""
         self._said = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -67,7 +67,7 @@ class DrawViews(TrainerCallback):
         self._say_errors()
 
     def _say_errors(self) -> None:
-        """Say once that charts fail, when it begins."""
+        """Report failing charts once."""
         self.views.collect()
         if self.views.errors and not self._said:
             self._said = True
@@ -75,11 +75,11 @@ class DrawViews(TrainerCallback):
 
     @property
     def _cost(self) -> float:
-        """Of the next chart, and of the one at the end: once the process is there, what the last one took."""
+        """The expected time of the next chart and of the last one: that of the newest chart, if it is known."""
         return self.views.last_chart_seconds or budget.CHART_SECONDS
 
     def _is_left(self) -> bool:
-        """Whether there is time for a chart at 10, 30, 100, ..."""
+        """Whether there is time for a chart at steps 10, 30, 100, ..."""
         self.views.collect()
         return self.views.waiting == 0 and budget.is_left(
             self._trainer, self._seeing_seconds(), self._cost, reserved=self._cost + budget.END_SECONDS

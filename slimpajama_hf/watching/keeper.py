@@ -1,4 +1,4 @@
-"""A callback that keeps something in a file within its share of the time."""
+"""Base class of callbacks that append to a file within their share of the time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from slimpajama_hf.training.trainer import SlimPajamaTrainer
 
 
-#: What each may take in any case, seconds: the shortest run shall have something to show.
+#: What each may take in any run, in seconds, so that the shortest run has something to show.
 LEAST_SECONDS = 0.25
 
 
 class Keeper(TrainerCallback):
-    """Appends what it makes to a file, within its budget; says once when that fails; never stops training."""
+    """Appends entries to a file, within its budget. Reports the first failure and never stops training."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Keeper(TrainerCallback):
         ahead_seconds: float,
         seeing_seconds: Callable[[], float],
     ) -> None:
-        """`seeing_seconds`: what all that looks at the run has taken so far."""
+        """`seeing_seconds`: what all watchers have taken so far."""
         self._trainer, self._seeing_seconds = trainer, seeing_seconds
         self.file = GrowingFile(path)
         self._share, self._ahead_seconds = share, ahead_seconds
@@ -42,8 +42,8 @@ class Keeper(TrainerCallback):
         self._said = False
 
     def _able(self) -> bool:
-        """Whether this process can do it: rank 0, with the whole model at hand."""
-        # A forward of a sharded model needs all ranks, and only this one is here.
+        """Whether this process can do it: rank 0, and not with a sharded model."""
+        # A forward of a sharded model needs all ranks, but only this one would run it.
         return self._trainer.is_world_process_zero() and not self._trainer.is_fsdp_enabled
 
     def _affordable(self) -> bool:
@@ -55,11 +55,11 @@ class Keeper(TrainerCallback):
             advance=self._ahead_seconds,
             least=LEAST_SECONDS,
         )
-        # What others took too early is not there either.
+        # The common budget counts too: other watchers may have used it early.
         return own and budget.is_left(self._trainer, self._seeing_seconds(), self._last_seconds)
 
     def _guarded(self, step: int, what: str, act: Callable[[], None]) -> None:
-        """Do it while the clock of training stands still; a failure is said once."""
+        """Run `act` with the training clock paused; report the first failure."""
         with self._trainer.clock.paused() as pause:
             try:
                 with self._trainer.seeing():

@@ -1,4 +1,4 @@
-"""`--watch`: the report on this machine's loopback while the run goes on, served by a process of its own."""
+"""`--watch`: serves the report on 127.0.0.1 during the run, from a separate process."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from slimpajama_hf.record.run_folder import RunFolder
     from slimpajama_hf.training.trainer import SlimPajamaTrainer
 
-#: How long the address is waited for, beside everything else, seconds.
+#: How long to wait for the server's address, in seconds; nothing else waits.
 PATIENCE_SECONDS = 60.0
 
 
 def open_if_asked(asked: bool, folder: RunFolder, at_end: ExitStack) -> None:
-    """Start the server of the page; its address is said as soon as it is known. `at_end` ends it.
+    """Start the server of the page; its address is printed as soon as it is known. `at_end` stops the server.
 
-    What goes wrong is said, and the run goes on without a page.
+    Failures are reported, and the run goes on without a page.
     """
     if not asked:
         return
@@ -50,8 +50,8 @@ def _say_address(server: Child) -> None:
 
 
 class MeasureArithmetic(TrainerCallback):
-    """Before the first step of a start with `--watch`: what a step takes and how fast this machine multiplies, into
-    `run.json`, for the page to say which share of that rate training makes use of."""
+    """With `--watch`, before the first step: writes the FLOPs of a step and this machine's measured FLOP/s to
+    `run.json`, from which the page computes the MFU."""
 
     def __init__(self, trainer: SlimPajamaTrainer, folder: RunFolder, precision: str) -> None:
         self._trainer, self._folder, self._precision = trainer, folder, precision
@@ -65,7 +65,7 @@ class MeasureArithmetic(TrainerCallback):
                 per_token, per_token_squared = flops.of_step(model)
                 rate = flops.measured_rate(args.device, self._precision)
             except (AttributeError, RuntimeError) as error:
-                # A model of another kind, a device that is full: the page says that it was not measured.
+                # Another kind of model, or a full device: the page says that it was not measured.
                 screen.say(f"--watch: the rate of this machine was not measured ({' '.join(str(error).split())})")
                 return
             record = self._folder.read_record()

@@ -1,4 +1,4 @@
-"""In a notebook the bar is a display of its own, with the newest chart beneath; both are redrawn in place."""
+"""A progress bar for notebooks, with the newest chart below; both are redrawn in place."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from slimpajama_hf.views import in_notebook
 if TYPE_CHECKING:
     from slimpajama_hf.record.run_folder import RunFolder
 
-#: Seconds between two drawings: a notebook keeps up with that, and training does not feel it.
+#: Seconds between two redraws: few enough for a notebook, and at no cost to training.
 SECONDS_BETWEEN = 0.5
 
-#: Of the chart, CSS pixels: its picture has twice as many.
+#: Width of the chart in CSS pixels; the image has twice as many.
 CHART_WIDTH = 860
 
 
@@ -28,7 +28,7 @@ def is_here() -> bool:
 
 
 class NotebookDisplay(TrainerCallback):
-    """Bar, numbers and chart in the output of the cell. Listens to the recorder, as the bar of a terminal does."""
+    """Bar, numbers and chart in the output of the cell. Listens to the recorder, like the bar in a terminal."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
@@ -48,7 +48,7 @@ class NotebookDisplay(TrainerCallback):
         self._chart = display(HTML(""), display_id=True)
 
     def on_row(self, row: dict[str, Any]) -> None:
-        """A new row of the ledger."""
+        """Take a new row of the ledger."""
         self._done, self._row = row["step"] + 1, row
         self._steps, self._tokens = self._steps + 1, self._tokens + row["tokens"]
         self._seconds += row["step_seconds"]
@@ -57,7 +57,7 @@ class NotebookDisplay(TrainerCallback):
             self.draw()
 
     def draw(self) -> None:
-        """Redraw the bar, and the chart where there is a new one; also behind the end of training."""
+        """Redraw the bar, and the chart if there is a new one; may be called after training."""
         if self._bar is None:
             return
         from IPython.display import HTML, Image

@@ -1,8 +1,8 @@
-"""What a run keeps beside its ledger so that its report can explain single steps: `passports.jsonl`, `prompts.jsonl`.
+"""Writes `passports.jsonl`, with which the report explains single steps.
 
 A passport is the document of a step with the surprisal of each token before and after the update, and the model's five
-likeliest guesses at each place. Both files are append-only JSON lines; a resume keeps what lies before its step
-(`run_folder.cut_back_lines(path, lambda entry: entry["step"] < point.step)`).
+likeliest guesses for each token. The file is append-only JSON lines; a resume keeps the lines of earlier steps
+(`run_folder.cut_to`).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 PASSPORTS = "passports.jsonl"
 
-#: How far passports may be ahead of their share, seconds: the beginning changes fastest.
+#: How many seconds of their share passports may use early: a run changes fastest at its beginning.
 PASSPORTS_AHEAD_SECONDS = 0.25
 
-#: Guesses kept at each place, the likeliest first.
+#: Guesses for each token, the likeliest first.
 GUESSES = 5
 
-#: Passports spread evenly over a run, beside those at its beginning.
+#: Passports spread evenly over a run, besides those at its beginning.
 SPREAD = 200
 
-#: Documents kept (their tokens alone) because their loss was unusual for its time, on each side.
+#: Documents with an unusual loss for their time that are kept (only their tokens), highest and lowest each.
 UNUSUAL = 12
 
 
@@ -52,12 +52,12 @@ def is_early(step: int) -> bool:
 
 
 def _rounded(values: torch.Tensor) -> list[float | None]:
-    """Five digits after the point; what is not finite becomes None."""
+    """Rounded to five digits after the point; None for what is not finite."""
     return [round(value, 5) if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _log_probabilities(model: Any, input_ids: Sequence[int]) -> torch.Tensor:
-    """(T - 1, V) float32, in evaluation mode; the model is in its former mode after. No random number is drawn."""
+    """Log-probabilities (T - 1, V), float32, in evaluation mode; restores the mode. Draws no random number."""
     training = model.training
     model.eval()
     try:
@@ -70,21 +70,21 @@ def _log_probabilities(model: Any, input_ids: Sequence[int]) -> torch.Tensor:
 
 
 def _surprisals(log_probabilities: torch.Tensor, input_ids: Sequence[int]) -> torch.Tensor:
-    """(T - 1,) nats of the tokens that came, from (T - 1, V)."""
+    """Surprisals of the true tokens, (T - 1,) nats, from (T - 1, V)."""
     came = torch.tensor(input_ids[1:], device=log_probabilities.device)
     return -log_probabilities.gather(1, came[:, None])[:, 0]
 
 
 class SamplePassports(Keeper):
-    """At a well-spread sample of steps: guesses and surprisals of the step's document, before and after its update.
+    """Keeps guesses and surprisals of some steps' documents, before and after their updates.
 
-    `interval`: steps between passports, obeyed whatever it costs; None: about `SPREAD` over the run, within its budget.
-    Steps 0, 1, 2, 3, 5, 8, 13, ... come on top. A line of `passports.jsonl`: `step`, `input_ids` (T), `pieces` (T
-    texts), `before` and `after` (T - 1, nats), `top_ids` and `top_probs` (T - 1, 5), `guesses` (id -> text).
+    `interval`: steps between passports, whatever they cost; None: about `SPREAD` over the run, within the budget. Steps
+    0, 1, 2, 3, 5, 8, 13, ... are added. A line of `passports.jsonl`: `step`, `input_ids` (T), `pieces` (T texts),
+    `before` and `after` (T - 1, nats), `top_ids` and `top_probs` (T - 1, 5), `guesses` (id -> text).
 
     As a listener of the recorder (`recorder.listeners.append(passports.on_row)`) it also keeps the tokens of documents
-    whose loss was unusual for its time: `step`, `input_ids`, `pieces` and `unusual`, the robust z-score. Those that
-    still are unusual at a checkpoint or at the end are written then: early in a run almost every document is.
+    with an unusual loss for their time: `step`, `input_ids`, `pieces` and `unusual`, the robust z-score. They are
+    written at a checkpoint or at the end if they are still unusual: early in a run almost every document is.
     """
 
     def __init__(
@@ -100,14 +100,14 @@ class SamplePassports(Keeper):
         self._encoder, self._interval = encoder, interval
         self._open: dict[str, Any] | None = None
         self._guesses: Guesses | None = None
-        self._recent: deque[tuple[int, list[int]]] = deque(maxlen=64)  # the ledger may lag some steps behind
+        self._recent: deque[tuple[int, list[int]]] = deque(maxlen=64)  # the ledger may be some steps behind
         self._usual = _Unusual()
-        self._hardest: list[tuple[float, int]] = []  # heaps of (size of the score, step): the least unusual first
+        self._hardest: list[tuple[float, int]] = []  # heaps of (absolute score, step): the least unusual first
         self._easiest: list[tuple[float, int]] = []
         self._unwritten: dict[int, tuple[float, list[int]]] = {}  # step -> score, tokens
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What is usual is known again after a resume."""
+        """Read again, after a resume, what is usual and which documents are unusual."""
         try:
             self._usual = _Unusual(
                 row["loss"] for row in ledger.last_rows(self._ledger, LossSpikes.WINDOW) if row["loss"] is not None
@@ -119,11 +119,11 @@ class SamplePassports(Keeper):
             self._say(f"{self.file.path} cannot be read ({error}); unusual documents are collected anew")
 
     def is_due(self, step: int, max_steps: int) -> bool:
-        """Whether `step` gets a passport if it can be afforded."""
+        """Whether `step` gets a passport if the budget allows."""
         return is_early(step) or step % (self._interval or max(max_steps // SPREAD, 1)) == 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the document with the weights that the step was computed with."""
+        """Look at the document with the weights before its update."""
         self._open = None
         if not self._able() or self._trainer.sample is None:
             return
@@ -166,7 +166,7 @@ class SamplePassports(Keeper):
     # ---- unusual documents ----
 
     def on_row(self, row: dict[str, Any]) -> None:
-        """A new row of the ledger: remember its document if its loss is among the most unusual so far."""
+        """Take a new row of the ledger: keep its document if its loss is among the most unusual so far."""
         if row["loss"] is None:
             return
         score = self._usual.score(row["loss"])
@@ -176,7 +176,7 @@ class SamplePassports(Keeper):
             self._enter(score, row["step"])
 
     def _enter(self, score: float, step: int) -> None:
-        """Put a step among the most unusual; the one that gives way to it is forgotten."""
+        """Add a step to the most unusual; forget the one that it replaces."""
         heap, entry = (self._hardest, (score, step)) if score > 0 else (self._easiest, (-score, step))
         if len(heap) < UNUSUAL:
             heapq.heappush(heap, entry)
@@ -184,13 +184,13 @@ class SamplePassports(Keeper):
             self._unwritten.pop(heapq.heappushpop(heap, entry)[1], None)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What stands in a checkpoint's folder by then is there after a resume from it."""
+        """Write them now, so that a resume from this checkpoint has them."""
         if self._able() and self._unwritten:
             self._guarded(state.global_step, "unusual documents", self._write_unusual)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._able():
-            self._trainer.recorder.flush()  # the last rows of the ledger are among what is looked at
+            self._trainer.recorder.flush()  # so that on_row has seen the last rows
             self.on_save(args, state, control)
 
     def _write_unusual(self) -> None:
@@ -204,6 +204,6 @@ class SamplePassports(Keeper):
 
 
 class _Unusual(LossSpikes):
-    """The robust z-score of every loss among the 200 before it, not of spikes alone."""
+    """Gives the robust z-score of every loss among the 200 before it, not only of spikes."""
 
     THRESHOLD = -math.inf

@@ -11,7 +11,7 @@ from slimpajama_hf.bars import TrainingBar
 
 
 class ShowProgress(TrainerCallback):
-    """The progress bar. Listens to the recorder, so that it shows what the ledger holds."""
+    """The progress bar. It listens to the recorder, so it shows what the ledger has."""
 
     def __init__(self, has_bar: bool) -> None:
         self._has_bar = has_bar
@@ -22,7 +22,7 @@ class ShowProgress(TrainerCallback):
             self.bar = TrainingBar(state.max_steps, state.global_step)
 
     def on_row(self, row: dict[str, Any]) -> None:
-        """A new row of the ledger (null stands for what is not finite)."""
+        """Take a new row of the ledger (null: not finite)."""
         if self.bar is not None:
             loss = float("nan") if row["loss"] is None else row["loss"]
             self.bar.update(loss, row["accuracy"], row["learning_rate"], row["tokens"], row["step_seconds"])
@@ -45,5 +45,5 @@ class ShowProgress(TrainerCallback):
 
 
 def _perplexity(value: float) -> str:
-    """`123.4`; from a million on as `1.6e+49`."""
+    """`123.4`, or `1.6e+49` from a million on."""
     return f"{value:.1f}" if value < 1e6 else f"{value:.1e}"

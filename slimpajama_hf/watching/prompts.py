@@ -1,4 +1,4 @@
-"""`prompts.jsonl`: what the model writes after the same prompts as it learns."""
+"""Writes `prompts.jsonl`: how the model continues the same prompts while it learns."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 PROMPTS = "prompts.jsonl"
 
-#: How far prompts may be ahead of their share, seconds: the beginning changes fastest.
+#: How many seconds of their share prompts may use early: a run changes fastest at its beginning.
 PROMPTS_AHEAD_SECONDS = 0.5
 
-#: What the model is asked to continue, always the same: prose, a list of facts, code.
+#: The prompts: prose, a list of facts, code.
 FIXED_PROMPTS = ("The most important thing about", "In the year 1815, the", "def main(")
 
 
@@ -28,10 +28,10 @@ PROMPT_TOKENS = 32
 
 
 class FixedPrompts(Keeper):
-    """What the model writes after the same prompts: at steps 0, 10, 30, 100, 300, ..., at checkpoints, at the end.
+    """Continues the same prompts at steps 0, 10, 30, 100, 300, ..., at checkpoints and at the end.
 
-    A line of `prompts.jsonl`: `step` (the weights are those of checkpoint-<step>) and `texts`, one object a prompt:
-    `prompt`, `output`. `interval`: steps between them, obeyed; None: within its budget.
+    A line of `prompts.jsonl`: `step` (the weights are those of checkpoint-<step>) and `texts`, one object per prompt
+    with `prompt` and `output`. `interval`: steps between lines, whatever they cost; None: within the budget.
     """
 
     def __init__(
@@ -49,15 +49,15 @@ class FixedPrompts(Keeper):
         self._last = -1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A session that goes on begins where a checkpoint was saved."""
+        """A resumed session begins at a checkpoint."""
         self._at_checkpoint = state.global_step > 0
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Written at the next step, before its update: so a resume from this checkpoint writes the same line.
+        # Written at the next step, before its update, so that a resume from this checkpoint writes the same line.
         self._at_checkpoint = True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write with the weights of the step."""
+        """Write with the weights before the update."""
         step = state.global_step
         regular = step % self._interval == 0 if self._interval else budget.is_half_decade(step)
         if self._able() and (self._at_checkpoint or regular) and (self._interval is not None or self._affordable()):
@@ -65,7 +65,7 @@ class FixedPrompts(Keeper):
         self._at_checkpoint = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last word of a run is always written."""
+        """The last line of a run is always written."""
         if self._able() and state.global_step > self._last and state.global_step > 0:
             self._guarded(state.global_step, "fixed prompts", lambda: self._write(state.global_step))
 

@@ -1,8 +1,8 @@
-"""Experiment trackers (`--report_to tensorboard|trackio|wandb|...`) get every row of the ledger, off the step's path.
+"""Sends every row of the ledger to experiment trackers (`--report_to tensorboard|trackio|wandb|...`), in a thread.
 
-The tools are spoken to by transformers' own integrations, so names and habits are theirs: `train/loss`, `eval/loss`,
-`train/global_step`. They are called in a thread of their own (TensorBoard's flushes its file at every call); one that
-fails is said once and left alone, and training goes on.
+transformers' own integrations talk to the trackers, so names and habits are theirs: `train/loss`, `eval/loss`,
+`train/global_step`. They run in a thread because some are slow (TensorBoard's flushes its file at every call). A
+tracker that fails is reported once and not used again; training goes on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from slimpajama_hf.record.run_folder import RunFolder
 
 
-#: Numbers of a ledger row that trackers get, and their names there (behind `train/`).
+#: Numbers of a ledger row for trackers, and their names there (after `train/`).
 METRICS = {
     "loss": "loss",
     "accuracy": "accuracy",
@@ -38,14 +38,14 @@ METRICS = {
     "tokens": "tokens",
     "tokens_cut": "tokens_cut",
 }
-#: Rows that may wait for a slow tracker before rows are left out.
+#: How many rows may wait for a slow tracker before further rows are left out.
 MOST_WAITING = 10_000
-#: How long the end of a run waits for trackers, seconds.
+#: How long the end of a run waits for trackers, in seconds.
 PATIENCE_SECONDS = 60.0
 
 
 def logs_of(row: dict[str, Any]) -> dict[str, float]:
-    """What a tracker gets of a ledger row; what is not finite there (null) is left out."""
+    """The numbers of a ledger row for a tracker, without those that are not finite (null)."""
     logs = {name: row[key] for key, name in METRICS.items() if row[key] is not None}
     logs |= {name: value for name, value in ledger.added(row).items() if value is not None}
     if row["code_bits"] is not None and row["text_bytes"]:
@@ -56,8 +56,8 @@ def logs_of(row: dict[str, Any]) -> dict[str, float]:
 class Trackers(TrainerCallback):
     """Sends ledger rows (`on_row`, a listener of the recorder) and held-out scores to the trackers of one run.
 
-    A run that goes on goes on in the same tracker's run. TensorBoard is told to forget what came after the checkpoint;
-    others get those steps again, with the same numbers.
+    A resumed run goes on in the same run of the tracker. TensorBoard is told to remove what came after the checkpoint;
+    other trackers get these steps again, with the same numbers.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class Trackers(TrainerCallback):
         flush: Callable[[], None],
         project: str,
     ) -> None:
-        """`flush` brings the last rows of the recorder; the session begins at `first_step`. `project`: where trackers
-        that have projects keep the run."""
+        """`first_step`: where the session begins. `flush` makes the recorder send its last rows. `project`: for
+        trackers that have projects."""
         self._names, self._folder, self._run_id, self._first_step = names, folder, run_id, first_step
         self._project = project
         self._tools: dict[str, Any] = {}
@@ -79,16 +79,16 @@ class Trackers(TrainerCallback):
         self._context: tuple[Any, Any, Any, dict[str, Any]] | None = None
         self._flush = flush
         self.left_out = 0
-        """Rows that a slow tracker did not get."""
+        """Rows that were left out because a tracker was slow."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._names or not state.is_world_process_zero:
             return
         args = copy.copy(args)
-        # transformers calls it "huggingface", whatever is trained.
+        # transformers' default is "huggingface", whatever is trained.
         args.project = self._project
         args.run_name = args.run_name or f"{self._folder.path.name}-{self._run_id[:8]}"
-        # wandb takes the identity of a run from here alone.
+        # wandb takes the identity of a run only from here.
         os.environ.setdefault("WANDB_RUN_ID", self._run_id)
         os.environ.setdefault("WANDB_RESUME", "allow")
         for name in self._names:
@@ -96,7 +96,7 @@ class Trackers(TrainerCallback):
                 tool = self._tools[name] = self._made(name)
                 tool.on_train_begin(args, state, control, **kwargs)
         self._context = (args, copy.copy(state), control, kwargs)
-        # trackio keeps its run in a context variable, which a new thread does not have.
+        # trackio keeps its run in a context variable, which a new thread would not have.
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._send,), daemon=True, name="trackers")
         self._thread.start()
@@ -104,7 +104,7 @@ class Trackers(TrainerCallback):
             self._put(step, metrics)
 
     def _forgotten_scores(self) -> list[tuple[int, dict[str, float]]]:
-        """The held-out scores of the checkpoint that the session begins with: TensorBoard forgets from its step on."""
+        """The held-out scores of the checkpoint at the start of the session: TensorBoard removes them with its step."""
         path = self._folder.evaluations
         if not self._first_step or not path.is_file():
             return []
@@ -125,7 +125,7 @@ class Trackers(TrainerCallback):
         return integration(SummaryWriter(where, purge_step=self._first_step or None))
 
     def on_row(self, row: dict[str, Any]) -> None:
-        """A new row of the ledger."""
+        """Send a new row of the ledger."""
         if self._thread is not None:
             self._put(row["step"], logs_of(row))
 
@@ -139,7 +139,7 @@ class Trackers(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Wait until all is sent, for a minute at most, and end the trackers' runs."""
+        """Wait until everything is sent, at most for a minute, and end the trackers' runs."""
         thread, self._thread = self._thread, None
         if thread is None or self._context is None:
             return

@@ -1,9 +1,9 @@
-"""The views are drawn in a process of their own, so that a step never waits for a chart.
+"""Draws the views in a separate process, so that a step never waits for a chart.
 
-Run as `python -m slimpajama_hf.watching.view_process RUN [stand-back]`: a JSON object per line comes in, `{"steps": N,
-"title": ..., "subtitle": ..., "max_steps": ..., "final": ..., "with_chart": ..., "with_report": ...}`, and one goes out
-when it is drawn, `{"steps": N, "with_chart": ..., "cpu_seconds": s}`, with `"error": "..."` where it failed. It ends
-when its input ends, so it never outlives its run.
+Run as `python -m slimpajama_hf.watching.view_process RUN [stand-back]`. It reads one JSON object per line,
+`{"steps": N, "title": ..., "subtitle": ..., "max_steps": ..., "final": ..., "with_chart": ..., "with_report": ...}`,
+and answers each with `{"steps": N, "with_chart": ..., "cpu_seconds": s}`, and `"error": "..."` if drawing failed. It
+ends when its input ends, so it never outlives its run.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from slimpajama_hf import child, priority
 from slimpajama_hf.child import Child
 from slimpajama_hf.record.run_folder import RunFolder
 
-#: The report is written when it is asked for, at the end, and with every so many charts; then and at the end the search
-#: index goes on too.
+#: The report is written on request, at the end, and with every so many charts. With these charts and at the end the
+#: search index is extended too.
 CHARTS_PER_REPORT = 10
 
-#: Beyond so many steps the index (as large as the text) is made when it is first asked for, by `inspect --find`.
+#: In longer runs the index (as large as the text) is only made by the first `inspect --find`.
 INDEXED_STEPS = 100_000
-#: How long the end of a run waits for the index, seconds; `inspect --find` takes in what is missing then.
+#: How long the end of a run waits for the index, in seconds; `inspect --find` adds what is missing.
 INDEX_PATIENCE_SECONDS = 2.0
 
-#: How far drawing may fall behind an interval that the user typed before training waits for it.
+#: How many requests may be unanswered before training waits, with an interval that the user typed.
 MOST_WAITING = 4
 
 
 class ViewProcess:
-    """The training side: asks for views, counts what they cost, never raises into the training loop."""
+    """The training side: requests views and counts their cost. Never raises into the training loop."""
 
     def __init__(self, folder: RunFolder, title: str, subtitle: str, max_steps: int) -> None:
         self.folder = folder
@@ -44,14 +44,14 @@ class ViewProcess:
         self.waiting = 0
         """Requests that are not answered yet."""
         self.cpu_seconds = 0.0
-        """Processor time that all views have taken so far."""
+        """Processor time of all views so far."""
         self.last_chart_seconds = 0.0
-        """Processor time of the last chart; 0 before the second, as the first has to start the process."""
+        """Processor time of the last chart; 0 before the second, because the first also starts the process."""
         self.drawn = 0
         self.errors: list[str] = []
 
     def request(self, steps: int, final: bool = False, with_chart: bool = True, with_report: bool = False) -> None:
-        """Ask for the views as of `steps` steps. Waits only when `MOST_WAITING` requests are unanswered."""
+        """Request the views as of `steps` steps. Waits only if `MOST_WAITING` requests are unanswered."""
         self.collect()
         while self.waiting >= MOST_WAITING and self._running():
             self._take(timeout=1.0)
@@ -68,7 +68,7 @@ class ViewProcess:
             self.errors.append(f"step {steps}: {error}")
 
     def collect(self) -> None:
-        """Take in the answers that have come."""
+        """Take the answers that have arrived."""
         while self._take(timeout=None):
             pass
         if self.waiting and not self._running():
@@ -76,12 +76,12 @@ class ViewProcess:
             self.waiting = 0
 
     def finish(self, steps: int, timeout: float = 300.0) -> bool:
-        """Draw the final views and end the process; whether the last drawing succeeded."""
+        """Draw the final views and end the process. Returns whether that succeeded."""
         before = len(self.errors)
         self.request(steps, final=True)
         deadline = time.monotonic() + timeout
         while self.waiting and self._running() and time.monotonic() < deadline:
-            # Again and again: one that has just started stands back by itself first.
+            # Repeatedly, because a process that has just started lowers its own priority first.
             self._come_forward()
             self._take(timeout=0.2)
         self.collect()
@@ -116,14 +116,14 @@ class ViewProcess:
 
 
 class _SearchIndex:
-    """Takes the documents of a run into its search index, beside the drawing: the corpus may be slow or away."""
+    """Adds the documents of a run to its search index, in a thread: the corpus may be slow or unavailable."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self._thread: threading.Thread | None = None
 
     def go_on(self, steps: int) -> None:
-        """Begin to take in what came since the last time, unless that is still under way."""
+        """Begin to add new documents, unless that is still in progress."""
         if steps <= INDEXED_STEPS and (self._thread is None or not self._thread.is_alive()):
             self._thread = threading.Thread(target=self._extend, daemon=True, name="index")
             self._thread.start()
@@ -135,14 +135,14 @@ class _SearchIndex:
     def _extend(self) -> None:
         from slimpajama_hf.lookback import search_growing
 
-        # A disk that is full, a Hub that is away: whoever searches is told, and nobody else.
+        # Failures (a full disk, a Hub that does not answer) are only reported to those who search.
         with contextlib.suppress(Exception):
             search_growing.extend(self._folder)
 
 
 def serve(run: str, stand_back: bool) -> None:
-    """The drawing side: answer requests from stdin until it ends; `stand_back`: training is on, and what is drawn after
-    the first picture leaves the processor to it."""
+    """The drawing side: answer requests from stdin until it ends. With `stand_back`, it lowers its priority after the
+    first picture, because training is in progress."""
     child.begin()
     from slimpajama_hf import report
     from slimpajama_hf.views.views import Views
@@ -152,7 +152,7 @@ def serve(run: str, stand_back: bool) -> None:
     counted, charts = 0.0, 0
     for number, line in enumerate(sys.stdin):
         if stand_back and number == 1:
-            # Not before the first picture, which a busy machine would keep waiting.
+            # Not before the first picture, which a busy machine would delay.
             priority.stand_back()
         request = json.loads(line)
         final, with_report = request["final"], request.pop("with_report")
@@ -169,7 +169,7 @@ def serve(run: str, stand_back: bool) -> None:
                 index.wait()
         except Exception as error:
             answer["error"] = f"{type(error).__name__}: {error}"
-        # The first answer carries the cost of starting and importing too.
+        # The first answer includes the cost of starting and importing.
         total = time.process_time()
         answer["cpu_seconds"], counted = total - counted, total
         child.answer(answer)

@@ -1,6 +1,6 @@
-"""Everything that looks at a run: bar, samples, passports, prompts, charts and report. None of it decides anything.
+"""All watchers of a run: bar, samples, passports, prompts, charts, report and trackers. They do not affect training.
 
-To add one: a callback, and a line each where it is made and where it is listed.
+To add one, write a callback, make it in `Watchers` and list it in `callbacks`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Watchers:
-    """The watchers of one run, and what they cost. Intervals that somebody typed are obeyed."""
+    """The watchers of one run, and what they cost. Intervals that the user typed are obeyed."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Watchers:
         record: dict[str, Any],
     ) -> None:
         run, typed = settings.run, settings.typed
-        # Of a range test there is nothing to be seen but its curve.
+        # `--lr_find` sets both intervals to 0, because only its curve is of interest.
         self._asks = not devices.is_sharded() and run.display_samples > 0
         self.draws = run.viz_interval > 0
         self.progress = ShowProgress(has_bar=not notebook.is_here())
@@ -61,39 +61,39 @@ class Watchers:
         self.drawing = DrawViews(trainer, self.views, run.viz_interval, "viz_interval" in typed, taken)
         names, first = training_arguments.asked(settings.training.report_to), record["sessions"][-1]["step"]
         self.arithmetic = [MeasureArithmetic(trainer, folder, record["model"]["precision"])] if run.watch else []
-        # A run that was begun before it had a project of its own goes on in that of transformers.
+        # Runs that began before projects had names of their own stay in transformers' default project.
         given = str(settings.training.project)
         project = given if "project" in typed else record.get("tracker_project", given)
         self.trackers = Trackers(names, folder, record["run_id"], first, trainer.recorder.flush, project)
 
     @property
     def callbacks(self) -> list[TrainerCallback]:
-        """In the order in which they look at a step."""
-        # A sharded model computes with all processes or not at all: the first alone cannot ask it.
+        """The watchers, in the order in which they see a step."""
+        # A sharded model computes in all processes together, so the first alone cannot generate or score.
         asking = [self.passports, self.prompts, self.samples] if self._asks else []
         drawing = [self.drawing] if self.draws else []
         return [*asking, *drawing, self.trackers, self.progress, *self.notebook, *self.arithmetic]
 
     def listen_to(self, recorder: StepRecorder) -> None:
-        """Have the rows of the ledger from now on."""
+        """Receive the rows of the ledger from now on."""
         passports = [self.passports.on_row] if self._asks else []
         recorder.listeners += [self.progress.on_row, *passports, self.trackers.on_row]
         recorder.listeners += [each.on_row for each in self.notebook]
 
     @property
     def seconds(self) -> float:
-        """What all of it has taken: time beside training, that of the measurements too, and processor time of the
-        process that draws."""
+        """What all watchers have taken: time beside training, with that of the measurements, and processor time of the
+        drawing process."""
         beside = self.samples.seconds + self.passports.seconds + self.prompts.seconds + self._measuring.seconds
         return beside + self.views.cpu_seconds
 
     def show_end(self) -> None:
-        """Show the last row and the last chart where they are redrawn in place."""
+        """Show the last row and the last chart in displays that are redrawn in place."""
         for each in self.notebook:
             each.draw()
 
     def flush(self) -> str | None:
-        """End what is under way, write what the disk did not take so far; why that still cannot be written, or None."""
+        """End what is in progress and write what the disk has not taken. Returns why that failed, or None."""
         self.trackers.close()
         problems = [each.file.flush() for each in (self.samples, self.passports, self.prompts)]
         return next((problem for problem in problems if problem), None)

@@ -1,4 +1,4 @@
-"""`samples.jsonl`: the model continues the document of a step."""
+"""Writes `samples.jsonl`: the model continues the document of a step."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from slimpajama_hf.training.trainer import SlimPajamaTrainer
 
 
-#: Samples may be this far ahead of their share, seconds: a run shows early how it writes.
+#: How many seconds of their share samples may use early, so that a run soon shows how it writes.
 SAMPLES_AHEAD_SECONDS = 0.25
 
 
 class GenerateSamples(TrainerCallback):
-    """Every so many steps the model continues the document of the step, with the weights that scored it; where no
-    interval was typed, at steps 0, 10, 30, 100, 300, ... and as often as the budget allows.
+    """Has the model continue the documents of some steps, with the weights that scored them: at an interval that was
+    typed, or else at steps 0, 10, 30, 100, 300, ... and as often as the budget allows.
 
     Samples are appended to `samples.jsonl`; a generation that fails is recorded as failed.
     """
@@ -62,7 +62,7 @@ class GenerateSamples(TrainerCallback):
         self.taken += 1
 
     def _due(self, step: int) -> bool:
-        """Whether a sample is written at this step. An interval that was typed is obeyed."""
+        """Whether to write a sample at this step. An interval that was typed is obeyed."""
         in_turn = step % self._interval == 0
         if self._obeyed:
             return in_turn
@@ -73,11 +73,11 @@ class GenerateSamples(TrainerCallback):
             and budget.affordable(self._trainer, budget.SAMPLES, self.seconds, cost, advance=SAMPLES_AHEAD_SECONDS)
         ):
             return False
-        # What the early charts took is not there for samples.
+        # The common budget counts too: early charts may have used it.
         return budget.is_left(self._trainer, self._seeing_seconds(), cost)
 
     def _sample(self, trainer: SlimPajamaTrainer, step: int) -> dict[str, Any]:
-        """What the model writes after the opening of the step's document, with the accuracy of the step itself."""
+        """The model's continuation of the beginning of the step's document, and the accuracy of the step itself."""
         assert trainer.sample is not None
         ids = trainer.sample.input_ids
         prompt = ids[: generation.PROMPT_TOKENS]
@@ -89,7 +89,7 @@ class GenerateSamples(TrainerCallback):
             "domain": trainer.sample.document.domain,
             "input_ids": prompt,
             "output_ids": None,
-            # What really follows there, for the reader who compares.
+            # The true continuation, for comparison.
             "continuation": self._encoder.decode(ids[: generation.PROMPT_TOKENS + generation.NEW_TOKENS])[
                 len(self._encoder.decode(prompt)) :
             ],
@@ -98,7 +98,7 @@ class GenerateSamples(TrainerCallback):
             with trainer.seeing() as model:
                 written = generation.write_after(model, prompt)
             sample["output_ids"] = written
-            # Decoded behind its prompt, so that the space between the two is right.
+            # Decoded together with its prompt, so that the space between the two is right.
             sample["output"] = self._encoder.decode(prompt + written)[len(sample["input"]) :]
             shown = " → ".join(
                 _one_line(terminal.written(sample[part]), width) for part, width in (("input", 60), ("output", 100))

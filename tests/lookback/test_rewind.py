@@ -130,7 +130,7 @@ def test_the_losses_are_those_of_a_corpus_without_it(finished, shards, tmp_path)
     assert done.returncode == 0, done.stderr
     found = rewind.rewind(finished, 0, 3, steps=6, output_dir=str(tmp_path / "without"))
     assert found.ok and found.start == 0 and found.repeated == 3
-    assert "warm-up was on" in " ".join(found.notes)
+    assert "the run was in warm-up" in " ".join(found.notes)
     rows, expected = read_ledger(tmp_path / "without"), read_ledger(tmp_path / "run-less")
     numbers = ("loss", "accuracy", "grad_norm", "learning_rate", "text_sha1", "tokens")
     assert len(rows) == 9

@@ -1,9 +1,9 @@
-// Charts of uPlot: steps as dots, or as a fan of quantiles where they are many; means around each; one zoom for all.
+// Charts by uPlot: steps as dots, or many steps as a fan of quantiles; running means; all charts zoom together.
 
 const view = { from: 0, to: 1, log: false }; // in steps
-const shown = { hidden: new Set(), window: 50, chosen: false }; // chosen: by a person
+const shown = { hidden: new Set(), window: 50, chosen: false }; // chosen: by the user
 
-// The two scales of steps: uPlot's linear one and its asinh, a logarithm that begins at 0.
+// The two scales of steps: uPlot's linear one and its asinh, which is like a logarithm but begins at 0.
 const across = (step) => (view.log ? Math.asinh(step) : step);
 const back = (u) => (view.log ? Math.sinh(u) : u);
 
@@ -12,12 +12,12 @@ const decimals = (value) => (String(+value.toPrecision(10)).split(".")[1] || "")
 const FONT = '12px ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif';
 
 const AXIS = { font: FONT, stroke: () => ink.muted, ticks: { show: false } };
-// As wide as its longest label, and `least` pixels, so that charts of usual numbers begin in one line.
+// As wide as the longest label but at least `least` pixels, so that most charts are aligned.
 const labelWidth = (least) => (u, labels) => Math.max(least, 11 + 6.6 * Math.max(0, ...(labels ?? []).map((label) => `${label ?? ""}`.length)));
-// `values(ticks, distance between two)`: their texts.
+// `values(ticks, distance between two)`: the texts of the ticks.
 const yAxis = (least, values = (ticks, step) => ticks.map((v) => (Math.abs(v) >= 10000 ? short(v) : fixed(v, decimals(step))))) =>
   ({ ...AXIS, size: labelWidth(least), gap: 7, space: 46, grid: { stroke: () => ink.line, width: 1 }, values: (u, ticks, axis, space, step) => values(ticks, step) });
-// Texts that would run into each other or over the edge are left out.
+// Texts that would overlap or cross the edge are left out.
 const xAxis = (more, text) => ({ ...AXIS, size: 22, gap: 7, grid: { show: false }, ...more, values: (u, ticks) => {
   let free = -Infinity;
   return ticks.map((tick) => {
@@ -35,14 +35,14 @@ function pathOf(points, u) {
   return path;
 }
 
-// What uPlot strokes or fills in several colours: [colour, path] pairs, those of one colour as one path.
+// For uPlot: [colour, path] pairs as a map from each colour to one path.
 function byColour(pairs) {
   const paths = new Map();
   for (const [colour, path] of pairs) { if (!paths.has(colour)) paths.set(colour, new Path2D()); paths.get(colour).addPath(path); }
   return paths;
 }
 
-// Sums up to each carried step of some steps: means over any window are one subtraction.
+// Cumulative sums over the chosen steps, so that the mean of any window is one subtraction.
 class Sums {
   constructor(run, panel, chosen) {
     const values = run[panel.values], weights = panel.weights ? run[panel.weights] : null;
@@ -61,20 +61,20 @@ class Sums {
     const weight = this.weight[high] - this.weight[low];
     return weight > 0 ? (this.total[high] - this.total[low]) / weight : NaN;
   }
-  // Standard error of the mean, where all weights are one.
+  // Standard error of the mean; all weights must be one.
   error(low, high) {
     const n = this.weight[high] - this.weight[low], mean = this.mean(low, high);
     return n > 1 ? Math.sqrt(Math.max((this.squares[high] - this.squares[low]) / n - mean * mean, 0) / (n - 1)) : NaN;
   }
-  // The `window` places around a place, [from, to): at the beginning it reaches as far ahead as back, at the end it has
-  // only what is behind (drawing.centred_mean is the same).
+  // The `window` places around a place, [from, to). At the beginning it reaches as far ahead as back, at the end it has
+  // only earlier places (as in drawing.centred_mean).
   around(place, window) {
     const back = window >> 1, ahead = Math.min(window - 1 - back, place);
     return [Math.max(place - back, 0), Math.min(place + ahead + 1, this.index.length)];
   }
-  // First place among the chosen whose carried index is at or after `i`.
+  // The first place among the chosen steps whose index is `i` or more.
   place(i) { return lowerBound(this.index, i); }
-  // The places that are in view, one more at the end.
+  // The places in view, and one more at the end.
   seen(steps) { return [this.place(lowerBound(steps, view.from)), this.place(lowerBound(steps, view.to + 1e-9) + 1)]; }
 }
 
@@ -83,7 +83,7 @@ class StepChart {
   constructor(panel, actions) {
     this.panel = panel;
     this.actions = actions;
-    // No live region: all charts would speak at once. `say` in main.js tells the step, once.
+    // Not a live region: all charts would speak at once. `say` in main.js announces the step once.
     this.readout = element("span.readout");
     this.plot = element("div.plot", { role: "img" });
     this.caption = element("p.caption");
@@ -96,7 +96,7 @@ class StepChart {
   use(run, chosen, byDomain) {
     this.run = run;
     this.values = run[this.panel.values];
-    // Of what only some steps have, only those count.
+    // A sparse panel shows only the steps that have a value.
     this.chosen = this.panel.sparse ? chosen.filter((i) => Number.isFinite(this.values[i])) : chosen;
     this.all = new Sums(run, this.panel, this.chosen);
     this.lines = this.panel.domains && byDomain.length > 1
@@ -108,7 +108,7 @@ class StepChart {
     this.u?.setData(this.data(), false);
   }
 
-  // What the curve does, for who does not see it.
+  // The curve in words, for screen readers.
   inWords() {
     const { index } = this.all, head = `${this.panel.title}, ${this.panel.unit}, by step`;
     if (!index.length) return `${head}: no step yet.`;
@@ -122,7 +122,7 @@ class StepChart {
   series() {
     const stroke = (stroke, width, points, more = {}) => ({ ...QUIET, stroke, width, ...more, paths: (u) => ({ stroke: pathOf(points(), u) }) });
     return [{},
-      // Nothing is stroked here: the width lets dots at the edge be seen whole.
+      // Nothing is stroked here; the width only keeps dots at the edge from being clipped.
       { ...QUIET, width: 12, fill: "black", paths: (u) => ({ fill: this.steps(u) }) },
       { ...QUIET, width: 1.25, stroke: "black", paths: (u) => ({ stroke: byColour(this.lines.map(({ domain, sums }) =>
         [css(onPaper(this.run.meta.domains[domain].colour), 0.9), pathOf(this.means(sums, this.windowOf(sums)), u)])) }) },
@@ -150,7 +150,7 @@ class StepChart {
         y: false,
         points: { show: (u, s) => s === 1 && element("div"), size: 12, fill: (u) => css(this.colour(u.cursor.idx ?? 0)), stroke: () => ink.paper },
         dataIdx: (u, s, i) => (s === 0 || Number.isFinite(this.values[i]) ? i : null),
-        // The line stands on a step: the dot under the pointer, or the nearest; the other charts follow by the step.
+        // The line snaps to a step: the dot under the pointer, or the nearest step. The other charts follow.
         move: (u, x, y) => (x < 0 || u.cursor.event?.buttons || u.cursor.event?.type === "mousedown" ? [x, y] : [u.valToPos(this.run.steps[this.pick(x, u.cursor.event ? y : null)], "x"), y]),
         drag: { x: true, y: false, dist: 5, setScale: false, click: () => {} },
         sync: { key: "steps", scales: ["x", null], filters: { pub: (kind) => kind === "mousemove" } },
@@ -188,10 +188,10 @@ class StepChart {
   get window() {
     return this.panel.exact ? 1 : this.panel.sparse ? Math.max(Math.min(10, this.all.index.length), 1) : Math.max(Math.round(shown.window / this.run.meta.every), 1);
   }
-  // As many documents of a domain as stand among that many steps.
+  // The window of one domain: how many of its documents are in a window of all steps, at least 10.
   windowOf(sums) { return Math.max(Math.round((this.window * sums.index.length) / this.all.index.length), 10); }
 
-  // Limits that show the course of what is in view, not its outliers.
+  // Limits that show the course of the values in view, not their outliers.
   limits() {
     const [first, last] = this.all.seen(this.run.steps), picked = [];
     this.curve = this.means(this.all);
@@ -204,14 +204,14 @@ class StepChart {
     const fence = 3 * (at(0.75) - at(0.25)) || Math.abs(at(0.5)) || 1;
     const inside = picked.filter((v) => v >= at(0.25) - fence && v <= at(0.75) + fence);
     let low = Math.min(at(0.01), inside[0]), high = Math.max(at(0.99), inside[inside.length - 1]);
-    // A long run still shows the height that it fell from.
+    // A long run still shows from where it fell.
     for (const [, mean] of [...this.curve, ...this.curveBeside]) { low = Math.min(low, mean); high = Math.max(high, mean); }
     const pad = 0.06 * (high - low) || 0.1 * Math.abs(high) || 1;
     low = this.panel.floor === 0 ? 0 : low < 0 ? low - pad : Math.max(0, low - pad);
     return [low, high + pad];
   }
 
-  // Places [from, to) of what stands in each column of so many pixels, and the step of its middle.
+  // For each column of `wide` pixels: its places [from, to), and the step of its middle.
   *columns(sums, wide) {
     const { steps } = this.run, [first, last] = sums.seen(steps);
     for (let x = 0, from = first; x < this.width && from < last; x += wide) {
@@ -221,7 +221,7 @@ class StepChart {
     }
   }
 
-  // [[step, mean], ...] of the `window` chosen steps around each place; one point a pixel at most.
+  // [[step, mean], ...] of the `window` chosen steps around each place; at most one point per pixel.
   means(sums, window = this.window) {
     const { steps } = this.run, [first, last] = sums.seen(steps), points = [];
     const add = (step, from, to) => { const mean = sums.mean(from, to); if (Number.isFinite(mean)) points.push([step, mean]); };
@@ -255,7 +255,7 @@ class StepChart {
     return points;
   }
 
-  // Colour -> path of the single steps: dots where few are in view, else a fan.
+  // Colour -> path of single steps: dots if few are in view, else a fan.
   steps(u) {
     const [first, last] = this.all.seen(this.run.steps);
     if (this.panel.exact) return null;
@@ -269,7 +269,7 @@ class StepChart {
       const i = this.chosen[k], path = paths[this.run.domain[i]];
       if (!Number.isFinite(this.values[i])) continue;
       const x = u.valToPos(this.run.steps[i], "x", true), y = u.valToPos(this.values[i], "y", true);
-      // An arrow for what stands higher.
+      // An arrow for values above the plot.
       if (y < top - 2 * ratio) { path.moveTo(x, top - 3 * ratio); path.lineTo(x - 2.5 * ratio, top + 2 * ratio); path.lineTo(x + 2.5 * ratio, top + 2 * ratio); path.closePath(); }
       else { path.moveTo(x + size, y); path.arc(x, y, size, 0, 7); }
     }
@@ -278,7 +278,7 @@ class StepChart {
 
   fan(u) {
     const lows = this.run[`${this.panel.values}_low`] || this.values, highs = this.run[`${this.panel.values}_high`] || this.values, columns = [];
-    // Extremes of blocks are those of all domains together.
+    // Extremes of blocks include all domains.
     const blocks = lows !== this.values && !shown.hidden.size;
     for (const [from, to, step] of this.columns(this.all, 3)) {
       let low = Infinity, high = -Infinity;
@@ -307,7 +307,7 @@ class StepChart {
     u.ctx.restore();
   }
 
-  // Resumes run through, and so does zero.
+  // Lines behind the curves: zero, and resumes.
   drawUnder(u, c, ratio) {
     const { left, top, width, height } = u.bbox;
     c.strokeStyle = ink.muted; c.lineWidth = ratio;
@@ -322,7 +322,7 @@ class StepChart {
 
   drawMarks(u, c, ratio) {
     const { left, top, width, height } = u.bbox, bottom = top + height;
-    // Those in view, `apart` pixels at least.
+    // Draw the steps in view, at least `apart` pixels from each other.
     const each = (steps, apart, draw) => {
       let free = -Infinity;
       for (const step of steps) {
@@ -334,7 +334,7 @@ class StepChart {
     };
     const shape = (x, y, ...points) => points.forEach(([dx, dy], k) => c[k ? "lineTo" : "moveTo"](x + dx * ratio, y + dy * ratio));
     if (this.panel.held_out) {
-      // Rings: the weights; full: their average.
+      // Rings are the weights, filled circles their average.
       for (const [of, fill] of [[(entry) => entry, ink.paper], [(entry) => entry.averaged, ink.ink]]) {
         const scores = new Map(this.run.meta.evaluations.map((entry) => [entry.step, of(entry)?.[this.panel.held_out]]).filter(([, value]) => Number.isFinite(value)));
         c.fillStyle = fill; c.strokeStyle = ink.ink; c.lineWidth = 1.6 * ratio;
@@ -349,7 +349,7 @@ class StepChart {
     each(this.run.meta.events.checkpoints, 7, (x) => { shape(x, bottom, [0, -4.5], [4.5, 0], [0, 4.5], [-4.5, 0]); c.fill(); });
   }
 
-  // The line of the slider and the numbers: elements, so that no chart is drawn again when it moves.
+  // The line of the slider and the numbers are elements, so that no chart is redrawn when the slider moves.
   drawTop() {
     if (!this.u || this.node.hidden || this.u.scales.y.min == null) return;
     const at = cursor.index, x = this.u.valToPos(this.run.steps[at], "x"), y = this.u.valToPos(this.values[at], "y"), dot = this.here.firstChild;
@@ -366,7 +366,7 @@ class StepChart {
     this.readout.replaceChildren(...parts);
   }
 
-  // uPlot knows the mouse; fingers, the wheel and what a click means are here.
+  // uPlot handles the mouse; touch, the wheel and clicks are handled here.
   listen() {
     const fingers = new Map();
     let pinch = null, tapped = -Infinity;
@@ -375,7 +375,7 @@ class StepChart {
     on("pointerdown", (event) => {
       this.selected = false;
       if (event.pointerType === "mouse") return;
-      event.preventDefault(); // no mouse is made of a finger
+      event.preventDefault(); // no mouse events from touch
       fingers.set(event.pointerId, local(event));
       if (fingers.size === 2) pinch = [...fingers.values()].map((x) => across(this.stepAt(x)));
     });
@@ -384,7 +384,7 @@ class StepChart {
       fingers.set(event.pointerId, local(event));
       const [x0, x1] = fingers.values();
       if (!pinch) return this.actions.go(this.pick(x0, null));
-      // The two steps stay under the two fingers.
+      // The two steps stay under the fingers.
       if (fingers.size < 2 || Math.abs(x1 - x0) < 12) return;
       const scale = (pinch[1] - pinch[0]) / (x1 - x0);
       this.actions.zoom(back(pinch[0] - x0 * scale), back(pinch[0] + (this.width - x0) * scale));
@@ -397,7 +397,7 @@ class StepChart {
       tapped = event.timeStamp;
     });
     on("wheel", (event) => {
-      // A wheel alone scrolls the page; a pinch on a touchpad arrives as a wheel with Ctrl.
+      // The wheel alone scrolls the page; a pinch on a touchpad arrives as the wheel with Ctrl.
       if (!(event.ctrlKey || event.metaKey || event.altKey)) return;
       event.preventDefault();
       const u = across(this.stepAt(local(event))), scale = Math.exp(Math.min(Math.max(event.deltaY, -60), 60) * 0.006);
@@ -419,7 +419,7 @@ class StepChart {
   }
 }
 
-// A small chart that stands still, on scales of its own.
+// A small static chart with scales of its own.
 const stills = [];
 function stillChart(title, unit, options, data, words) {
   const plot = element("div.plot.still", { role: "img", "aria-label": `${title}, ${unit}. ${words}` });

@@ -1,4 +1,4 @@
-// The content of the page: gzip -> JSON and arrays (packing.py is the other side), and the numbers derived from them.
+// Unpacks the content of the page, gzip -> JSON and arrays (packed by packing.py), and derives further numbers.
 
 async function gunzip(bytes) {
   if (typeof DecompressionStream === "undefined")
@@ -16,7 +16,7 @@ function fromBase64(text) {
 
 const ARRAY_TYPES = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, i4: Int32Array, f4: Float32Array };
 
-// {meta, arrays} of unpacked bytes. The bytes of an array are transposed: all first ones, then all second ones, ...
+// {meta, arrays} from unzipped bytes. The bytes of an array are transposed: all first ones, then all second ones, ...
 function unpack(bytes) {
   const size = new DataView(bytes.buffer, bytes.byteOffset).getUint32(0, true);
   const head = JSON.parse(new TextDecoder().decode(bytes.subarray(4, 4 + size)));
@@ -34,7 +34,7 @@ function unpack(bytes) {
   return { meta: head.meta, arrays };
 }
 
-// What the panels read: one array per number, an entry a carried step. Index i is a carried step, `steps[i]` its number.
+// The data of the panels: one array per number, with one entry per step in the page. Entry i is of step `steps[i]`.
 function derive({ meta, arrays }) {
   const n = arrays.loss.length;
   const run = { meta, n, ...arrays };
@@ -47,7 +47,7 @@ function derive({ meta, arrays }) {
   run.bits_per_byte = Float64Array.from({ length: n }, (_, i) => run.bits[i] / Math.max(arrays.text_bytes[i], 1));
   run.digits = n ? arrays.sha1.length / n : 0;
 
-  // Where the tokens of each passport stand in the joined arrays.
+  // Where the tokens of each passport begin in the joined arrays.
   run.passports = new Map();
   let tokens = 0, predicted = 0, guessed = 0;
   for (const passport of meta.passports) {
@@ -66,8 +66,8 @@ function derive({ meta, arrays }) {
   return run;
 }
 
-const PARTS = 10000; // surprisals come as ten-thousandths of a nat
-const UNKNOWN = 2 ** 32 - 1; // ... one that nobody knows
+const PARTS = 10000; // surprisals are in ten-thousandths of a nat
+const UNKNOWN = 2 ** 32 - 1; // marks an unknown surprisal
 
 // First index whose step is at or after `step`.
 function lowerBound(steps, step) {
@@ -79,7 +79,7 @@ function lowerBound(steps, step) {
   return low;
 }
 
-// Index of the carried step nearest to `step`.
+// Index of the entry nearest to `step`.
 function nearest(steps, step) {
   const after = lowerBound(steps, step);
   if (after === 0) return 0;

@@ -1,10 +1,10 @@
-// The document of a step: a colour a token, the guesses of the model under the pointer, before and after the update.
+// The document of a step: a colour for each token, the model's guesses under the pointer, before and after the update.
 
 const reading = { mode: "before", index: null, lit: null };
 const MODES = [["before", "as it was read"], ["after", "after its update"], ["taught", "what it taught"]];
 
 const nats = (value) => (value === UNKNOWN ? NaN : value / PARTS);
-// The scale of colours ends where a blind guess among all tokens stands.
+// The scale of colours ends at the surprisal of a blind guess among all tokens.
 const blind = () => run.meta.uniform_nats || 10;
 
 function showDocument() {
@@ -55,7 +55,7 @@ function showDocument() {
       const value = number(k);
       if (!Number.isFinite(value)) continue;
       const shade = colour(k);
-      // What is close to the paper is drawn in grey: a bar shall be seen.
+      // Colours close to the paper become grey, so that the bar can be seen.
       c.fillStyle = css(contrast(shade, rgb(ink.paper)) < 1.35 ? least : shade);
       const tall = mode === "taught" ? (value / widest) * (height / 2 - 1) : (value / highest) * (height - 4);
       c.fillRect(k * wide, Math.min(middle, middle - tall), Math.max(wide - (wide > 3 ? 1 : 0), 0.8), Math.max(Math.abs(tall), 1));
@@ -108,11 +108,11 @@ function showDocument() {
 }
 
 function nearestRect(node, event) {
-  // A token may be broken over two lines.
+  // A token may be wrapped over two lines.
   return [...node.getClientRects()].find((r) => event.clientY >= r.top - 2 && event.clientY <= r.bottom + 2) || node.getBoundingClientRect();
 }
 
-// One sentence on what the update did to the document that it was made with.
+// One sentence on how the update changed the loss of its own document.
 function taught(pieces, before, after) {
   const both = before.map((_, k) => k).filter((k) => Number.isFinite(before[k]) && Number.isFinite(after[k]));
   const mean = (values) => both.reduce((sum, k) => sum + values[k], 0) / both.length;

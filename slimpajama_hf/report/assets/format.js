@@ -1,4 +1,4 @@
-// Numbers and elements. Text from a document reaches the page as text nodes alone, never as HTML.
+// Numbers and elements. Text from a document is only inserted as text nodes, never as HTML.
 
 const whole = new Intl.NumberFormat("en-US");
 const count = (value) => whole.format(value);
@@ -29,7 +29,7 @@ function seconds(value) {
   return value < 6000 ? `${fixed(value / 60, 1)} min` : `${fixed(value / 3600, 1)} h`;
 }
 
-// How likely: "62 %", "1.3 %", "1 in 4,200".
+// A surprisal as a probability: "62 %", "1.3 %", "1 in 4,200".
 function chance(nats) {
   const p = Math.exp(-nats);
   return p >= 0.01 ? percent(p, p >= 0.1 ? 0 : 1) : `1 in ${count(+(1 / p).toPrecision(2))}`;
@@ -37,7 +37,7 @@ function chance(nats) {
 
 const $ = (id) => document.getElementById(id);
 
-// element("p.lead", {title: "..."}, "text", node, ...): attributes that start with "on" are listeners.
+// element("p.lead", {title: "..."}, "text", node, ...). Attributes that start with "on" are listeners.
 function element(kind, attributes = {}, ...children) {
   const [name, ...classes] = kind.split(".");
   const node = document.createElement(name);
@@ -51,11 +51,11 @@ function element(kind, attributes = {}, ...children) {
   return node;
 }
 
-// Marks that turn the direction of text or cannot be seen, as signs; joiners stay, emoji and scripts need them.
+// Shows invisible characters and those that change the direction of text. Joiners stay: emoji and scripts need them.
 const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]/g;
 const signs = (text) => text.replace(UNSEEN, (mark) => `⟨U+${mark.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
 const oneLine = (text) => signs(text.replace(/\s+/g, " ").trim());
-// A token as it is named in a list: white space made visible.
+// A token for a list, with its white space made visible.
 const visible = (text) => {
   if (text === "") return "·";
   if (/^ +$/.test(text)) return text.length > 4 ? `␣ × ${text.length}` : "␣".repeat(text.length);
@@ -86,7 +86,7 @@ function contrast(a, b) {
   const [low, high] = [luminance(a), luminance(b)].sort((x, y) => x - y);
   return (high + 0.05) / (low + 0.05);
 }
-// A colour of the table, made lighter or darker until it stands out from the paper of this theme.
+// A colour, made lighter or darker until its contrast to the paper of this theme is `least`.
 function onPaper(hex, least = 3) {
   let channels = rgb(hex);
   const paper = rgb(ink.paper), far = ink.dark ? [255, 255, 255] : [0, 0, 0];
@@ -113,15 +113,15 @@ const ramp = (t) => along(RAMPS[ink.dark ? "dark" : "light"], t);
 const change = (t) => along(CHANGES[ink.dark ? "dark" : "light"], t);
 const gradient = (colour, from, to) =>
   `linear-gradient(90deg, ${Array.from({ length: 11 }, (_, i) => css(colour(from + ((to - from) * i) / 10))).join(", ")})`;
-// Ink for text on a colour: the first that stands out by 4.5:1. Of black and white one always does.
+// A colour for text on a background, with a contrast of 4.5:1; black or white always has it.
 function over(background) {
   const inks = [[31, 35, 40], [255, 255, 255], [0, 0, 0]];
   const seen = background.map(Math.round);
   return css(inks.find((each) => contrast(each, seen) >= 4.5));
 }
 
-// A canvas of the size that its box has, in device pixels; drawing units are CSS pixels.
-// `box`: the size if it is known already; asking makes the browser lay out the page.
+// Gives a canvas the size of its box in device pixels; drawing units are CSS pixels.
+// `box`: the size, if known; measuring it makes the browser lay out the page.
 function fit(canvas, box = canvas.parentElement.getBoundingClientRect()) {
   const ratio = Math.min(window.devicePixelRatio || 1, 3);
   const width = Math.max(Math.round(box.width * ratio), 1), height = Math.max(Math.round(box.height * ratio), 1);

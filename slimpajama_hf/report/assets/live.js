@@ -1,7 +1,7 @@
-// A run that is on: the server sends its new rows as events, and how it does just now; now and then all is fetched anew.
+// A run in progress: the server sends new rows and the run's state as events; sometimes everything is fetched again.
 
 let news = null; // the open event stream
-let content = null; // {meta, arrays} as last fetched, with the rows that came since
+let content = null; // {meta, arrays} as last fetched, with the rows since
 let generation = "0";
 let told = null; // the last state
 
@@ -12,13 +12,13 @@ async function follow() {
   await fetchAll();
 }
 
-// All of it; then the events that come after it.
+// Fetch the whole content, then listen to the events after it.
 async function fetchAll() {
   news?.close();
   try {
     const answer = await fetch("data", { cache: "no-store" });
     if (answer.status === 200) {
-      // A page that was opened before the run was there is built anew, with its title.
+      // A page that was opened before the run began is loaded again, to get its title.
       if (told && content === null && run === null) return location.reload();
       generation = answer.headers.get("ETag").slice(1).split("-")[0];
       const reading = document.querySelector(".document")?.scrollTop ?? 0;
@@ -46,7 +46,7 @@ function listen() {
   news.onerror = lost;
 }
 
-// The program that serves this page is done; what stands here stays.
+// The program that serves this page has ended; the page keeps its content.
 function ended() {
   news.close();
   told = { ...told, over: true, training: false };
@@ -60,13 +60,13 @@ function lost() {
   $("now")?.classList.add("old");
 }
 
-// Rows that were not known yet, put behind those that are; the step that is shown stays.
+// Append new rows; the shown step stays the same.
 async function takeRows({ from, packed }) {
   const fresh = unpack(await gunzip(fromBase64(packed)));
   const names = Object.keys(fresh.arrays), { meta, arrays } = content ?? {};
   const fits = content && run.n && run.meta.steps === from && names.every((name) => name in arrays)
     && "mirror" in arrays === "mirror" in fresh.arrays && fresh.arrays.sha1.length === run.digits * fresh.arrays.loss.length;
-  // Of another kind: the server sends word when all can be fetched anew.
+  // Rows of another kind: the server sends an event when everything can be fetched again.
   if (!fits) return;
   const places = fresh.meta.domains.map((domain) => {
     const known = meta.domains.findIndex(({ full }) => full === domain.full);
@@ -74,7 +74,7 @@ async function takeRows({ from, packed }) {
   });
   fresh.meta.domains.forEach((domain, k) => { meta.domains[places[k]].steps = domain.steps; });
   fresh.arrays.domain = fresh.arrays.domain.map((k) => places[k]);
-  // The first row counts from the beginning of the shard, the others from the one before.
+  // The first row is an absolute number, the others are differences to the row before.
   fresh.arrays.row[0] -= run.rows[run.n - 1];
   for (const name of names) {
     const both = new arrays[name].constructor(arrays[name].length + fresh.arrays[name].length);
@@ -101,7 +101,7 @@ async function takeRows({ from, packed }) {
   if (whole_) [view.from, view.to] = [0, Math.max(steps - 1, 1)];
   chooseDomains();
   if (!document.hidden) later(drawNew);
-  // Whoever looks at the newest step goes on doing so.
+  // If the newest step is shown, it stays the newest.
   if (atEnd) moveTo(run.n - 1);
 }
 
@@ -115,7 +115,7 @@ document.addEventListener("visibilitychange", () => { if (watching && run?.n && 
 const gigabytes = (bytes) => (bytes >= 1e10 ? `${fixed(bytes / 1e9, 0)} GB` : bytes >= 1e9 ? `${fixed(bytes / 1e9, 1)} GB` : `${fixed(bytes / 1e6, 0)} MB`);
 const perSecond = (rate) => (rate >= 1e12 ? `${fixed(rate / 1e12, rate < 1e13 ? 1 : 0)} TFLOP/s` : `${fixed(rate / 1e9, 0)} GFLOP/s`);
 
-// [name, value, note] of what is known of a run just now.
+// [name, value, note] of the state of a run.
 function stateRows({ steps, max_steps: goal, left_seconds: left, process_bytes: bytes, gpus, used, rate: measured }) {
   const rows = [["time left", goal && steps >= goal ? "none" : left === null ? "–" : seconds(left), goal ? `${count(Math.max(goal - steps, 0))} steps, at the pace of the last 50` : "how many steps is not known"]];
   if (bytes !== null) rows.push(["memory", gigabytes(bytes), "of the process that trains"]);

@@ -1,12 +1,12 @@
-// State, the step slider, the zoom, and where the content comes from.
+// State, the step slider, the zoom, and loading the content.
 
 let run = null;
-// Until somebody moves the step, what was written last is shown, whatever document the page opens at.
+// Until somebody moves the step, the newest texts are shown, whatever step the page opens at.
 const cursor = { index: 0, hover: null, moved: false };
 const page = document.documentElement;
 const watching = page.dataset.watch !== "no";
 
-// Mean and standard error of the numbers among `values`.
+// Mean and standard error of the finite `values`.
 function meanAndError(values) {
   const all = Array.from(values).filter(Number.isFinite), n = all.length, mean = all.reduce((sum, v) => sum + v, 0) / n;
   return { count: n, mean, error: n > 1 ? Math.sqrt(all.reduce((sum, v) => sum + (v - mean) ** 2, 0) / (n - 1) / n) : NaN };
@@ -31,7 +31,7 @@ const actions = { go: (i) => moveTo(i), hover: (i) => { if (i !== cursor.hover) 
 const charts = PANELS.map((panel) => new StepChart(panel, actions));
 $("charts").append(...charts.map((chart) => chart.node));
 
-// Numbers that this run has beside the usual ones: a panel each.
+// One panel for each number that was added to this run.
 function addPanels() {
   for (const { name, meaning } of run.meta.added) {
     const id = `added-${name}`, title = name[0].toUpperCase() + name.slice(1).replaceAll("_", " ");
@@ -42,7 +42,7 @@ function addPanels() {
   }
 }
 
-// Work that many events ask for is done once a frame.
+// Work that several events ask for is done once per frame.
 const waiting = new Set();
 function later(work) {
   if (!waiting.size) requestAnimationFrame(() => { const all = [...waiting]; waiting.clear(); for (const each of all) each(); });
@@ -69,7 +69,7 @@ function moveTo(i, scroll = false) {
   later(showStep);
   if (scroll) $("one-step").scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
 }
-// The one live region: a step is told once, when it has come to rest; the slider has words of its own.
+// The only live region: it announces a step once, after a pause. The slider announces its own steps.
 let saying = 0;
 function say() {
   clearTimeout(saying);
@@ -91,7 +91,7 @@ function showStep() {
   showDocument();
   showWriting();
   drawTops();
-  // The address names the step that somebody chose; a page that was only opened opens the same way again.
+  // The address names only a step that somebody chose; otherwise the page opens again at its usual step.
   if (cursor.moved) try { history.replaceState(null, "", `#step=${step}`); } catch { /* some viewers forbid it */ }
 }
 
@@ -181,7 +181,7 @@ function showMarks() {
   $("marks").replaceChildren(...marks);
 }
 
-// ---- the track of the slider: the loss of the whole run, what is marked, what is in view ----
+// ---- the track of the slider: the loss of the whole run, the marks, the part in view ----
 
 const trackTop = element("canvas", { "aria-hidden": "true" });
 $("track").after(trackTop);
@@ -271,7 +271,7 @@ function take(content, first) {
   drawAll();
 }
 
-// The page opens at a late document that can be read (documents.late_and_readable), else at the last step.
+// The page opens at a late, readable document (documents.late_and_readable), else at the last step.
 const startingPlace = () => (run.meta.opens_at === null ? run.n - 1 : nearest(run.steps, run.meta.opens_at));
 
 function showFigures() {
@@ -290,7 +290,7 @@ function nothingYet() {
   $("scrubber").hidden = true;
 }
 
-// No mean is of more steps than there are; one that nobody chose grows with the run.
+// A window is never longer than the run; until somebody chooses one, it grows with the run.
 const WINDOWS = [1, 10, 50, 200, 1000, 5000];
 function chooseWindow() {
   const n = run.meta.steps, some = WINDOWS.filter((w) => w <= Math.max(n, 1));
@@ -354,7 +354,7 @@ useTheme(remembered);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
 new ResizeObserver(() => { if (run?.n && !("printing" in page.dataset)) later(drawAll); }).observe(document.body);
 
-// On paper: light colours, and every chart drawn anew as wide as its place there (page.css, [data-printing]).
+// For printing: light colours, and every chart drawn anew at its width on paper (page.css, [data-printing]).
 addEventListener("beforeprint", () => {
   if (!run?.n) return;
   page.dataset.printing = page.dataset.theme ?? "";
@@ -373,7 +373,7 @@ addEventListener("afterprint", () => {
 nothingYet();
 if (watching) follow();
 else {
-  // The head of the page is seen before the charts are drawn; a page in the background gets no frame.
+  // Wait until the head of the page is painted; a page in the background gets no frame, so not for long.
   const painted = new Promise((done) => { requestAnimationFrame(() => setTimeout(done)); setTimeout(done, 200); });
   Promise.all([gunzip(fromBase64($("data").textContent.trim())), painted])
     .then(([bytes]) => { $("data").remove(); take(unpack(bytes), true); page.dataset.ready = "yes"; })

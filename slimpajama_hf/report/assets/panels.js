@@ -1,6 +1,6 @@
-// The panels around the charts: held-out scores, passport, writings, lists, tables, the record.
+// The panels around the charts: held-out scores, passport, generated texts, lists, tables, the record.
 
-// The newest held-out scores, over everything else; page.py writes the same for who runs no script.
+// The newest held-out scores, above everything else; page.py writes the same for pages without a script.
 function showHeldOut() {
   const newest = run.meta.evaluations.at(-1);
   $("held-out").hidden = !newest;
@@ -13,7 +13,7 @@ function showHeldOut() {
   }
 }
 
-// Of how many steps the loss and the accuracy of the training are; page.py writes the same.
+// Over how many steps the headline's loss and accuracy are averaged; page.py writes the same.
 function showLast() {
   const { steps, headline } = run.meta, last = steps > 1 ? `last ${Math.min(headline.recent_steps, steps)} steps` : "one step";
   $("figure-loss").nextSibling.textContent = `nats per token, ${last}`;
@@ -55,21 +55,21 @@ function showPassport() {
   for (const text of events) list.push(element("dd.whole", {}, element(text.startsWith("Loss") || text.startsWith("The update") ? "span.alarm-text" : "span", {}, signs(text))));
   $("passport").replaceChildren(...list);
   $("step-title").textContent = count(step);
-  $("step-note").textContent = step ? `computed with the weights after ${plural(step, "update")}` : "computed with the weights that nothing had changed yet";
+  $("step-note").textContent = step ? `computed with the weights after ${plural(step, "update")}` : "computed with the initial weights";
 }
 
 const hex = (bytes, from, size) => Array.from(bytes.subarray(from, from + size), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
 // ---- what the model writes ----
 
-// Last entry at or before `step`, by its place.
+// Index of the last entry at or before `step`, or -1.
 function latest(entries, step) {
   let place = -1;
   for (let k = 0; k < entries.length && entries[k].step <= step; k++) place = k;
   return place;
 }
 
-// [[kept?, text], ...]: `now` word by word, by the longest common subsequence with `former`.
+// [[kept?, text], ...]: the words of `now`, compared with `former` by their longest common subsequence.
 function difference(former, now) {
   const a = former.match(/\s*\S+/g) || [], b = now.match(/\s*\S+/g) || [];
   const table = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
@@ -89,7 +89,7 @@ function showWriting() {
   const step = cursor.moved ? run.steps[cursor.index] : Infinity, { prompts, samples } = run.meta, note = [];
   const place = latest(prompts, step), box = $("prompts");
   const key = `${run.meta.steps} ${place} ${latest(samples, step)}`;
-  if (key === shownWriting) return; // what many steps share is not built for each
+  if (key === shownWriting) return; // many steps show the same texts
   shownWriting = key;
   if (!prompts.length) box.replaceChildren(element("div.empty", {}, element("p", {}, "No fixed prompts were written in this run (prompts.jsonl is not there).")));
   else {
@@ -128,10 +128,10 @@ function showWriting() {
           : sample.true === "" ? element("span.gone", {}, "nothing: the document ends here") : inWords(sample.true)))));
 }
 
-// White space that says nothing, in words (terminal.written is the same).
+// White space in words (terminal.written is the same).
 const written = (text) => (text === "" ? "(end of text)" : `(${plural(text.length, "character")} of white space)`);
 const inWords = (text) => signs(text.replace(/\s{24,}/g, (space) => ` ${written(space)} `));
-// Line ends as signs: what is written again and again on lines of its own would fill the page.
+// Line ends as signs: texts with many line ends would fill the page.
 const lines = (text) => inWords(text).replace(/\n/g, " ⏎ ");
 
 function common(a, b) {
@@ -142,7 +142,7 @@ function common(a, b) {
 
 // ---- what it learns from ----
 
-// A line from `low` to `high` with a mark at `value`, as parts of the width of its box; `null` ends beyond the edge.
+// A line from `low` to `high` with a mark at `value`, in fractions of its box; at a `null` end it goes on to the edge.
 function span(kind, low, value, high, colour) {
   const part = (x) => Math.min(Math.max(x, 0), 1), from = part(low ?? 0), to = part(high ?? 1), at = (x) => `${(100 * x).toFixed(2)}%`;
   const open = `${low === null ? ".opens-left" : ""}${high === null ? ".opens-right" : ""}`;
@@ -158,7 +158,7 @@ function noiseWords({ scale, at_least }) {
   return at_least === null ? "nothing stands out" : `nothing stands out; above ${documents(at_least)}`;
 }
 
-// The rows of the panel: a block is one row, its attention and its MLP are its two parts.
+// The rows of the panel: one per block, with attention and MLP as its two parts.
 function layerRows(layers) {
   const rows = [], tied = !layers.some(({ layer }) => layer === "lm_head");
   const names = { wte: tied ? "tokens, head" : "tokens", wpe: "positions", ln_f: "last norm", lm_head: "head" };
@@ -176,7 +176,7 @@ function showLayers() {
   const head = [element("h3", {}, "Noise scale by layer", element("small", {}, " documents, log scale"))];
   if (!layers.length) {
     const why = measured ? `Measured ${plural(measured, "time")} so far; an estimate needs ${needed}.` : "Not measured yet.";
-    box.replaceChildren(...head, element("div.empty", {}, element("p", {}, `${why} Every ${count(between)} steps the gradients of several documents are compared at the same weights, where one process computes a step of one document without autograd.`)));
+    box.replaceChildren(...head, element("div.empty", {}, element("p", {}, `${why} Every ${count(between)} steps the gradients of several documents are compared at the same weights. This needs one process, one document a step, and a step without autograd.`)));
     return;
   }
   const ends = layers.flatMap(({ scale, at_least }) => (scale ? [scale.low, scale.value, scale.high ?? scale.value] : [at_least ?? 1])).filter((x) => x > 0);
@@ -193,20 +193,20 @@ function showLayers() {
   const small = (part) => (part > 0 && part < 0.005 ? "< 1 %" : percent(part, 0));
   const quiet = layers.filter(({ scale }) => !scale).length;
   box.replaceChildren(...head,
-    element("p.lead", {}, "At how many documents noise and signal of a layer's gradient are equal: the fewer, the more documents agree on what it should become."),
+    element("p.lead", {}, "The number of documents at which noise and signal of a layer's gradient are equal. The fewer, the more documents agree on what the layer should become."),
     element("div.layers", {},
       element("div.layer.layer-head", {}, element("span", {}, ""), element("div.scale", {}, decades.map((x, k) => element("span", { style: { left: `${(100 * k) / (decades.length - 1)}%` } }, x < 1 ? fixed(x, 1) : count(x)))), element("span", {}, "documents"), element("span", {}, "of |g|²")),
       layerRows(layers).map(row)),
     element("p.hint.keys", {}, element("span", {}, element("i.mark.attn"), "attention"), element("span", {}, element("i.mark.mlp"), "MLP"), element("span", {}, element("i.mark.whole"), "other"),
-      element("span", {}, "line: two standard errors of the signal"), quiet ? element("span", {}, element("i.reach.none.key"), "nothing stands out of the noise here: the scale is somewhere above") : null),
-    element("p.lead", {}, `From the latest ${plural(Math.min(measured, 20), "measurement")} of ${count(measured)}. Of layers without any signal about one in ${measured >= 12 ? 30 : measured >= 6 ? 20 : 11} would pass for one with it by chance.`));
+      element("span", {}, "line: two standard errors of the signal"), quiet ? element("span", {}, element("i.reach.none.key"), "nothing stands out of the noise here: the scale is above this") : null),
+    element("p.lead", {}, `From the latest ${plural(Math.min(measured, 20), "measurement")} of ${count(measured)}. About one in ${measured >= 12 ? 30 : measured >= 6 ? 20 : 11} layers without any signal would seem to have one by chance.`));
 }
 
 function showTeaching() {
   const { between, needed, all, domains, verdict } = run.meta.teaching, box = $("teaching");
   const head = [element("h3", {}, "Which documents teach", element("small", {}, " by how much an update lowers a loss, 10⁻³ nats per token"))];
   if (!all.own.count) {
-    box.replaceChildren(...head, element("div.empty", {}, element("p", {}, `Not measured yet at this learning rate. Every ${count(between)} steps the document's loss after its update is computed, and before it that of the document which comes next, where one process computes a step of one document without autograd.`)));
+    box.replaceChildren(...head, element("div.empty", {}, element("p", {}, `Not measured yet at this learning rate. Every ${count(between)} steps two losses are computed: that of the document after its update, and that of the next document before this update. This needs one process, one document a step, and a step without autograd.`)));
     return;
   }
   const falls = [all, ...domains].flatMap(({ same, other }) => [same, other]).filter((fall) => fall.count >= needed);
@@ -229,7 +229,7 @@ function showTeaching() {
       element("tbody", {}, row(all, "all", null), domains.map((taught, k) => [taught, k]).filter(([taught]) => taught.own.count).map(([taught, k]) => row(taught, run.meta.domains[k].name, css(onPaper(run.meta.domains[k].colour))))))),
     element("p.hint.keys", {}, element("span", {}, element("i.mark.same"), "next document of the same domain"), element("span", {}, element("i.mark.other"), "of another domain"),
       element("span", {}, "right of the middle: its loss fell; line: two standard errors, ±: one; bold: beyond two; grey: too few")),
-    element("p.lead", {}, `Every ${count(between)}th step at the rate that the run has now. The next document of the stream is scored before it is learned: a stream in the order of its domains tries each on itself.`));
+    element("p.lead", {}, `Measured at every ${count(between)}th step with the present learning rate. The next document of the stream is scored before it is learned. If the stream is ordered by domain, each domain is mostly tried on itself.`));
 }
 
 // ---- what it read ----
@@ -288,7 +288,7 @@ function positionChart() {
   curves.map((curve) => { const known = curve.means.filter((m) => m !== null); return `${quarterName(curve)}: ${fixed(known[0], 2)} at the beginning, ${fixed(known.at(-1), 2)} at the end`; }).join("; "));
 }
 
-// The later a quarter, the further its colour is from the paper, on light and on dark; all stand out from it by 3:1.
+// Later quarters have more contrast to the paper, in light and dark themes; all have at least 3:1.
 function quarterColour(q) {
   const many = run.meta.by_position.curves.length, part = many === 1 ? 1 : 0.55 + (0.45 * q) / (many - 1);
   return css(onPaper(`#${mix(rgb(ink.paper), rgb(ink.accent), part).map((c) => Math.round(c).toString(16).padStart(2, "0")).join("")}`));
@@ -300,7 +300,7 @@ function lengthChart() {
   const bins = run.meta.by_length, high = Math.max(...bins.map((b) => b.high)) + 0.2, low = Math.max(Math.min(...bins.map((b) => b.low)) - 0.3, 0);
   const name = (b) => (b.from >= 1024 ? `${b.from / 1024}k` : b.from === 8 ? "<16" : `${b.from}`) + (b === bins[bins.length - 1] ? "+" : "");
   const most = Math.max(...bins.map((b) => b.count)), places = bins.map((_, k) => k);
-  // A rectangle a bin from `bottom` to `top`, `extra` pixels taller.
+  // One rectangle per bin from `bottom` to `top`, `extra` pixels taller.
   const boxes = (u, top, bottom, extra) => bins.map((bin, k) => {
     const wide = Math.min((u.bbox.width / bins.length) * 0.62, 46 * uPlot.pxRatio), path = new Path2D(), y = u.valToPos(bin[top], "y", true);
     path.rect(u.valToPos(k, "x", true) - wide / 2, y - (extra / 2) * uPlot.pxRatio, wide, u.valToPos(bin[bottom], "y", true) - y + extra * uPlot.pxRatio);
@@ -337,14 +337,14 @@ function showRecord() {
     setTimeout(() => { copy.textContent = "copy"; }, 1600);
   });
   $("record-body").replaceChildren(
-    element("h3", {}, "To go on with it"),
+    element("h3", {}, "To continue the run"),
     element("div.command", {}, element("code", {}, meta.resume), copy),
     element("div.halves", {},
       element("div", {}, element("h3", {}, "Plan and what happened"), pairs(plan), element("h3", { style: { "margin-top": "34px" } }, "What it ran on"),
         meta.about.length ? pairs(meta.about) : element("p.lead", {}, "run.json is not there.")),
-      element("div", {}, element("h3", {}, "Configuration"), element("p.lead", {}, "run_config.yaml; what stands in grey was left to its default"),
+      element("div", {}, element("h3", {}, "Configuration"), element("p.lead", {}, "run_config.yaml; entries in grey have their defaults"),
         meta.config.length ? pairs(meta.config.map(([key, value]) => [key.replace(/^# /, ""), value, key.startsWith("# ")]), true) : element("p.lead", {}, "run_config.yaml is not there."))));
   $("footer").textContent = `Made from the ledger on ${meta.written} by slimpajama_hf ${meta.version}. Row s was computed with the weights after s updates, those of checkpoint-s. `
-    + (meta.every > 1 ? `This page carries every ${count(meta.every)}th of ${count(meta.steps)} steps, all that are marked, and the extremes between. ` : "Every step of the ledger is in this page. ")
-    + "It asks nothing of the network.";
+    + (meta.every > 1 ? `This page has every ${count(meta.every)}th of ${count(meta.steps)} steps, all steps with marks, and the extremes in between. ` : "Every step of the ledger is in this page. ")
+    + "It does not use the network.";
 }

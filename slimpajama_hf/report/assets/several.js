@@ -1,7 +1,7 @@
-// Several runs side by side: their curves over each other, a table, and where their configurations differ.
+// Several runs side by side: their curves in one chart, a table, and the differences of their configurations.
 
 const { names, differences } = JSON.parse(new TextDecoder().decode(Uint8Array.from(atob($("data").textContent.trim()), (letter) => letter.charCodeAt(0))));
-// Okabe and Ito's colours, told apart by readers who see colours otherwise too; a run keeps its own.
+// Okabe and Ito's colours, which colour-blind readers can tell apart; a run keeps its colour.
 const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933"];
 const AXES = { steps: ["step", count], tokens: ["tokens", short], seconds: ["training time", seconds] };
 const FONT = '12px ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif';
@@ -11,7 +11,7 @@ let axis = "steps", runs = [], plot = null, zoomed = false;
 const colour = (k) => css(onPaper(COLOURS[k % COLOURS.length]));
 const dash = (k) => (k >= COLOURS.length ? [7, 4] : []);
 
-// uPlot draws curves over one row of places: those of all runs, sorted; a run has no value at another's.
+// uPlot needs common x values for all curves: those of all runs, sorted. A run has no value at those of the others.
 const table = () => uPlot.join(runs.map(({ curve }) => [curve[axis], curve.loss]));
 
 function build() {
@@ -32,7 +32,7 @@ function build() {
   }, table(), $("plot"));
 }
 
-// The loss of each run at a place of the axis, else the last one.
+// The loss of each run at a place on the axis, or its last loss.
 function showKeys(at = null) {
   $("keys").replaceChildren(...runs.map((run, k) => {
     const { curve } = run, places = curve[axis];
@@ -73,7 +73,7 @@ function showTable({ equal_steps: equal, window }) {
 }
 
 function showDifferences() {
-  if (!differences.length) return $("differences").replaceChildren(element("p.lead", {}, "Nowhere, but for the folders that they write to."));
+  if (!differences.length) return $("differences").replaceChildren(element("p.lead", {}, "Only in the folders that they write to."));
   $("differences").replaceChildren(element("table.figures-table.differ", {},
     element("thead", {}, element("tr", {}, ["setting", ...names].map((name, k) => element("th", { scope: "col" }, k ? element("i.line-key", { style: { "--colour": colour(k - 1) } }) : null, name)))),
     element("tbody", {}, differences.map(([key, ...values]) => element("tr", {}, element("td", {}, key), values.map((value) => element(value === null ? "td.none" : "td", {}, value === null ? "default" : signs(value))))))));
