@@ -20,9 +20,9 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
     settings = command_line.parse(argv)
 
     # Heavy imports come after the flags are known to be right; the heaviest, the Trainer, after the corpus has opened.
-    from slimpajama_hf import precision, screen
+    from slimpajama_hf import loading, precision, screen
 
-    with screen.Waiting("loading transformers' Trainer and this program's parts"):
+    with loading.libraries("transformers' Trainer and this program's parts"):
         from slimpajama_hf.hub import account, background
         from slimpajama_hf.model import presets
         from slimpajama_hf.record import run_folder

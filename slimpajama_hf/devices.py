@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from slimpajama_hf import screen
+from slimpajama_hf import loading, screen
 from slimpajama_hf.errors import UsageError, UserError
 
 
@@ -152,7 +152,7 @@ def choose_gpu(gpu: int | None, use_cpu: bool = False) -> None:
     if use_cpu:
         return
     global _chosen
-    with screen.Waiting("loading torch"):
+    with loading.libraries("torch"):
         import torch
 
     number = gpu or 0

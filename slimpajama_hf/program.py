@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NoReturn
 
-from slimpajama_hf import devices, screen
+from slimpajama_hf import devices, loading, screen
 from slimpajama_hf.errors import SaidByTheFirst, UsageError, UserError
 from slimpajama_hf.settings.arguments import help_text
 
@@ -42,6 +42,7 @@ def run(main: Any, if_stopped: str = "stopped before the first step; nothing to 
     `if_stopped` is said after a Ctrl-C that `main` leaves to its caller: that of training does so before step 0 only.
     """
     argv = sys.argv[1:]
+    loading.in_a_process_of_its_own()
     screen.open_what_is_closed()
     # What is said before they have met is the same in all of them.
     screen.SCREEN.muted = devices.is_distributed() and os.environ.get("RANK", "0") != "0"

@@ -9,6 +9,7 @@ nothing is imported before. Where a variable differs that a library reads as it 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -117,6 +118,8 @@ def _serve(address: str) -> dict[str, Any]:
 
     # Half a second at the first save of a process; kept from then on.
     get_checkpoint_conversion_mapping("gpt2")
+    # As the program does with what it loads (`loading.py`).
+    gc.freeze()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from slimpajama_hf import CONFIGS, devices, precision, screen
+from slimpajama_hf import CONFIGS, devices, loading, precision, screen
 from slimpajama_hf.errors import UsageError
 from slimpajama_hf.settings import old_program
 from slimpajama_hf.settings.arguments import OURS
@@ -143,7 +143,7 @@ def read_flags(argv: Sequence[str]) -> Settings:
 
     devices.wait_politely()
     devices.take_huge_pages()
-    with screen.Waiting("loading torch and transformers"):
+    with loading.libraries("torch and transformers"):
         from slimpajama_hf.settings.training_arguments import SlimPajamaTrainingArguments, make_parser, refuse_typed
 
     parser = make_parser([*OURS, SlimPajamaTrainingArguments])
