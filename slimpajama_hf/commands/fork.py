@@ -67,8 +67,8 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _score_ends(made: Fork, documents: int) -> dict[str, list[Pair]]:
-    """Score the last weights of both arms on the next documents of the stream, which neither arm has learned. Returns
-    name of the weights -> one pair per document."""
+    """Score the weights of both arms on the next documents of the stream, which neither has learned. Returns name of
+    the weights -> one pair of losses per document."""
     import torch
     from transformers import AutoModelForCausalLM
 

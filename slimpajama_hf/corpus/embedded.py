@@ -345,7 +345,7 @@ def _topics(path: Path) -> Iterator[Document]:
 
 
 def _sections(topic: str) -> Iterator[str]:
-    """Cut a topic between paragraphs. Short paragraphs join the section before them."""
+    """Cut a topic between paragraphs. A section ends when it has `_TOPIC_SECTION` characters, or before a heading."""
     sections: list[str] = []
     for paragraph in re.split(r"\n\s*\n", topic):
         underlined = re.search(r"^[*=\-~^]{4,}$", paragraph, re.MULTILINE) is not None
