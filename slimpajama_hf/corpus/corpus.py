@@ -14,7 +14,7 @@ from slimpajama_hf.corpus.patience import Patience
 from slimpajama_hf.corpus.shards import BrokenShard, Shard, fingerprint, read_shard
 from slimpajama_hf.errors import UserError
 
-#: After so many broken shards in a row the source itself is wrong, even with `--skip_broken_shards`.
+#: So many broken shards in a row mean that the source itself is wrong. This ends even `--skip_broken_shards`.
 MOST_BROKEN_IN_A_ROW = 10
 
 

@@ -334,7 +334,7 @@ def _outline(node: ast.ClassDef, lines: list[str]) -> str:
 def _topics(path: Path) -> Iterator[Document]:
     """Yield sections of the language reference that `help("topic")` shows: whole paragraphs, about 1000 characters.
 
-    They are read from the file in the same library as everything else, whose content is one dictionary literal.
+    `path` is a file of the same library as everything else. It holds one dictionary literal.
     """
     for node in ast.parse(path.read_bytes()).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):

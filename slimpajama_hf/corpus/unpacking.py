@@ -81,8 +81,8 @@ def _parts(raw: IO[bytes], new: Callable[[], Any], padding: bytes) -> Iterator[b
 def _rest_before_the_error(raw: IO[bytes], part: Any, begin: int, given: int) -> bytes:
     """What a broken frame, which begins at offset `begin` of the file, still holds after its first `given` bytes.
 
-    A decompressor that fails keeps the output of the same call to itself. So the frame is decompressed again, and from
-    where that call began one byte at a time is asked for.
+    A decompressor that fails keeps the output of the same call to itself. So the frame is decompressed again:
+    from where that call began, one byte at a time.
     """
     raw.seek(begin)
     data, rest, made = b"", bytearray(), 0

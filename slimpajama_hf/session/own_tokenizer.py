@@ -1,9 +1,9 @@
 """The tokenizer of a run: the one that is named, or with `--tokenizer corpus:N` one trained on the run's own corpus.
 
-If none is named (`auto`), it is that of GPT-2 for a corpus on the Hub, one of the corpus for local files with enough
-text, else the built-in one. A tokenizer of the corpus has N tokens and is trained before the first step, on the first
-documents; the run then learns these documents too. It is saved in every checkpoint and in the run's `tokenizer/`. A
-resumed run takes it from there and trains none.
+If none is named (`auto`), it is `gpt2` for a corpus on the Hub, `corpus:8192` for local files with enough text, else
+`builtin`. A tokenizer of the corpus has N tokens and is trained before the first step, on the first documents; the run
+then learns these documents too. It is saved in every checkpoint and in the run's `tokenizer/`. A resumed run takes it
+from there and trains none.
 """
 
 from __future__ import annotations
