@@ -5,7 +5,7 @@
     python run_clm_slimpajama.py --test
     python run_clm_slimpajama.py --help
 
-This page is the table of contents: each line names the module where the thing is done.
+This file is the table of contents: each line names the module that does that part of the work.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
     devices.prepare(*command_line.gpu_asked(argv))
     settings = command_line.parse(argv)
 
-    # Heavy imports come after the flags are known to be right; the heaviest, the Trainer, after the corpus has opened.
+    # The flags are checked before the heavy imports. The heaviest, the Trainer, comes after the corpus has opened.
     from slimpajama_hf import loading, precision, screen
 
     with loading.libraries("transformers' Trainer and this program's parts"):
@@ -39,7 +39,7 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
     destination = team.first_keeps(lambda: account.destination(settings))
     devices.keep_freed_memory()
 
-    # Where the run lives, and where it goes on if it goes on.
+    # The folder of the run, and the checkpoint that a resumed run goes on from.
     resuming = resume.is_asked(training.resume_from_checkpoint)
     folder = team.first_does(
         lambda: run_folder.prepare(settings.output_dir, at_end, resuming, settings.run.overwrite_output_dir)
@@ -65,7 +65,7 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
         precision.settle(training, chosen)
         held_out = held_out_documents.during_training(settings, corpus, encoder, folder, training, waiting)
 
-    # All is there: from here on the folder changes.
+    # Everything is there. From here on the files in the folder change.
     point = team.first_does(lambda: resume.go_on(folder, checkpoint) if resuming else resume.begin(folder))
     record = team.first_does(
         lambda: run_record.record_run(settings, folder, corpus, tokenizer_name, tokenizer, gpt, chosen, point)
@@ -91,7 +91,7 @@ def main(argv: list[str], at_end: program.ExitStack) -> int:
             lr_find=settings.run.lr_find,
             reduce_dtype=model.reduce_dtype,
         )
-        # What watches, and what uploads; of several processes the first does.
+        # Callbacks that watch and upload. With several processes only the first has them.
         watchers = Watchers(trainer, settings, folder, encoder, record)
         uploads = background.Uploads(folder, destination, point.step, settings.run.hub_patience, trainer.clock)
         trainer.saving.listeners.append(uploads.saved)

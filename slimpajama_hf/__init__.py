@@ -1,7 +1,7 @@
 """Pre-train a GPT-2-style model on SlimPajama, one document per step, everything visible.
 
-What other scripts import: `from slimpajama_hf import ExactStream, RunRecord` (docs/two-lines.md). Everything that is
-not in `__all__` is private.
+Other scripts import from here: `from slimpajama_hf import ExactStream, RunRecord` (docs/two-lines.md). Names that are
+not in `__all__` are private.
 """
 
 from pathlib import Path
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-#: Where the training script lies beside the package: the checkout, or site-packages.
+#: The folder that holds this package and the training script: the checkout, or site-packages.
 ROOT = Path(__file__).resolve().parent.parent
 
-#: The shipped configurations: beside the package in the checkout, inside of it where it was installed.
+#: Folder of the shipped configurations: beside the package in a checkout, inside it where it was installed.
 CONFIGS = next(path for path in (Path(__file__).parent / "configs", ROOT / "configs") if path.is_dir())
 
-#: What `accelerate launch` is given to train with.
+#: What to type after `accelerate launch` to train.
 TRAINING_PROGRAM = "run_clm_slimpajama.py" if CONFIGS.parent == ROOT else "-m run_clm_slimpajama"
 
-#: The public face: each name and its module, which is imported when the name is first asked for.
+#: Public name -> its module in `anywhere/`, which is imported when the name is first used.
 _PUBLIC = {
     "ExactCheckpoints": "exact_checkpoints",
     "ExactStream": "exact_stream",

@@ -1,6 +1,6 @@
-"""`slimpajama-hf`, or `python -m slimpajama_hf`: `--help` lists the commands, each has a `--help` of its own.
+"""`slimpajama-hf`, or `python -m slimpajama_hf`: `--help` lists the commands, and each has a `--help` of its own.
 
-A command is a file of `commands/`: `HELP`, `add_arguments(parser)` and `main(options)`.
+Each file of `commands/` is a command. It has `HELP`, `add_arguments(parser)` and `main(options)`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NoReturn
 from slimpajama_hf import program
 from slimpajama_hf.errors import UsageError
 
-#: Their flags are those of training, which that parser knows; `main` gets them as they were typed.
+#: Commands that take the flags of training, which have a parser of their own: their `main` gets the words as typed.
 _OF_TRAINING = ("plan", "train")
 
 
@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _commands() -> dict[str, ModuleType]:
-    """The files of `commands/` by their names; none of them imports anything heavy before it is called."""
+    """The modules of `commands/` by name. They import nothing heavy before their `main` is called."""
     from slimpajama_hf import commands
 
     names = sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="slimpajama-hf" if installed else "python -m slimpajama_hf",
         description="Train, look at what a run left, and make tokenizers.",
     )
-    # `completion` describes all of it.
+    # The command `completion` reads the whole parser.
     parser.set_defaults(whole=parser)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     for name, command in _commands().items():
@@ -55,11 +55,11 @@ def main(argv: list[str]) -> int:
 
 
 def command() -> NoReturn:
-    """The program, from `sys.argv` to its exit code."""
+    """Run the command in `sys.argv`, and exit with its code."""
     argv = sys.argv[1:]
     if argv[:1] == ["train"]:
         program.end(program.run(main))
-    # `--help` of a command is argparse's own; program.run would print the training page.
+    # argparse prints the help of a command; `program.run` would print the help of training.
     if any(flag in argv for flag in ("-h", "--help")):
         _parser().parse_args(argv)
     raise SystemExit(program.run(main, if_stopped="stopped"))

@@ -1,8 +1,8 @@
-"""matplotlib, whatever backend MPLBACKEND asks for: nothing else here imports it first.
+"""Import matplotlib, whatever backend MPLBACKEND names. Every module that draws imports this one first.
 
-Our figures are drawn by Agg, without a backend. But matplotlib reads the variable as it is imported, and refuses to be
-where it names one that is not installed, as Colab's does (`module://matplotlib_inline.backend_inline`) for a Python
-that is not the notebook's own.
+We draw with Agg and need no backend. But matplotlib reads MPLBACKEND when it is imported, and the import fails if that
+backend is not installed. Colab names one (`module://matplotlib_inline.backend_inline`) that only the Python of its
+notebooks has.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _no_backend_asked() -> Iterator[None]:
         if asked is not None:
             os.environ["MPLBACKEND"] = asked
     if asked:
-        # What a notebook plots beside us goes where it would have gone.
+        # The user's own plots in the same notebook still use the backend that MPLBACKEND names.
         with contextlib.suppress(ValueError, ImportError):
             matplotlib.rcParams["backend"] = asked
 

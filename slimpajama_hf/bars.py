@@ -1,4 +1,4 @@
-"""Progress bars, which fit every width: of training, and of anything else that is counted. They go to stderr."""
+"""Progress bars on stderr that fit any width: one for training, and one for anything else that is counted."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from slimpajama_hf.screen import SCREEN, format_clock, format_time, say
 
 #: Seconds between two lines of progress where there is no terminal.
 SECONDS_BETWEEN_LINES = 10.0
-#: Seconds after which the first line comes of what is counted.
+#: Seconds before the first line of a `Counting` where there is no terminal.
 SECONDS_TO_FIRST_LINE = 2.0
-#: Seconds between two pictures of a bar in a terminal.
+#: Seconds between two updates of a bar in a terminal.
 SECONDS_BETWEEN_PICTURES = 0.2
 
-#: Cells of the bar itself: where there is no terminal, and at least.
+#: Characters of the bar itself: without a limit on the width, and at least.
 CELLS, FEWEST_CELLS = 10, 3
 
-#: The parts of a line in the order in which they are left out where it is too narrow. What is left is shown in full.
+#: Parts of a line, in the order in which they are dropped when it is too narrow. The other parts are shown in full.
 LEFT_OUT_FIRST = ("times", "tps", "bar", "label", "counts", "percent", "eta", "lr", "acc", "loss")
 
 
@@ -34,10 +34,12 @@ def line(
     cells: str = " ▏▎▍▌▋▊▉█",
     share: float | None = None,
 ) -> str:
-    """`Training:  24%|███ | 2400/10000 [12:30<37:45, loss=2.3456, acc=28.3%, tps=34.2, lr=1.00e-03, eta=37.8m]`.
+    """Return a line of progress, such as:
 
-    At most `columns` wide: parts are left out in the order of `LEFT_OUT_FIRST`, and no part is shortened. None: all
-    parts, with a bar of 10 cells. `share`: part that is done, if not `done / total`.
+    `Training:  24%|███ | 2400/10000 [12:30<37:45, loss=2.3456, acc=28.3%, tps=34.2, lr=1.00e-03, eta=37.8m]`
+
+    It has at most `columns` characters: parts are dropped in the order of `LEFT_OUT_FIRST`, and none is shortened.
+    With None it has all parts and a bar of 10 cells. `share`: fraction done, if that is not `done / total`.
     """
     share = min(done / total, 1.0) if share is None and total else min(share or 0.0, 1.0)
     numbers = numbers or {}
@@ -62,7 +64,7 @@ def line(
 
 
 def _drawn(share: float, width: int, cells: str) -> str:
-    """The bar itself, `width` cells wide: `cells` are those from empty to full."""
+    """The bar itself, `width` characters wide. `cells`: the characters for one cell, from empty to full."""
     parts = len(cells) - 1
     full, part = divmod(int(share * max(width, 0) * parts), parts)
     return (cells[-1] * full + (cells[part] if part else "")).ljust(max(width, 0), cells[0])
@@ -71,7 +73,7 @@ def _drawn(share: float, width: int, cells: str) -> str:
 def training_numbers(
     loss: float, accuracy: float, tokens_per_second: float, learning_rate: float, eta_seconds: float
 ) -> dict[str, str]:
-    """The numbers behind the bar: `loss=2.3456, acc=28.3%, tps=34.2, lr=1.00e-03, eta=37.8m`."""
+    """The numbers shown after the bar: `loss=2.3456, acc=28.3%, tps=34.2, lr=1.00e-03, eta=37.8m`."""
     return {
         "loss": f"{loss:.4f}",
         "acc": f"{accuracy:.1%}",
@@ -82,10 +84,10 @@ def training_numbers(
 
 
 class TrainingBar:
-    """The line of training, with the numbers of the last step.
+    """The progress bar of training, with the numbers of the last step.
 
-    In a terminal a tqdm bar; in a pipe or a log file one line every 10 seconds. Throughput and time left count the
-    training steps of this session alone, so they are right at once after a resume.
+    In a terminal it is a tqdm bar; in a pipe or a log file it writes one line every 10 seconds. Throughput and time
+    left are computed from the steps of this session alone, so they are right at once after a resume.
     """
 
     def __init__(self, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -102,7 +104,7 @@ class TrainingBar:
             SCREEN.bar = self._bar
 
     def update(self, loss: float, accuracy: float, learning_rate: float, tokens: int, seconds: float) -> None:
-        """One more step: its numbers, its tokens and the training seconds that it took."""
+        """Count one more step. `seconds`: the training time that it took."""
         self.done += 1
         self._tokens += tokens
         self._seconds += seconds
@@ -144,12 +146,12 @@ class TrainingBar:
 
 
 def _tqdm(bar: TrainingBar) -> Any:
-    """A tqdm bar that draws the line of `bar`: when to draw, and what stands above it, is tqdm's."""
+    """A tqdm bar that shows `bar.line()`. tqdm decides when to draw it, and writes other lines above it."""
     from tqdm import tqdm
 
     class Drawn(tqdm):
         def __str__(self) -> str:
-            # tqdm's own line is cut where the terminal ends, in the middle of a number.
+            # tqdm would cut its own line at the edge of the terminal, in the middle of a number.
             how = {"cells": " " + self.ascii} if isinstance(self.ascii, str) else {"cells": " #"} if self.ascii else {}
             return bar.line(screen.columns() - 1, **how)
 
@@ -157,9 +159,9 @@ def _tqdm(bar: TrainingBar) -> Any:
 
 
 class Counting:
-    """A bar of something that is counted, while it goes on: `Scoring held-out documents:  28%|██ | 57/200 [0:03<0:08]`.
+    """A progress bar for anything that is counted: `Scoring held-out documents:  28%|██ | 57/200 [0:03<0:08]`.
 
-    In a terminal one line in place; elsewhere a line after 2 seconds, then every 10 and at the end.
+    In a terminal it redraws one line; elsewhere it writes a line after 2 seconds, then every 10 and at the end.
     """
 
     def __init__(self, label: str, total: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -176,7 +178,7 @@ class Counting:
         return self
 
     def __call__(self, done: int, share: float | None = None) -> None:
-        """So many are done; `share`: part that is done, where that is not `done / total`."""
+        """Show that `done` are done. `share`: fraction done, if that is not `done / total`."""
         self._last = (done, share)
         if self._clock() >= self._next:
             self._next = self._clock() + (SECONDS_BETWEEN_PICTURES if self._terminal else SECONDS_BETWEEN_LINES)

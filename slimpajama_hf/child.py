@@ -1,6 +1,6 @@
-"""A process of ours beside training, as the one that draws: JSON objects, one a line, go in and come out.
+"""A helper process beside training, such as the one that draws charts. It reads and writes JSON objects, one per line.
 
-It ends with the process that started it, however that ends: what it writes belongs to a run that is then another's.
+It ends when the process that started it ends, for whatever reason: the run's folder may then belong to another process.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any
 
 from slimpajama_hf import ROOT
 
-#: Says to the child which process started it.
+#: The environment variable that tells the child which process started it.
 _PARENT = "SLIMPAJAMA_HF_PARENT"
 
 
 class Child:
-    """`python -m MODULE WORDS...`, started. Raises OSError where it cannot be. What it answers comes in `answers`."""
+    """Start `python -m MODULE WORDS...`. Its answers arrive in `answers`. Raises OSError if it cannot be started."""
 
     def __init__(self, module: str, *words: str) -> None:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        # A thread for arithmetic would only take a core from training.
+        # More threads for arithmetic would take cores from training.
         environment = {
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
@@ -57,13 +57,13 @@ class Child:
         return self._process.poll() is None
 
     def send(self, message: dict[str, Any]) -> None:
-        """Raises OSError where the process is gone."""
+        """Send an object to the process. Raises OSError if it is gone."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(message) + "\n")
         self._process.stdin.flush()
 
     def end(self, patience_seconds: float) -> None:
-        """Close its input, at which it ends; kill it where it does not."""
+        """Close the input of the process, which makes it end. Kill it if that takes longer than `patience_seconds`."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
@@ -75,18 +75,18 @@ class Child:
 
 
 def begin() -> None:
-    """In the child, first of all: Ctrl-C, which goes to the whole terminal, is the parent's to decide about, and the
-    end of the parent is the end of this process (at once on Linux; elsewhere when its input ends)."""
+    """The child calls this first. It ignores Ctrl-C, which reaches all processes of a terminal: the parent decides what
+    happens. It ends when the parent ends (at once on Linux; elsewhere when its input ends)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)
     parent = os.environ.get(_PARENT)
     if parent is not None and os.getppid() != int(parent):
-        # It ended before it was asked to say so.
+        # The parent ended before the signal above was set up.
         os._exit(0)
 
 
 def end_with_parent(number: signal.Signals) -> None:
-    """Have the kernel send this signal when the process that started this one ends. Linux only."""
+    """Have the kernel send this signal to this process when its parent ends. Linux only."""
     if sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
         with contextlib.suppress(OSError, AttributeError):
@@ -94,6 +94,6 @@ def end_with_parent(number: signal.Signals) -> None:
 
 
 def answer(message: dict[str, Any]) -> None:
-    """In the child: a message to the parent."""
+    """Send a message from the child to its parent."""
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()

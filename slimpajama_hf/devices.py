@@ -1,4 +1,4 @@
-"""Which device the run may use, and what its processor can do."""
+"""Choose the device of the run, and set up its processor and memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slimpajama_hf.errors import UsageError, UserError
 
 def is_distributed() -> bool:
     """Whether a launcher started several processes; it then assigns the devices."""
-    # What is no number is refused by `prepare_processes`, in a sentence that has to come out here too.
+    # `prepare_processes` refuses a WORLD_SIZE that is not a number. This is called before that, and must not fail.
     size = os.environ.get("WORLD_SIZE", "1").strip()
     return size.isdecimal() and int(size) > 1
 
@@ -32,7 +32,7 @@ def launcher_compiles() -> bool:
 
 
 def refuse_launchers_wishes() -> None:
-    """Raise UsageError for what a launcher asked for in the environment and this program does not do."""
+    """Raise UsageError if the launcher asked, in the environment, for something that this program does not support."""
     for variable, name in (
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
@@ -51,7 +51,7 @@ def refuse_launchers_wishes() -> None:
 
 _YES = ("1", "true", "yes", "on", "y", "t")
 
-#: What launchers number their processes with; torch, accelerate and transformers take each for a whole number.
+#: Variables that launchers set. torch, accelerate and transformers parse each as a whole number.
 LAUNCHER_NUMBERS = (
     "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT",
     "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE",
@@ -59,10 +59,11 @@ LAUNCHER_NUMBERS = (
 
 
 def prepare_processes() -> None:
-    """What has to be set before torch is imported, and have accelerate join the processes of a launcher over CPUs where
-    there is no GPU; before anything asks it. Raises UserError for a launcher's variables that cannot be understood.
+    """Set what must be set before torch is imported. Raises UserError for launcher variables that make no sense.
 
-    It takes them for one each otherwise (accelerate state.py, `_prepare_backend`: a CPU only where it was asked for).
+    Several processes without a GPU shall train together on CPUs. accelerate connects them only if a CPU was asked for
+    (state.py, `_prepare_backend`); otherwise it treats each as a run of its own. So a CPU is asked for here, before
+    accelerate reads the variable.
     """
     _check_launcher()
     wait_politely()
@@ -76,7 +77,7 @@ def prepare_processes() -> None:
 
 
 def prepare(gpu: int | None, use_cpu: bool) -> None:
-    """All that has to be settled before the flags are parsed: `prepare_processes`, then `choose_gpu`."""
+    """Do what must come before the flags are parsed: `prepare_processes`, then `choose_gpu`."""
     prepare_processes()
     choose_gpu(gpu, use_cpu)
 
@@ -115,22 +116,21 @@ def _check_launcher() -> None:
         raise UserError(f"RANK={rank} (an environment variable): expected 0 to {size - 1}, for WORLD_SIZE={size}")
 
 
-#: What the CUDA driver reads, once, when it is woken: the GPUs that a process sees.
+#: The GPUs that a process sees. The CUDA driver reads this variable once, when it is initialized.
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
-#: The GPU that this process computes on, as `--gpu` would name it, once CUDA is awake.
+#: The GPU that this process uses, counted as `--gpu` counts; None before CUDA is initialized.
 _chosen: int | None = None
 
 
 def choose_gpu(gpu: int | None, use_cpu: bool = False) -> None:
-    """Leave only GPU `gpu` visible (None: GPU 0 if there is any), and wake CUDA to it. Raises UserError for one that is
-    not there. Numbers are those of the GPUs that the user left visible.
+    """Make only GPU `gpu` visible (None: GPU 0 if there is any) and wake CUDA. Raises UserError if it is not there.
 
-    Called before anything else may wake CUDA, as making `TrainingArguments` does: CUDA_VISIBLE_DEVICES is read once. So
-    it is set first, without asking what there is (NVML knows without waking CUDA, but is not everywhere), and what came
-    of it is looked at afterwards.
+    `gpu` counts the GPUs that the user left visible. CUDA_VISIBLE_DEVICES is read only once, so this must come before
+    anything initializes CUDA, as making `TrainingArguments` does. The variable is set first and the result is checked
+    afterwards: NVML can tell beforehand which GPUs there are, but is not installed everywhere.
 
-    Without this a single process on a machine with several GPUs becomes `nn.DataParallel` with a batch of several
+    Without this, one process on a machine with several GPUs would use `nn.DataParallel`, with a batch of several
     documents (`TrainingArguments.train_batch_size`).
     """
     if is_distributed():
@@ -146,7 +146,7 @@ def choose_gpu(gpu: int | None, use_cpu: bool = False) -> None:
             raise UserError(
                 f"--gpu {gpu}: the launcher asks for the CPU (ACCELERATE_USE_CPU); leave one of the two out"
             )
-        # accelerate obeys it, but `TrainingArguments.device` names a GPU that is there all the same.
+        # accelerate obeys the launcher, but `TrainingArguments.device` would still name a GPU that is visible.
         os.environ[VISIBLE] = ""
         return
     if use_cpu:
@@ -174,7 +174,7 @@ def choose_gpu(gpu: int | None, use_cpu: bool = False) -> None:
         return
     os.environ[VISIBLE] = str(number) if names is None else names[number]
     if torch.cuda.is_available():
-        # Awake now, and counted by the driver itself from here on.
+        # From here on CUDA is initialized, and the driver itself counts the GPUs.
         torch.cuda.init()
         if torch.cuda.device_count() == 1:
             _chosen = number
@@ -185,7 +185,7 @@ def choose_gpu(gpu: int | None, use_cpu: bool = False) -> None:
     else:
         os.environ[VISIBLE] = visible
     if available:
-        # Somebody had woken it before, to several: the first of them is this one.
+        # CUDA was initialized earlier and sees several GPUs: the first of them is used.
         if number:
             raise _awake(number)
         return
@@ -193,7 +193,7 @@ def choose_gpu(gpu: int | None, use_cpu: bool = False) -> None:
 
 
 def _names(visible: str | None) -> list[str] | None:
-    """The GPUs of a CUDA_VISIBLE_DEVICES, up to the first that is none; None: all that there are."""
+    """The GPUs that a value of CUDA_VISIBLE_DEVICES lists, up to the first invalid entry. None: it is not set."""
     if visible is None:
         return None
     names = [name.strip() for name in visible.split(",")]
@@ -214,10 +214,10 @@ def _awake(gpu: int) -> UserError:
 
 
 def _refuse_gpu_that_is_not_there(gpu: int | None, visible: str | None) -> None:
-    """After CUDA found none where GPU `gpu` was left visible alone: raise UserError, unless there is none at all."""
+    """CUDA did not find GPU `gpu`: raise UserError with the reason, unless the run may use the CPU instead."""
     import torch
 
-    # NVML's word where there is NVML, else that of the driver, which is awake by now and saw nothing.
+    # NVML counts the GPUs if it is installed; else the driver does, which is initialized by now and saw none.
     there = torch.cuda.device_count()
     if there > (gpu or 0):
         name = torch.version.cuda or "the GPU"
@@ -241,11 +241,11 @@ def launcher_asks_for_cpu() -> bool:
 
 
 def use_one_gpu(training: Any, gpu: int | None) -> None:
-    """Of the flags as parsed (`TrainingArguments`): no `DataParallel`, and the word that `--gpu 0` found no GPU."""
+    """Turn `DataParallel` off in the parsed `TrainingArguments`, and say so if `--gpu 0` found no GPU."""
     if is_distributed():
         return
     if training.n_gpu > 1:
-        # CUDA was awake before this run and shows several: `cuda:0` is the one.
+        # CUDA was initialized before this run and sees several GPUs: use `cuda:0`.
         training._n_gpu = 1
     if gpu is not None and training.device.type != "cuda":
         why = (
@@ -258,12 +258,12 @@ def use_one_gpu(training: Any, gpu: int | None) -> None:
 
 
 def wait_politely() -> None:
-    """Have the threads of one step sleep soon instead of spinning when they wait for each other.
+    """Make threads that wait for each other within a step sleep soon instead of spinning.
 
-    libgomp's threads spin for milliseconds by default. On a machine that does anything else beside, the one that was
-    put aside is then kept off by the one that waits for it: a step takes 3 to 6 times as long. After 1,000 spins (some
-    microseconds) asleep, it is half as bad, and nothing is lost when the machine is quiet. Must come before torch is
-    imported; what the user has set stays (GOMP_SPINCOUNT, OMP_WAIT_POLICY: libgomp manual, "Environment Variables").
+    libgomp's threads spin for milliseconds by default. On a machine that does anything else, a spinning thread keeps
+    the thread that it waits for off the core: a step takes 3 to 6 times as long. Sleeping after 1,000 spins (some
+    microseconds) halves that, and costs nothing on a quiet machine. Must come before torch is imported. Values that the
+    user has set stay (GOMP_SPINCOUNT, OMP_WAIT_POLICY: libgomp manual, "Environment Variables").
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -272,18 +272,18 @@ def wait_politely() -> None:
 def take_huge_pages() -> None:
     """Have PyTorch ask for pages of 2 MB where the kernel has them (c10/core/impl/alloc_cpu.cpp: THP_MEM_ALLOC_ENABLE).
 
-    Weights, gradients and moments are then faulted in 512 times less often: the first steps of the 124M model take half
-    as long as with pages of 4 KB. Must come before torch is imported; what the user has set stays.
+    Weights, gradients and moments then cause 512 times fewer page faults: the first steps of the 124M model take half
+    as long as with pages of 4 KB. Must come before torch is imported. A value that the user has set stays.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep what is freed for the next step instead of giving it back; False where it cannot.
+    """Have the C library keep freed memory for the next step instead of returning it. False if it cannot.
 
-    A step frees and asks again for hundreds of megabytes; every page of them is then faulted in and zeroed by the
-    kernel, which takes longer than the arithmetic on it. glibc only (malloc/malloc.h: M_TRIM_THRESHOLD,
-    M_MMAP_THRESHOLD, M_MMAP_MAX). Peak memory is the same; it just stays.
+    A step frees and allocates hundreds of megabytes. Memory that was returned must be faulted in and zeroed again by
+    the kernel, which takes longer than the arithmetic on it. glibc only (malloc/malloc.h: M_TRIM_THRESHOLD,
+    M_MMAP_THRESHOLD, M_MMAP_MAX). Peak memory is the same; it is only held longer.
     """
     if sys.platform != "linux":
         return False
@@ -292,7 +292,7 @@ def keep_freed_memory() -> bool:
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
-        # Old versions refuse so high a threshold; then nothing is mapped at all, which is the same for us.
+        # Old versions refuse such a high threshold. Turning mmap off has the same effect for us.
         return bool(
             library.mallopt(trim_threshold, 2**31 - 1)
             and (library.mallopt(mmap_threshold, 2**30) or library.mallopt(mmap_max, 0))
@@ -301,7 +301,7 @@ def keep_freed_memory() -> bool:
 
 
 def peak_memory() -> dict[str, int]:
-    """Most bytes that this process has held so far, and that PyTorch has held on a GPU (0 without one)."""
+    """The most bytes that this process has held so far, and that PyTorch has held on a GPU (0 without one)."""
     import resource
 
     import torch

@@ -1,10 +1,10 @@
-"""What a user can cause, said in one sentence, with the exit code that goes with it."""
+"""Errors that a user can cause: each is one sentence and an exit code."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something that the user can mend: says what was found, what was expected and what to type next.
+    """An error that the user can fix. The message says what was found, what was expected and what to type next.
 
     The command line prints the message alone (no traceback) and exits with `exit_code`.
     """
@@ -19,4 +19,4 @@ class UsageError(UserError):
 
 
 class SaidByTheFirst(UserError):
-    """An error of the first of several processes, which says it: the others end with it and say nothing."""
+    """An error of the first of several processes, which prints it. The others raise this to end without a word."""

@@ -14,7 +14,7 @@ from typing import Any
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` durable. Folders cannot be synced on every platform: then nothing happens."""
+    """Make a rename inside `folder` durable. Does nothing on platforms where folders cannot be synced."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -40,17 +40,17 @@ def write_whole(path: Path, content: bytes | str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        # Of what did not get through, Python does not say the name.
+        # A failed write or fsync does not name the file.
         raise OSError(error.errno, error.strerror, str(path)) from None
     sync_folder(path.parent)
 
 
-#: For `os.open`: fail where the path is a link by name, which may lead to anybody's file.
+#: Flag for `os.open`: fail if the path is a symbolic link, which may lead to somebody else's file.
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
 def open_to_append(path: Path) -> Any:
-    """A binary file without a buffer to add to, made if it is not there. Raises OSError where the path is a link."""
+    """Open an unbuffered binary file to append to; make it if it is missing. Raises OSError for a symbolic link."""
     return open(path, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags | NO_LINK, 0o666))
 
 
@@ -61,17 +61,17 @@ def sync(path: Path) -> None:
 
 
 def link_or_copy(source: str, target: str) -> None:
-    """The same file in another place, without its bytes a second time where that can be. It is not to be written to."""
+    """Link `source` to `target`, or copy it where hard links do not work. Neither may be written to afterwards."""
     try:
         os.link(source, target)
     except OSError:
-        # Another file system. A link by name would break when the other file is moved or deleted.
+        # Another file system. A symbolic link would break when the source is moved or deleted.
         shutil.copyfile(source, target)
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name that is nothing here was meant for a file or a folder, and not for a repository of the Hub (`name`
-    or `owner/name`): `./z`, `~/z`, `a/b/c`, `x/y.bin`, or `runs/z` where there is a folder `runs`."""
+    """Whether a name that does not exist here was meant as a file or folder, not as a Hub repository (`name` or
+    `owner/name`). Examples are `./z`, `~/z`, `a/b/c`, `x/y.bin`, and `runs/z` if there is a folder `runs`."""
     owner, slash, rest = name.partition("/")
     is_path = name[:1] in (".", "~", "/") or name.endswith("/") or "/" in rest or (os.sep != "/" and os.sep in name)
     # `owner/phi-1.5` is a repository, `x/y.bin` a file.
@@ -80,19 +80,19 @@ def looks_local(name: str) -> bool:
 
 
 class GrowingFile:
-    """A JSON-lines file that only grows; what the disk does not take is kept and written before the next line."""
+    """A JSON-lines file that only grows. A line that cannot be written is kept, and written before the next one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._pending: list[bytes] = []
 
     def append(self, value: Any) -> str | None:
-        """Add one object as a line; why it could not be written yet, or None."""
+        """Add one object as a line. Returns why it could not be written yet, or None."""
         self._pending.append((json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode())
         return self.flush()
 
     def flush(self) -> str | None:
-        """Try to write what is pending; why it cannot be written, or None."""
+        """Try to write the lines that were kept. Returns why they cannot be written, or None."""
         data = b"".join(self._pending)
         if not data:
             return None
@@ -115,7 +115,7 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
 
 
 def refuse_constant(name: str) -> None:
-    """For `json`'s `parse_constant`: NaN and Infinity are no JSON."""
+    """Pass this to `json` as `parse_constant`: it raises ValueError, because NaN and Infinity are not JSON."""
     raise ValueError(f"not strict JSON ({name})")
 
 
@@ -123,7 +123,7 @@ _STRICT = json.JSONDecoder(parse_constant=refuse_constant)
 
 
 def strict_json(text: str | bytes) -> Any:
-    """The value of a text of strict JSON, in bytes of UTF-8. Raises ValueError where it is none."""
+    """Parse strict JSON from text or from bytes of UTF-8. Raises ValueError if it is not strict JSON."""
     try:
         return _STRICT.decode(text.decode("utf-8", "surrogatepass") if isinstance(text, bytes) else text)
     except RecursionError:
@@ -131,8 +131,8 @@ def strict_json(text: str | bytes) -> Any:
 
 
 def json_lines(path: Path, passed_over: list[str] | None = None) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """(line, its object) of a file of JSON objects, none where there is no file. Lines that hold none are passed over
-    and named in `passed_over`; a torn last one is passed over without a word."""
+    """Yield (line, its object) for each line of a file of JSON objects; nothing if there is no file. Lines without an
+    object are skipped and named in `passed_over`. A last line without its end is skipped silently."""
     if not path.is_file():
         return
     with open(path, "rb") as file:

@@ -15,9 +15,9 @@ POINT = "#8DA9C4"  # single steps behind the mean, and their band
 ALARM = "#B3261E"  # what is not finite, what failed
 
 # Okabe & Ito, "Color Universal Design" (https://jfly.uni-koeln.de/color/), and Paul Tol, "Colour Schemes",
-# scheme "muted" (https://personal.sron.nl/~pault/). The seven of SlimPajama are told apart (CIE76 distance of at
-# least 16) by readers with deutan, protan and tritan vision too (simulated after Machado et al. 2009); so are the
-# four of the embedded corpus. The two corpora never share a run.
+# scheme "muted" (https://personal.sron.nl/~pault/). Readers with deutan, protan and tritan vision can tell the seven of
+# SlimPajama apart too (CIE76 distance of at least 16, simulated after Machado et al. 2009), also the four of
+# the embedded corpus. The two corpora never share a run.
 DOMAIN_COLOURS = {
     "RedPajamaCommonCrawl": "#0072B2",  # Okabe-Ito blue
     "RedPajamaC4": "#56B4E9",  # Okabe-Ito sky blue: the web again, hence blue again
@@ -61,7 +61,7 @@ def domain_colour(domain: str) -> str:
 
 
 def domain_name(domain: str) -> str:
-    """The short name to show for a domain; a domain that has none keeps its own."""
+    """The short name to show for a domain. A domain without one keeps its own name."""
     return DOMAIN_NAMES.get(domain, domain)
 
 
@@ -69,7 +69,7 @@ def text_colour(colour: str, contrast: float = 4.5) -> str:
     """`colour` darkened, hue kept, until text in it stands out from PAPER by `contrast` (WCAG 2 ratio)."""
     rgb = _rgb(colour)
     paper = _luminance(_rgb(PAPER))
-    # As it is written: rounded to 256 values.
+    # Compare the colour as it will be written, with channels rounded to 256 values.
     while (paper + 0.05) / (_luminance(_rgb(_hex(rgb))) + 0.05) < contrast:
         rgb = (rgb[0] * 0.96, rgb[1] * 0.96, rgb[2] * 0.96)
     return _hex(rgb)

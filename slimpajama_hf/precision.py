@@ -1,7 +1,7 @@
-"""In which precision a step computes: what flags, environment and launcher ask for, and what was seen in the model.
+"""The precision of a step: what flags, environment and launcher ask for, and what was seen in the model.
 
-`--precision` is the flag. transformers' `--bf16` and `--fp16` and a launcher's `mixed_precision` say the same in other
-words: where they agree they are obeyed, and two that contradict each other are refused.
+The flag is `--precision`. transformers' `--bf16` and `--fp16` and a launcher's `mixed_precision` mean the same. They
+are obeyed where all agree, and refused where two contradict each other.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from slimpajama_hf.errors import UsageError, UserError
 #: accelerate's names of the precisions.
 ACCELERATE = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
-#: What a launcher hands on (`accelerate launch --mixed_precision`, or its config file); `no` is also its default.
+#: Variable that a launcher sets (`accelerate launch --mixed_precision`, or its config file). Its default is `no`.
 LAUNCHER = "ACCELERATE_MIXED_PRECISION"
 
 
 def asked(precision: str, flags: Mapping[str, bool], environment: Mapping[str, str] = os.environ) -> str:
-    """What is asked for: `auto` where nobody says anything. `flags`: of `bf16` and `fp16` those that were given.
+    """The precision that was asked for, or `auto` if none was. `flags`: `bf16` and `fp16`, where they were given.
 
-    Raises UsageError where two contradict each other, and for a precision that this program does not have.
+    Raises UsageError if two of them contradict each other, or for a precision that this program does not have.
     """
     wishes = [] if precision == "auto" else [(f"--precision {precision}", precision)]
     for flag, name in (("bf16", "bfloat16"), ("fp16", "float16")):
@@ -52,12 +52,12 @@ def asked(precision: str, flags: Mapping[str, bool], environment: Mapping[str, s
             raise UsageError(f"{other[0]} and {words} contradict each other; leave one of them out")
     if chosen is not None:
         return chosen[1]
-    # Without it and without float16 only float32 is left.
+    # `--bf16 false` alone means float32.
     return "float32" if "bfloat16" in refused else "auto"
 
 
 def choose(asked: str, device: torch.device) -> str:
-    """`float32`, `bfloat16` or `float16` for what `--precision` asks on a device."""
+    """Return `float32`, `bfloat16` or `float16` for what `--precision` asks for. `auto` depends on the device."""
     import torch
 
     if asked != "auto":
@@ -71,12 +71,12 @@ def choose(asked: str, device: torch.device) -> str:
 
 
 def has_fast_float16(card: Any) -> bool:
-    """Whether a CUDA card multiplies float16 in tensor cores: from Volta (7.0) on, but for the GTX 16 series (7.5)."""
+    """Whether a CUDA card multiplies float16 in tensor cores: from Volta (7.0) on, except the GTX 16 series (7.5)."""
     return (card.major, card.minor) >= (7, 0) and "GTX 16" not in card.name
 
 
 def emulated(precision: str, device: torch.device) -> bool:
-    """Whether the device computes this precision by way of another one, which is slow."""
+    """Whether the device can compute this precision only by converting to another one, which is slow."""
     import torch
 
     if device.type == "cpu":
@@ -87,15 +87,15 @@ def emulated(precision: str, device: torch.device) -> bool:
 
 
 def settle(training: Any, precision: str) -> None:
-    """Tell transformers and accelerate, which look at these three once, when a Trainer is made."""
+    """Set the precision in the training arguments. A Trainer reads these three fields once, when it is made."""
     training.bf16, training.fp16 = precision == "bfloat16", precision == "float16"
     training.mixed_precision = ACCELERATE[precision]
 
 
 def seen_by_a_hook(model: Any, forward: Any) -> str:
-    """The precision that linear layers of `model` compute in while `forward()` runs, by a forward hook on each.
+    """The precision in which the linear layers of `model` compute while `forward()` runs, seen by forward hooks.
 
-    Several are named together, as `bfloat16 and float32`; without such a layer it is `unknown`.
+    Several are named together, as `bfloat16 and float32`. Without a linear layer it is `unknown`.
     """
     found: dict[str, None] = {}
 
@@ -113,7 +113,7 @@ def seen_by_a_hook(model: Any, forward: Any) -> str:
 
 
 def seen_in(model: Any, tokens: int, device: torch.device) -> str:
-    """The precision that `model` computes a few tokens in, as it is now; it is in its former mode after."""
+    """Run `model` on a few tokens and return the precision that it computes in. Its mode (train or eval) is kept."""
     import torch
 
     input_ids = torch.zeros((1, tokens), dtype=torch.long, device=device)
@@ -127,7 +127,7 @@ def seen_in(model: Any, tokens: int, device: torch.device) -> str:
 
 
 def refuse_another(short: str, seen: str) -> None:
-    """Raise UserError where what was asked for (`short`, accelerate's name) is not what was seen."""
+    """Raise UserError if the precision asked for (`short`, accelerate's name) is not among those that were seen."""
     asked = next(name for name, its_short in ACCELERATE.items() if its_short == short)
     if seen != "unknown" and asked not in seen.split(" and "):
         raise UserError(
@@ -144,9 +144,9 @@ def _linear_layers(model: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def of_the_weights(model: Any) -> Iterator[Any]:
-    """The model without the autocast that accelerate wraps its `forward` in: it computes as its weights are, float32.
+    """Give the model without accelerate's autocast around `forward`: it computes in float32, as its weights are.
 
-    What is shown and scored (samples, passports, prompts, held-out loss) is computed so, whatever training does.
+    Samples, passports, prompts and the held-out loss are computed this way, whatever precision training has.
     """
     wrapped = model.__dict__.get("forward")
     if wrapped is None or "_original_forward" not in model.__dict__:

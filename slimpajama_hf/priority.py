@@ -1,4 +1,4 @@
-"""Whose turn it is: what draws and pushes leaves the processor to training, until training waits for it."""
+"""Process priority: drawing and pushing leave the processor to training, until training waits for them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 
 
 def stand_back() -> None:
-    """Take only the processor time that training leaves: its threads wait for each other many times a step, and one
-    that is pushed aside for a chart holds up all. Threads and processes that are started later inherit it."""
+    """Use only the processor time that training leaves. The threads of training wait for each other many times a step,
+    so one thread that makes room for a chart delays all. Threads and processes that start later inherit this."""
     with contextlib.suppress(OSError):
         if hasattr(os, "SCHED_IDLE"):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
@@ -17,10 +17,9 @@ def stand_back() -> None:
 
 
 def come_forward(process: int) -> None:
-    """Training is over and waits for the process with this number: all of its threads take their turn from here on,
-    whatever else the machine does.
+    """Give all threads of a process normal priority again, because training is over and waits for it.
 
-    A user who may not raise a priority (RLIMIT_NICE, sched(7)) waits for what others leave.
+    A user who may not raise a priority (RLIMIT_NICE, sched(7)) has to wait for the time that others leave.
     """
     if not hasattr(os, "SCHED_OTHER"):
         return

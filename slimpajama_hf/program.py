@@ -1,4 +1,4 @@
-"""How a program of ours begins and ends: argv in, one sentence for what a user can mend, an exit code out."""
+"""How our programs begin and end: an error that a user can fix becomes one sentence, and every end an exit code."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from slimpajama_hf import devices, loading, screen
 from slimpajama_hf.errors import SaidByTheFirst, UsageError, UserError
 from slimpajama_hf.settings.arguments import help_text
 
-#: So long the first of several processes may take to say what ends them all; then its launcher ends the others.
+#: Seconds that the other processes wait before they end, so that the first can say what is wrong.
 SECONDS_FOR_THE_FIRST = 10.0
 
 
 def with_an_end(main: Callable[[list[str], ExitStack], int]) -> Callable[[list[str]], int]:
-    """`main(argv)` out of `main(argv, at_end)`: what it leaves to `at_end` is done behind it, however it ends.
+    """Make `main(argv)` from `main(argv, at_end)`. What it leaves to `at_end` is done when it ends, however it ends.
 
     So a program or a notebook can call it again.
     """
@@ -37,14 +37,14 @@ def with_an_end(main: Callable[[list[str], ExitStack], int]) -> Callable[[list[s
 
 
 def run(main: Any, if_stopped: str = "stopped before the first step; nothing to save") -> int:
-    """Call `main(argv)`; turn what a user can mend into one sentence on stderr and an exit code.
+    """Call `main(argv)` and return the exit code. An error that a user can fix is said in one sentence on stderr.
 
-    `if_stopped` is said after a Ctrl-C that `main` leaves to its caller: that of training does so before step 0 only.
+    `if_stopped` is said after a Ctrl-C that `main` does not catch. Training catches it from step 0 on.
     """
     argv = sys.argv[1:]
     loading.in_a_process_of_its_own()
     screen.open_what_is_closed()
-    # What is said before they have met is the same in all of them.
+    # Before the processes are connected, all of them say the same.
     screen.SCREEN.muted = devices.is_distributed() and os.environ.get("RANK", "0") != "0"
     with screen.gated():
         return _run(main, argv, if_stopped)
@@ -65,17 +65,17 @@ def _run(main: Any, argv: list[str], if_stopped: str) -> int:
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", "slimpajama_hf") or importlib.util.find_spec(package) is not None:
-            # A module of this program, or of one that is broken: no flag asks for it.
+            # A module of ours, or of a broken package: installing what a flag needs would not help.
             raise
         lacking = f"{package} is not installed in this Python ({sys.executable})"
         _say_error(UserError(f"{lacking}; type make install, then source .venv/bin/activate"))
         return UserError.exit_code
     except ImportError as error:
-        # transformers says so of a package that a flag needs.
+        # transformers raises this for a package that a flag needs.
         _say_error(UserError(" ".join(str(error).split())))
         return UserError.exit_code
     except BrokenPipeError:
-        # Whoever read the output has enough of it.
+        # The reader of our output does not want the rest, as `head`.
         screen.give_up(sys.stdout)
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
@@ -89,7 +89,7 @@ def _run(main: Any, argv: list[str], if_stopped: str) -> int:
         return UserError.exit_code
 
 
-#: What a machine refuses whatever this program does, and what to do about it.
+#: Errors of the machine, not of this program -> what to do about them.
 _MACHINE = {
     errno.ENOSPC: "make room", errno.EDQUOT: "make room, or ask for a larger quota", errno.EIO: "look at the disk",
     errno.EROFS: "make it writable", errno.EACCES: "make it writable and readable for you",
@@ -100,7 +100,7 @@ _MACHINE = {
 
 
 def _of_the_machine(error: OSError | MemoryError) -> str | None:
-    """What the machine did not give, in a sentence; None where the error is one of this program."""
+    """Say in a sentence what the machine refused; None if the error is one of this program."""
     number = errno.ENOMEM if isinstance(error, MemoryError) else error.errno
     if number not in _MACHINE:
         return None
@@ -109,11 +109,11 @@ def _of_the_machine(error: OSError | MemoryError) -> str | None:
 
 
 def end(code: int) -> NoReturn:
-    """Leave the program with an exit code, what is registered for its end done.
+    """Leave the program with an exit code, after running what is registered for its end.
 
-    One process of several goes without taking Python apart: threads of gloo that outlive their group, which models
-    prepared by DDP hold on to, end it by SIGABRT there now and then ("terminate called without an active exception"),
-    and the launcher then calls a run that was done a failure.
+    With several processes Python is not shut down the usual way. Models prepared by DDP keep threads of gloo alive that
+    now and then end the process by SIGABRT ("terminate called without an active exception"), and the launcher would
+    call a finished run a failure.
     """
     if devices.is_distributed():
         atexit._run_exitfuncs()
@@ -124,8 +124,8 @@ def end(code: int) -> NoReturn:
 
 
 def _say_error(error: UserError) -> None:
-    """Once, also where several processes were started: each has the same flags, and the first speaks for what it did
-    for all. What one of them alone met, that one says."""
+    """Print an error once, also with several processes. All have the same flags, and the first does some work for all:
+    it prints errors of these. An error that one process alone has met is printed by that process."""
     rank = os.environ.get("RANK", "0") if devices.is_distributed() else "0"
     screen.SCREEN.muted = False
     if rank == "0":
@@ -133,5 +133,5 @@ def _say_error(error: UserError) -> None:
     elif not isinstance(error, UsageError | SaidByTheFirst):
         screen.say(f"error: process {rank}: {error}")
     else:
-        # A launcher ends all as soon as one ends badly: the first has to have said why.
+        # A launcher ends all processes as soon as one fails. The first must have said why by then.
         time.sleep(SECONDS_FOR_THE_FIRST)

@@ -1,4 +1,4 @@
-"""What a person sees while it runs: lines, and a sign of life while waiting. All of it goes to stderr."""
+"""What the user sees while the program runs: lines, and a sign of life while it waits. All of it goes to stderr."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def format_clock(seconds: float) -> str:
 
 
 class _Screen:
-    """stderr that neither stops nor delays a run: what a full or closed pipe, or a terminal that is gone, would not
-    take is dropped; Hub tokens are blanked out."""
+    """stderr that never stops or delays a run. What a full or closed pipe, or a terminal that is gone, does not take is
+    dropped. Hub tokens are blanked out."""
 
     muted = False
-    """Nothing is shown: of several processes one speaks."""
+    """Whether nothing is shown: of several processes only one speaks."""
     bar: Any = None
-    """The tqdm bar that stands in the last line, if one does."""
+    """The tqdm bar in the last line, if there is one."""
     in_place = False
-    """Whether the last line of the terminal is one that is written over and over."""
+    """Whether the last line of the terminal is being overwritten in place."""
 
     def write(self, text: str) -> int:
         text = harmless(redacted(text))
@@ -56,7 +56,7 @@ class _Screen:
         return len(text)
 
     def flush(self) -> None:
-        """Every write is flushed."""
+        """Do nothing: every write is flushed already."""
 
     def isatty(self) -> bool:
         return is_terminal()
@@ -71,7 +71,7 @@ class _Screen:
 
     @staticmethod
     def _takes_it() -> bool:
-        """Whether a line can be written now. A pipe says yes when 4,096 bytes are free (POSIX)."""
+        """Whether a line can be written without waiting. A pipe says yes when 4,096 bytes are free (POSIX)."""
         try:
             descriptor = sys.stderr.fileno()
             if stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -86,10 +86,10 @@ SCREEN = _Screen()
 
 
 def give_up(stream: TextIO) -> None:
-    """Nobody is at the other end of `stream` any more: what is written from now on goes nowhere.
+    """Throw away what is written to `stream` from now on, because nobody reads it any more.
 
-    What could not be written stays in Python's buffer, and a flush that fails as Python ends makes the exit code 120
-    whatever it was to be (`Py_FinalizeEx`).
+    What could not be written stays in Python's buffer. A flush that fails when Python ends would make the exit code
+    120, whatever it should be (`Py_FinalizeEx`).
     """
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -98,33 +98,33 @@ def give_up(stream: TextIO) -> None:
 
 
 def open_what_is_closed() -> None:
-    """Of a program that was started without an input, an output or a screen (`2>&-`): what it writes goes nowhere.
+    """Open /dev/null for each of stdin, stdout and stderr that the program was started without (`2>&-`).
 
-    Otherwise the next file that is opened becomes file 2, and what libraries write to the screen goes into it: the
-    ledger, perhaps.
+    Otherwise the next file that is opened becomes file 2, and what libraries write to stderr would go into it: perhaps
+    into the ledger.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
         except OSError:
-            # It gets the lowest number that is free: this one.
+            # `os.open` takes the lowest number that is free, which is this one.
             os.open(os.devnull, os.O_WRONLY if descriptor else os.O_RDONLY)
         if getattr(sys, name) is None:
             stream = open(descriptor, "w" if descriptor else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
 
 
-#: Tokens that were typed or found and may look like anything.
+#: Tokens that were typed or found. They need not look like tokens.
 _SECRETS: set[str] = set()
 
-#: Colours, which are ours, line ends and tabs; then what steers a terminal, and what turns the direction of a line.
+#: Groups: colours, which are ours; ASCII controls but tab and line ends; other controls and marks of text direction.
 _STEERING = re.compile(
     "(\x1b\\[[0-9;]*m)|([\x00-\x08\x0b\x0c\x0e-\x1f])|([\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069])"
 )
 
 
 def keep_secret(token: str | None) -> None:
-    """From now on this text is blanked out wherever it would be shown or recorded."""
+    """Blank this text out from now on, wherever it would be shown or recorded."""
     if token and len(token) >= 8:
         _SECRETS.add(token)
 
@@ -139,8 +139,8 @@ def redacted(text: str) -> str:
 
 
 def harmless(text: str, hidden_too: bool = True) -> str:
-    """`text` without what steers a terminal (colours aside): its controls are shown as pictures, as ␛. `hidden_too`:
-    those beyond ASCII as well, and marks that turn the direction of the line."""
+    """`text` with its control characters shown as pictures, such as ␛; colours stay. `hidden_too`: also show those
+    beyond ASCII, and marks that change the direction of the text."""
 
     def shown(match: re.Match[str]) -> str:
         colour, control, other = match.groups()
@@ -152,8 +152,8 @@ def harmless(text: str, hidden_too: bool = True) -> str:
 
 
 class Gate:
-    """Standard output through which nothing passes that steers a terminal. Where it is none, what is data stays as it
-    is beyond ASCII."""
+    """Standard output without control characters and Hub tokens. If it is not a terminal, characters beyond ASCII stay:
+    they are data."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -168,7 +168,7 @@ class Gate:
 
 @contextlib.contextmanager
 def gated() -> Iterator[None]:
-    """While entered, standard output is a `Gate`."""
+    """Make standard output a `Gate` while entered."""
     before = sys.stdout
     sys.stdout = Gate(before)
     try:
@@ -178,8 +178,8 @@ def gated() -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Write one line to stderr; where there is a progress bar, above it."""
-    # A line is one: what would go back to its beginning hides what stands there.
+    """Write one line to stderr, above the progress bar if there is one."""
+    # A carriage return would go back to the beginning of the line and hide what stands there.
     line = line.replace("\r", "␍")
     if SCREEN.in_place:
         clear_line()
@@ -197,7 +197,7 @@ def is_terminal() -> bool:
 
 
 def columns() -> int:
-    """Columns of the terminal; 80 where it does not say (a `script` pty has 0)."""
+    """Columns of the terminal, or 80 if it does not say (a `script` pty has 0)."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         found = os.get_terminal_size(sys.stderr.fileno()).columns
         if found > 0:
@@ -206,7 +206,7 @@ def columns() -> int:
 
 
 def show_in_place(words: str, end: str = "") -> None:
-    """Write over the last line of a terminal: `words`, shortened where they are too long, then `end` in full."""
+    """Write over the last line of a terminal: `words`, shortened if they are too long, then `end` in full."""
     # The last column stays free: some terminals go on to the next line there.
     room = columns() - 1
     if len(words) + len(end) > room:
@@ -224,9 +224,9 @@ def clear_line() -> None:
 
 
 class Waiting:
-    """Something that moves at least every 2 seconds while the program waits; `waiting("for what")` changes the words.
+    """Show a sign of life at least every 2 seconds while the program waits. `waiting("for what")` changes the words.
 
-    In a terminal one line counts the seconds in place; elsewhere a line appears every 2 seconds of real waiting.
+    In a terminal one line counts the seconds in place; elsewhere a line appears every 2 seconds.
     """
 
     def __init__(self, what: str) -> None:
@@ -270,7 +270,7 @@ def format_bytes(size: int) -> str:
 
 
 def quiet_libraries() -> None:
-    """What libraries say of themselves would tear the progress bar; their errors still come through."""
+    """Silence the messages and bars of libraries, which would tear our progress bar. Their errors are still shown."""
     import datasets
     import transformers
 

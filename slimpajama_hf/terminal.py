@@ -1,6 +1,6 @@
-"""Text of strangers on a terminal: made harmless first, then coloured; and the tables beside it.
+"""Show foreign text on a terminal: first made harmless, then coloured. Also the tables beside it.
 
-Imports `rich` when something is drawn, not before: `--help` stays fast.
+`rich` is imported only when something is drawn, so that `--help` stays fast.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-#: Surprisal in nats up to which a style counts, and the style: paper colours with their own ink, so that they read the
-#: same on a dark and on a light terminal (ColorBrewer YlOrRd). What the model knew stays as the terminal has it.
+#: (surprisal in nats up to which a style holds, style). Each style has a background and an ink, so that it reads the
+#: same on dark and light terminals (ColorBrewer YlOrRd). Tokens that the model knew keep the terminal's own colours.
 SURPRISAL_STYLES: tuple[tuple[float, str], ...] = (
     (1.0, ""),
     (2.0, "#000000 on #FFF3B0"),
@@ -26,10 +26,10 @@ SURPRISAL_STYLES: tuple[tuple[float, str], ...] = (
     (math.inf, "#FFFFFF on #7F0000"),
 )
 
-#: Columns where there is no terminal to ask (and no $COLUMNS): what goes into a pipe is not broken into lines.
+#: Columns without a terminal and without $COLUMNS: lines that go into a pipe are not broken.
 PIPE_COLUMNS = 10_000
 
-#: Of a change of surprisal.
+#: Colours of a surprisal that went down or up.
 LESS, MORE = "green", "red"
 
 
@@ -44,21 +44,20 @@ def console() -> Console:
 
 
 def has_colours(drawn: Console) -> bool:
-    """Whether what is drawn can be told apart by its colour."""
+    """Whether the console shows colours."""
     return drawn.is_terminal and drawn.color_system is not None and not drawn.no_color
 
 
 def written(text: str) -> str:
-    """`text` of a document or a model; in words what it is where there is nothing to see of it."""
+    """`text` of a document or a model, or a description of it if there is nothing to see."""
     if not text:
         return "(end of text)"
     return f"({len(text)} characters of white space)" if text.isspace() else text
 
 
 def visible(text: str, line_ends: bool = True) -> str:
-    """`text` with everything that steers a terminal or hides made visible: controls as their pictures (␛), marks that
-    turn the direction of the line or have no width as ‹U+202E›, tabs as →, line ends as ⏎ (kept behind it with
-    `line_ends`)."""
+    """`text` with all that steers a terminal or hides made visible: controls as pictures (␛), marks of direction or
+    without width as ‹U+202E›, tabs as →, line ends as ⏎ (followed by the line end with `line_ends`)."""
     shown = []
     for char in text:
         code = ord(char)
@@ -78,7 +77,7 @@ def visible(text: str, line_ends: bool = True) -> str:
 
 
 def surprisal_style(nats: float) -> str:
-    """The style of a token by how much it surprised, nats; none for NaN."""
+    """The style of a token with this surprisal in nats; none for NaN."""
     if math.isnan(nats):
         return ""
     return next(style for most, style in SURPRISAL_STYLES if nats < most or most == math.inf)
@@ -108,5 +107,5 @@ def grid(*columns: dict[str, Any]) -> Table:
 
 
 def number(value: float | None, form: str = ".4f", missing: str = "—") -> str:
-    """A number in a format, or a dash where there is none."""
+    """Format a number, or return a dash if there is none."""
     return missing if value is None or not math.isfinite(value) else format(value, form)

@@ -1,4 +1,4 @@
-"""`compare RUN RUN...`: shows runs side by side (`lookback/comparison.py` reads them)."""
+"""`compare RUN RUN...`: show runs side by side (`lookback/comparison.py` reads them)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def show(drawn: Console, comparison: Comparison) -> None:
-    """The table on a terminal, in pieces where it is too narrow for all runs; and where runs part."""
+    """Print the table, in pieces if it is too narrow for all runs, and where runs part."""
     from rich.text import Text
 
     from slimpajama_hf.lookback.comparison import WINDOW, lines_of
@@ -63,7 +63,7 @@ def show(drawn: Console, comparison: Comparison) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """`compare RUN RUN...`; the exit code."""
+    """Run `compare RUN RUN...`. Returns the exit code."""
     from slimpajama_hf.lookback.comparison import compare
     from slimpajama_hf.lookback.comparison_chart import render
 

@@ -1,4 +1,4 @@
-"""`completion SHELL`: completion of every command and flag, as a script for the shell."""
+"""`completion SHELL`: print a script for the shell that completes every command and flag."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 HELP = "a script that completes commands and flags: bash, zsh or fish"
 
-#: Where each shell looks for the script. zsh looks in the folders of its `fpath`.
+#: Shell -> where it looks for the script. zsh looks in the folders of its `fpath`.
 PLACES = {
     "bash": "~/.local/share/bash-completion/completions/slimpajama-hf",
     "zsh": "_slimpajama-hf in a folder of $fpath",
     "fish": "~/.config/fish/completions/slimpajama-hf.fish",
 }
 
-#: What names a file or a folder, by the name of the argument.
+#: Names of arguments that name a file or a folder.
 _FILES = {"config", "dataset", "eval_dataset", "tokenizer", "model", "output"}
 _FOLDERS = {"run", "runs", "other", "output_dir", "resume_from_checkpoint"}
 
@@ -42,9 +42,9 @@ def main(options: argparse.Namespace) -> int:
     for name in ("train", "plan"):
         commands[name].add_argument("--config", help="flags written down in YAML; may be given several times")
         for action in flags._actions:
-            # One spelling of each: with underscores, as in help and in configurations.
+            # Complete one spelling of each flag: with underscores, as in help and in configurations.
             action.option_strings = action.option_strings[:1]
-            # argparse wants "5 %%", as transformers writes it; our own texts say "5 %".
+            # argparse needs "5 %%", which is how transformers writes it. Our own help says "5 %".
             action.help = re.sub(r"%(?!\(default\))%?", "%%", action.help) if action.help else action.help
             commands[name]._add_action(action)
     for parser in commands.values():
@@ -53,6 +53,6 @@ def main(options: argparse.Namespace) -> int:
             if kind is not None and action.choices is None:
                 action.complete = kind
     whole.prog = "slimpajama-hf"
-    # The name of a function that has `hf_` and a word in it would be blanked out as a Hub token.
+    # The default prefix of function names begins with `hf_` and would be blanked out like a Hub token.
     sys.stdout.write(shtab.complete(whole, options.shell, root_prefix="slimpajama") + "\n")
     return 0

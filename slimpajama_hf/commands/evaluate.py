@@ -1,4 +1,4 @@
-"""`evaluate`: held-out scores of a saved checkpoint."""
+"""`evaluate`: score a saved checkpoint on held-out documents."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--documents", type=positive, default=500, help="documents scored [500]")
     parser.add_argument("--max_seq_length", type=positive, help="tokens of a document; default: those of the run")
     parser.add_argument(
-        "--whole", action="store_true", help="bits per byte of all bytes too: whole documents, in overlapping windows"
+        "--whole", action="store_true", help="bits per byte of whole documents too, in overlapping windows"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -80,7 +80,7 @@ def of_checkpoint(
     txt_documents: str = "line",
     whole: bool = False,
 ) -> dict[str, Any]:
-    """Scores of a saved checkpoint (or of the newest one of a run): `python -m slimpajama_hf evaluate`."""
+    """Score a saved checkpoint, or the newest one of a run, on held-out documents."""
     from pathlib import Path
 
     import torch
@@ -100,7 +100,7 @@ def of_checkpoint(
 
     folder = checkpoints.resolve(place)
     with Waiting("opening the corpus") as waiting:
-        # A checkpoint's averaged weights lie in a folder of it.
+        # Averaged weights are in a folder of their checkpoint.
         run = RunFolder(folder.parent.parent if folder.name == averaging.FOLDER else folder.parent)
         record = run.read_record() if run.record.is_file() else None
         if dataset is not None:

@@ -1,4 +1,4 @@
-"""`export`: a run's model or its ledger in a format of other programs."""
+"""`export`: write a run's model or its ledger in a format of other programs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `export`."""
     parser.add_argument("run", help="a run folder; for gguf also a checkpoint-N (a run folder: its newest) or averaged")
     parser.add_argument(
-        "--to", required=True, choices=("gguf", "parquet"), help="gguf: the model; parquet: the ledger, a row a step"
+        "--to", required=True, choices=("gguf", "parquet"), help="gguf: the model; parquet: the ledger, a row per step"
     )
     parser.add_argument(
-        "--output", help="the file to write [RUN/checkpoint-N.gguf, RUN/ledger.parquet]; one that is there is replaced"
+        "--output", help="the file to write [RUN/checkpoint-N.gguf, RUN/ledger.parquet]; an existing one is replaced"
     )
 
 
@@ -47,7 +47,7 @@ def _gguf(given: Path, asked: Path | None) -> list[str]:
     from slimpajama_hf.record import checkpoints
 
     folder = checkpoints.resolve(str(given))
-    # Beside the checkpoint, not inside: its manifest names all that it holds.
+    # Beside the checkpoint, not inside it, because its manifest lists all files inside.
     parts = [folder.parent.name, folder.name] if folder.name == "averaged" else [folder.name]
     target = asked or folder.resolve().parents[len(parts) - 1] / f"{'-'.join(parts)}.gguf"
     written = gguf_file.write(folder, target)

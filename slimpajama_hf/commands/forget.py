@@ -1,4 +1,4 @@
-"""`forget RUN --documents FILE`: the run without some documents, with a certificate (`lookback/forget.py`)."""
+"""`forget RUN --documents FILE`: train the run without some documents, with a certificate (`lookback/forget.py`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 HELP = "the run as if it had never read some documents, with a certificate of that"
 
-#: Documents shown by name.
+#: Number of documents that are shown by name.
 SHOWN = 10
 
 
@@ -17,14 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `forget`."""
     parser.add_argument("run", help="a run folder")
     parser.add_argument(
-        "--documents", required=True, metavar="FILE", help="a document a line: shard#row, or the SHA-1 of its text"
+        "--documents", required=True, metavar="FILE", help="one document per line: shard#row, or the SHA-1 of its text"
     )
     parser.add_argument("--output_dir", metavar="DIR", help="folder of the new run [RUN-forgotten]")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(options: argparse.Namespace) -> int:
-    """`forget RUN --documents FILE`."""
+    """Run `forget RUN --documents FILE`."""
     from pathlib import Path
 
     from slimpajama_hf.lookback import forget

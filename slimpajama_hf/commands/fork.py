@@ -1,4 +1,4 @@
-"""`fork RUN --from N --a FLAGS --b FLAGS`: tries two ways to go on, over the same documents (`lookback/fork.py`)."""
+"""`fork RUN --from N --a FLAGS --b FLAGS`: try two ways to go on, over the same documents (`lookback/fork.py`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HELP = "two ways to go on from a checkpoint, over the same documents: which is better, and how sure that is"
 
-#: Weights that are scored at the end of an arm.
+#: Weights of an arm's end that are scored.
 _WEIGHTS = ("last weights", "averaged weights")
 
 
@@ -31,25 +31,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="step of a checkpoint to go on from, 0 for the very start; several: a fork at each",
     )  # fmt: skip
     parser.add_argument("--a", default="", metavar="FLAGS", help="flags of training that arm a changes [none]")
-    parser.add_argument("--b", required=True, metavar="FLAGS", help="likewise of arm b, as '--learning_rate 5e-4'")
+    parser.add_argument("--b", required=True, metavar="FLAGS", help="the same for arm b, as '--learning_rate 5e-4'")
     parser.add_argument("--documents", type=positive, default=1000, help="steps of each arm [1000]")
     parser.add_argument(
         "--score", type=int, default=200, metavar="K",
-        help="documents behind them that the weights of both ends are scored on; 0: none [200]",
+        help="next documents, on which the final weights of both arms are scored; 0: none [200]",
     )  # fmt: skip
     parser.add_argument("--output_dir", metavar="DIR", help="folder of the arms' runs [RUN-fork]")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(options: argparse.Namespace) -> int:
-    """`fork RUN --from N --b FLAGS`: 0 whatever the verdict is."""
+    """Run `fork RUN --from N --b FLAGS`. Returns 0, whatever the verdict is."""
     from slimpajama_hf.lookback import fork
 
     if len(set(options.starts)) < len(options.starts) or min(options.starts) < 0:
         raise UsageError(f"--from {' '.join(map(str, options.starts))}: expected steps of checkpoints, each once")
     flags = {"a": options.a, "b": options.b}
     for name, words in flags.items():
-        # Before anything is trained.
+        # Checked before anything is trained.
         fork.refuse_flags(name, words, options.starts)
     run = Path(options.run)
     output = Path(options.output_dir or run.with_name(f"{run.resolve().name}-fork")).expanduser()
@@ -67,7 +67,8 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _score_ends(made: Fork, documents: int) -> dict[str, list[Pair]]:
-    """By the name of the weights: the next documents of the stream, which neither arm has learned, scored by both."""
+    """Score the weights of both arms on the next documents of the stream, which neither has learned. Returns name of
+    the weights -> one pair of losses per document."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -109,7 +110,7 @@ def _tokenizer(checkpoint: Path) -> Any:
 
 
 def _stream_behind(arm: Path, checkpoint: Path) -> Any:
-    """The samples of an arm's run that come behind its checkpoint."""
+    """The samples of an arm's run that come after its checkpoint."""
     from slimpajama_hf.lookback import reread
     from slimpajama_hf.lookback.run import Run
     from slimpajama_hf.samples.encoder import Encoder
@@ -125,7 +126,7 @@ def _stream_behind(arm: Path, checkpoint: Path) -> Any:
 
 
 def _domains(forks: Sequence[Sequence[Pair]]) -> list[tuple[str, Difference]]:
-    """The difference in each domain, that of the most documents first."""
+    """The difference in each domain. The domain with the most documents comes first."""
     from slimpajama_hf.lookback.fork import difference_of
 
     domains = {pair.domain for pairs in forks for pair in pairs}

@@ -1,4 +1,4 @@
-"""`generate`: lets a saved model write."""
+"""`generate`: let a saved model write."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, help="the text that it continues")
     parser.add_argument("--new_tokens", type=positive, default=40, help="tokens to write, fewer at end of text [40]")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token [0]")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws when the temperature is above 0 [0]")
+    parser.add_argument("--seed", type=int, default=0, help="for the draws when the temperature is above 0 [0]")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -37,7 +37,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def from_checkpoint(folder: Path, prompt: str, new_tokens: int, temperature: float, seed: int) -> str:
-    """The prompt and what the model of a checkpoint writes after it. Raises UserError for an empty prompt."""
+    """Return the prompt and what the model of a checkpoint writes after it. Raises UserError for an empty prompt."""
     import torch
     from transformers import AutoModelForCausalLM, set_seed
 

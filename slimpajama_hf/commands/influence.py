@@ -1,4 +1,4 @@
-"""`influence RUN --text T`: which documents moved the loss of a text, found by leaving them out."""
+"""`influence RUN --text T`: find which documents moved the loss of a text, by training without them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 HELP = "which documents moved the loss of a text: gradients choose some, and training without each of them says"
 
-#: Documents that gradients say did least, left out too: how much of an effect is none.
+#: Documents with the least effect by their gradients. They are left out too, to show how small an effect means none.
 CONTROLS = 3
 
 
@@ -30,12 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", required=True, help="the text whose loss is looked at")
     parser.add_argument("--step", type=positive, metavar="S", help="look back from step S; default: the end of the run")
     parser.add_argument("--documents", type=positive, default=100, help="documents before it that are looked at [100]")
-    parser.add_argument("--drops", type=positive, default=5, help="of them so many are left out in earnest [5]")
+    parser.add_argument("--drops", type=positive, default=5, help="how many of these are really left out [5]")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(options: argparse.Namespace) -> int:
-    """`influence RUN --text T`."""
+    """Run `influence RUN --text T`."""
     from slimpajama_hf.lookback import influence
     from slimpajama_hf.lookback.run import Run
 
@@ -62,7 +62,8 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _candidates(run: Run, window: Window, text: str, checkpoint: Path) -> tuple[list[int], list[Candidate]]:
-    """(tokens of the text, the documents of the window with theirs). Raises UserError for a text of less than 2."""
+    """Return the tokens of the text, and the documents of the window with their tokens. Raises UserError for a text of
+    fewer than 2 tokens."""
     from slimpajama_hf.lookback import reread
     from slimpajama_hf.lookback.influence import Candidate
     from slimpajama_hf.samples.encoder import Encoder
@@ -83,7 +84,7 @@ def _candidates(run: Run, window: Window, text: str, checkpoint: Path) -> tuple[
 
 
 def _estimate(run: Run, window: Window, candidates: list[Candidate], text: list[int], checkpoint: Path) -> None:
-    """Fill in what gradients at the end of the window say."""
+    """Fill in what the gradients at the end of the window estimate."""
     from slimpajama_hf.model import influence_estimate
     from slimpajama_hf.session.command_line import parse
     from slimpajama_hf.settings.arguments import HIDDEN_RATES
@@ -108,7 +109,7 @@ def _load(checkpoint: Path) -> Any:
 
 
 def _loss(checkpoint: Path, ids: list[int]) -> float:
-    """Nats per token of the text, by the last weights of a checkpoint."""
+    """Loss of the text in nats per token, by the last weights of a checkpoint."""
     import torch
 
     model = _load(checkpoint).eval()
@@ -121,8 +122,8 @@ def _loss(checkpoint: Path, ids: list[int]) -> float:
 
 
 def control_effect(controls: list[Candidate]) -> tuple[float, float]:
-    """(mean effect of documents that did nothing, standard deviation), nats per token: one step less moves the loss of
-    a text too, whatever was learned in it. 0 and 0 where none was left out."""
+    """Mean and standard deviation of the effect of the controls, in nats per token. One step less moves the loss of a
+    text too, whatever that step learned. (0, 0) if no control was left out."""
     effects = [each.effect or 0.0 for each in controls] or [0.0]
     return statistics.fmean(effects), statistics.stdev(effects) if len(effects) > 1 else 0.0
 

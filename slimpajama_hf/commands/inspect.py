@@ -1,4 +1,4 @@
-"""`inspect RUN --step N` or `--find TEXT`: shows a step, or where a text was read (`lookback/inspection.py`,
+"""`inspect RUN --step N` or `--find TEXT`: show a step, or where a text was read (`lookback/inspection.py`,
 `lookback/search_finding.py`)."""
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--step", type=int, metavar="N", help="passport, text and tokens of this step")
     what.add_argument("--find", metavar="TEXT", help="whether this was read, when, and with what loss")
     parser.add_argument("--checkpoint", type=int, metavar="M", help="with --step: how checkpoint-M sees the document")
-    parser.add_argument("--sample", type=int, metavar="K", help="with --step: of several samples this one, from 0 [0]")
+    parser.add_argument("--sample", type=int, metavar="K", help="with --step: which of its samples, from 0 [0]")
     parser.add_argument("--tokens", type=positive, metavar="K", help="with --step: tokens in the table [12]")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-#: Tokens in the table where the text is coloured too.
+#: Rows of the table of tokens when the text is coloured too.
 TOKENS_SHOWN = 12
 
 
-#: Characters of a token in it.
+#: Characters shown of a token in the table.
 TOKEN_SHOWN = 18
 
 
-#: Characters shown of what was not trained, on either side.
+#: Characters shown before and after the trained part of a text.
 CUT_SHOWN = 300
 
 
@@ -89,7 +89,7 @@ def _passport_lines(found: Inspection) -> list[tuple[str, str]]:
     if row.get("spike") is not None:
         lines.append(("spike", f"{row['spike']:g} robust standard deviations above the 200 steps before it"))
     if row.get("loss_after") is not None:
-        # The row after this one has that document's loss after this update.
+        # The ledger's next row has the loss of the next document after this update.
         following = f"; that of the next document was {row['next_loss']:.4f} before it" if row.get("next_loss") else ""
         lines.append(("taught", f"loss {row['loss_after']:.4f} after its own update{following}"))
     if row.get("update_skipped"):
@@ -103,7 +103,7 @@ def _passport_lines(found: Inspection) -> list[tuple[str, str]]:
 
 
 def show_passport(drawn: Console, found: Inspection) -> None:
-    """The passport of a step on a terminal."""
+    """Print the passport of a step."""
     from rich.text import Text
 
     drawn.print(Text(f"step {found.row['step']:,} of {found.run}", "bold"))
@@ -111,16 +111,16 @@ def show_passport(drawn: Console, found: Inspection) -> None:
     for name, value in _passport_lines(found):
         shown = Text(terminal.visible(value, line_ends=False))
         if name == "domain":
-            # The name has the terminal's own colour: the domain's may be as dark as its ground.
+            # Only the mark has the domain's colour, which may be as dark as the terminal's background.
             shown = Text.assemble(("■ ", palette.domain_colour(found.row["domain"])), shown)
         table.add_row(Text(name, "dim"), shown)
     drawn.print(table)
 
 
 def show_text(drawn: Console, found: Inspection, tokens_shown: int | None) -> None:
-    """The text of a step on a terminal, its tokens coloured by their surprisal, and the table of the most telling.
+    """Print the text of a step, its tokens coloured by their surprisal, and the table of the most telling tokens.
 
-    `tokens_shown`: rows of the table; None: few where there are colours, all where there are none.
+    `tokens_shown`: rows of the table; None: a few if there are colours, else all.
     """
     from rich.text import Text
 
@@ -151,7 +151,7 @@ def show_text(drawn: Console, found: Inspection, tokens_shown: int | None) -> No
 
 
 def _text(found: Inspection, nats: np.ndarray | None) -> Text:
-    """The text of a step; what was not trained, dim, on both sides of each document."""
+    """The text of a step. The parts of each document that were not trained on are dim."""
     from rich.text import Text
 
     from slimpajama_hf.lookback import reread
@@ -182,7 +182,7 @@ def _text(found: Inspection, nats: np.ndarray | None) -> Text:
 
 
 def _show_tokens(drawn: Console, found: Inspection, most: int) -> None:
-    """Tokens with their surprisal then and now: all in order, or those that say most."""
+    """Print tokens with their surprisal then and now: all in order, or the most telling ones."""
     import numpy as np
     from rich.text import Text
 
@@ -206,7 +206,7 @@ def _show_tokens(drawn: Console, found: Inspection, most: int) -> None:
         if column is not None
     ]
     if found.now is not None:
-        # The one column that may be cut.
+        # Only the last column may be cut.
         columns[1]["min_width"] = max(len(_quoted(found.text_of(found.tokens[index + 1]))) for index in chosen)
         columns.append({"header": f"what checkpoint-{found.now.step} expected", "overflow": "ellipsis"})
     table = terminal.grid(*(column | {"no_wrap": True} for column in columns))
@@ -233,7 +233,7 @@ def _show_tokens(drawn: Console, found: Inspection, most: int) -> None:
 
 
 def _quoted(text: str, style: str = "") -> Text:
-    """The first characters of a token's text between marks, so that its spaces are seen."""
+    """The first characters of a token's text between marks, which make its spaces visible."""
     from rich.text import Text
 
     shown = terminal.visible(text, line_ends=False)
@@ -244,7 +244,7 @@ def _quoted(text: str, style: str = "") -> Text:
 
 
 def main(options: argparse.Namespace) -> int:
-    """`inspect RUN --step N` or `--find TEXT`; the exit code."""
+    """Run `inspect RUN --step N` or `--find TEXT`. Returns the exit code."""
     from slimpajama_hf.lookback.inspection import complete, passport
 
     if options.find is not None:
@@ -260,7 +260,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         complete(found, predicted, options.checkpoint)
     except UserError:
-        # What the ledger says is known in any case.
+        # Even if the text cannot be read again, the ledger's numbers are known.
         show_passport(drawn, found)
         raise
     show_passport(drawn, found)
@@ -268,11 +268,11 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-#: Matches shown on a terminal, which is also how many steps are looked up for their losses.
+#: Matches shown on a terminal. Losses are looked up for as many steps.
 MATCHES_SHOWN = 20
 
 
-#: Characters of one.
+#: Characters shown of a match.
 _TEXT_SHOWN = 300
 
 
@@ -280,7 +280,8 @@ _TEXT_SHOWN = 300
 
 
 def find_text(run: str, wanted: str, as_json: bool) -> int:
-    """`inspect RUN --find TEXT`: extend the index, answer; the exit code. Raises UserError when it cannot say no."""
+    """Run `inspect RUN --find TEXT`: extend the index and answer. Returns the exit code. Raises UserError if the text
+    was not found and some documents cannot be read again."""
     from slimpajama_hf.lookback.search_finding import find, pattern_of
     from slimpajama_hf.lookback.search_growing import extend
     from slimpajama_hf.lookback.search_losses import losses_of
@@ -371,7 +372,7 @@ def _show_match(drawn: Console, match: Match, losses: dict[int, Losses]) -> None
     context = Text("  … ", "dim")
     shown = match.text if len(match.text) <= _TEXT_SHOWN else f"{match.text[:_TEXT_SHOWN]} … "
     for text, style in ((match.before, "not dim"), (shown, "not dim bold reverse"), (match.after, "not dim")):
-        # Indents say nothing here.
+        # Indents mean nothing here.
         context.append(terminal.visible(re.sub(r"[ \t]{2,}", " ", text), line_ends=False), style)
     context.append(" …")
     drawn.print(context)

@@ -1,7 +1,7 @@
-"""What a run will cost, found by making its first steps and throwing them away: `python -m slimpajama_hf plan`.
+"""`plan`: find out what a run will cost, by making its first steps and throwing them away.
 
-A formula does not know this machine; the program does. The same command with the same flags is started in a folder of
-its own, watched for some steps and stopped.
+No formula knows this machine, but the program does. The same command with the same flags is started in a folder of its
+own, watched for some steps and stopped.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ USAGE = "python -m slimpajama_hf plan [--config FILE.yaml]... [--flag value]..."
 DESCRIPTION = "Make the first steps of the run that these flags would start, in a folder that is then deleted."
 
 
-#: Steps that warm caches up, the optimizer's state and a GPU's graph among them; not counted.
+#: First steps, which warm up caches, the optimizer's state and a GPU's graph. They are not counted.
 WARM_UP_STEPS = 8
-#: Tried until one of the two is reached, but never fewer than `FEWEST_STEPS`.
+#: A trial ends when one of the two is reached, but not before `FEWEST_STEPS`.
 MOST_STEPS, MOST_SECONDS = 300, 40.0
 FEWEST_STEPS = 12
 
 
 @dataclasses.dataclass
 class Trial:
-    """What the first steps of a run showed."""
+    """What the first steps of a run have shown."""
 
     steps: int
-    """Steps that count."""
+    """Number of steps that count."""
     seconds_per_step: float
     """Mean training time of a step, charts and samples left out."""
     tokens_per_step: float
     start_seconds: float
-    """From the command to the first finished step."""
+    """Time from the command to the first finished step."""
     peak_bytes: int
-    """Most memory that the process held."""
+    """The most memory that the process held."""
     device_bytes: int
-    """Most memory that PyTorch held on a GPU; 0 without one."""
+    """The most memory that PyTorch held on a GPU; 0 without one."""
     parameters: int
     checkpoint_bytes: int
 
 
 def run(argv: list[str]) -> Trial:
-    """Start the training command `argv`, stop it after some steps. Raises UserError in its own words if it fails."""
+    """Start training with the flags `argv` and stop after some steps. Raises UserError with its error if it fails."""
     from slimpajama_hf.lookback.replay import SCRIPT
     from slimpajama_hf.record.columns import read_columns
     from slimpajama_hf.record.run_folder import RunFolder
@@ -104,13 +104,13 @@ def run(argv: list[str]) -> Trial:
 
 
 def _mean_without_hiccups(seconds: list[float]) -> float:
-    """Mean, with what the machine did otherwise cut off: nothing counts more than 3 medians."""
+    """Mean, without the pauses that other work on the machine causes: no value counts for more than 3 medians."""
     middle = statistics.median(seconds)
     return statistics.fmean(min(value, 3 * middle) for value in seconds)
 
 
 def _watch(process: subprocess.Popen, folder: RunFolder) -> float:
-    """Wait until enough steps are made, or the process ends; returns when the first one was."""
+    """Wait until there are enough steps or the process ends. Returns when the first step was finished."""
     first_step = math.nan
     rows = 0
     with contextlib.ExitStack() as shown:
@@ -139,7 +139,7 @@ def _its_error(text: str) -> str:
 
 
 def report(settings: Settings, trial: Trial) -> list[str]:
-    """The plan in lines: memory, time and disk of the whole run."""
+    """Lines with memory, time and disk of the whole run."""
     from slimpajama_hf.screen import format_bytes
 
     training = settings.training
@@ -163,7 +163,7 @@ def report(settings: Settings, trial: Trial) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """`plan FLAGS`: the flags are those of the training command. Writes the plan to stdout."""
+    """Run `plan FLAGS`, with the flags of the training command. Writes the plan to stdout."""
     from slimpajama_hf.session import command_line
 
     settings = command_line.parse(argv)
@@ -173,5 +173,5 @@ def main(argv: list[str]) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `plan` are those of training; their parser is another (`settings/flags.py`)."""
+    """The flags of `plan` are those of training, which have a parser of their own (`settings/flags.py`)."""
     parser.format_help = lambda: help_text(USAGE, DESCRIPTION) + "\n"  # type: ignore[method-assign]

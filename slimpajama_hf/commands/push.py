@@ -1,17 +1,12 @@
-"""`python -m slimpajama_hf push RUN`: what was not pushed, now, in the foreground."""
+"""`push RUN`: upload checkpoints that were not pushed, now and in the foreground."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import argparse
-
-import argparse
-from typing import TYPE_CHECKING
 
 from slimpajama_hf import screen
 from slimpajama_hf.errors import UserError
@@ -26,7 +21,7 @@ HELP = "push the newest checkpoint to the Hub, or finish what was not pushed"
 
 
 def main(options: argparse.Namespace) -> int:
-    """Push the newest checkpoint, and those that wait. Raises UserError when the Hub refuses or does not come back."""
+    """Push the newest checkpoint and all that wait. Raises UserError when the Hub refuses or does not come back."""
     from slimpajama_hf.hub import account
     from slimpajama_hf.hub.outbox import Outbox
     from slimpajama_hf.hub.upload_process import Pusher, quiet_and_bounded
@@ -40,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
     config: dict[str, Any] = {}
     before = Outbox(folder.path).pushed()
     if not ownership.is_own(folder):
-        # Where it says that it is pushed is somebody else's word.
+        # The record of a push in this folder was written by somebody else.
         before = before if before.get("repo") == options.hub_model_id else {}
         if options.hub_model_id is None:
             raise UserError(
@@ -84,7 +79,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _is_there(pushed: dict[str, Any], run_id: str, destination: account.Destination, newest: Path) -> bool:
-    """Whether the Hub has this checkpoint of this run, where and as it was asked for."""
+    """Whether the Hub already has this checkpoint of this run, as it would be pushed now."""
     wanted = (run_id, destination.repo, destination.revision, destination.with_state, newest.name)
     return wanted == (
         pushed.get("run_id"), pushed.get("repo"), pushed.get("revision"), pushed.get("with_state"),
@@ -93,7 +88,7 @@ def _is_there(pushed: dict[str, Any], run_id: str, destination: account.Destinat
 
 
 class _Screen:
-    """Says what a push does; keeps its last failure."""
+    """Shows the events of a push and keeps its last failure."""
 
     def __init__(self) -> None:
         self.failure: dict[str, Any] | None = None
@@ -142,9 +137,9 @@ def _push_all(pusher: Pusher, patience_seconds: float) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `push`."""
     parser.add_argument("run", help="a run folder")
-    parser.add_argument("--hub_model_id", metavar="OWNER/NAME", help="where to; default: as the run was trained with")
+    parser.add_argument("--hub_model_id", metavar="OWNER/NAME", help="repository to push to; default: that of the run")
     parser.add_argument("--hub_private_repo", action="store_true", default=None, help="make a private repository")
     parser.add_argument("--hub_revision", metavar="BRANCH", help="branch; default: as the run, else main")
     parser.add_argument("--hub_strategy", choices=("checkpoint", "every_save"), help="with what resuming needs, or not")
     parser.add_argument("--hub_license", metavar="LICENCE", help="licence on the card; default: none is stated")
-    parser.add_argument("--hub_patience", type=float, default=600.0, help="seconds to wait for a Hub which fails [600]")
+    parser.add_argument("--hub_patience", type=float, default=600.0, help="seconds to wait for a Hub that fails [600]")

@@ -1,4 +1,4 @@
-"""`report`: one HTML file that shows everything about a run, an animation of it, or pages that follow several runs."""
+"""`report`: write one HTML file about a run, or an animation of it, or serve pages that follow several runs."""
 
 from __future__ import annotations
 

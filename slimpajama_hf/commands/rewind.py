@@ -1,4 +1,4 @@
-"""`rewind RUN --to N --drop STEP`: shows what one document did (`lookback/rewind.py` finds it out)."""
+"""`rewind RUN --to N --drop STEP`: show what one document did (`lookback/rewind.py` finds it out)."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to", type=int, metavar="N", help="begin at the nearest checkpoint at or before step N [STEP]"
     )
     parser.add_argument("--drop", type=int, metavar="STEP", help="leave the document of this step out; default: none")
-    parser.add_argument("--steps", type=positive, metavar="K", help="steps behind it; default: all that the run has")
+    parser.add_argument("--steps", type=positive, metavar="K", help="steps after it; default: all that the run has")
     parser.add_argument("--output_dir", metavar="DIR", help="folder of the new run; default: beside the old one")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-#: Documents shown on a terminal, of those whose loss changed most.
+#: How many documents are shown, of those whose loss changed most.
 SHOWN = 10
 
 
@@ -41,7 +41,7 @@ SHOWN = 10
 
 
 def show(drawn: Console, found: Rewound) -> None:
-    """What was done and what came of it, on a terminal."""
+    """Print what was done, and what came of it."""
     from rich.text import Text
 
     for line in _words(found):
@@ -143,12 +143,12 @@ def _signed(value: float | None) -> Any:
 
     if value is None or not math.isfinite(value):
         return Text("—")
-    # Without the document the loss went up: the colour of what was lost.
+    # Above 0 the loss is higher without the document: the colour for worse.
     return Text(f"{value:+.5f}", terminal.MORE if value > 0 else terminal.LESS if value < 0 else "")
 
 
 def main(options: argparse.Namespace) -> int:
-    """`rewind RUN --to N --drop STEP`; the exit code: 1 when what came before the document came out otherwise."""
+    """Run `rewind RUN --to N --drop STEP`. Returns 1 if the steps before the document came out differently."""
     from slimpajama_hf.lookback.rewind import rewind
 
     found = rewind(options.run, options.to, options.drop, options.steps, options.output_dir)

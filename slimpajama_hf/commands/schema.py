@@ -1,4 +1,4 @@
-"""`schema`: the JSON schema of configuration files, for editors."""
+"""`schema`: print the JSON schema of configuration files, for editors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HELP = "the JSON schema of the YAML configurations, for editors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No flags."""
+    """There are no flags."""
     parser.description = "Writes the schema to stdout. configs/schema.json is the same; configs/*.yaml name it."
 
 

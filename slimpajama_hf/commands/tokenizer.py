@@ -1,4 +1,4 @@
-"""`tokenizer`: trains a tokenizer on a corpus."""
+"""`tokenizer`: train a tokenizer on a corpus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`train`: the program `run_clm_slimpajama.py`, by another name."""
+"""`train`: the program `run_clm_slimpajama.py` under another name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`verify`: proves that a run is what its ledger says, or that two runs are the same."""
+"""`verify`: prove that a run is what its ledger says, or that two runs are the same."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def main(options: argparse.Namespace) -> int:
     if options.replay is not None:
         if options.other is not None:
             raise UsageError("--replay: of one run; leave the second folder out")
-        # No Waiting here: the training that it starts shows its own progress.
+        # No Waiting here, because the training that this starts shows its own progress.
         report = replay.replay(options.run, *replay.parse_range(options.replay))
     else:
         with Waiting("reading the ledger and the checkpoints"):

@@ -1,4 +1,4 @@
-"""`views`: makes metrics, samples and chart again from the ledger."""
+"""`views`: make metrics, samples and chart again from the ledger."""
 
 from __future__ import annotations
 

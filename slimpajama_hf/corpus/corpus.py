@@ -1,4 +1,4 @@
-"""`Corpus`: shards in a fixed order and the records inside them, read as a stream from any place."""
+"""`Corpus`: an ordered list of shards, read as a stream of records from any place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slimpajama_hf.corpus.patience import Patience
 from slimpajama_hf.corpus.shards import BrokenShard, Shard, fingerprint, read_shard
 from slimpajama_hf.errors import UserError
 
-#: So many broken shards in a row are no broken shards: the source itself is wrong, `--skip_broken_shards` or not.
+#: So many broken shards in a row mean that the source itself is wrong. This ends even `--skip_broken_shards`.
 MOST_BROKEN_IN_A_ROW = 10
 
 
@@ -23,23 +23,23 @@ MOST_BROKEN_IN_A_ROW = 10
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """An ordered list of shards. Small and picklable: what it lists is listed when it is read."""
+    """An ordered list of shards. Small and picklable, because the names of files are listed only when it is read."""
 
     name: str
-    """As the user named it."""
+    """The name that the user gave."""
     mirror: str
-    """As it was opened: `hub_id@revision`, `embedded` or `local`."""
+    """The source that was opened: `hub_id@revision`, `embedded` or `local`."""
     text_column: str
     repo: str | None = None
     revision: str | None = None
     prefixes: tuple[str, ...] = ()
     files: tuple[Shard, ...] = ()
     txt_documents: str | None = "line"
-    """What one document of a plain text file is (`formats.TXT_DOCUMENTS`). None: of a version without a choice."""
+    """What one document of a plain text file is (`formats.TXT_DOCUMENTS`). None: the run's version had no choice."""
     held_out_fraction: float = 0.0
-    """Share of the documents that no training reads (`documents.is_held_out`)."""
+    """Fraction of the documents that training never reads (`documents.is_held_out`)."""
     gives_held_out: bool = False
-    """Whether it is that share that is read, and not all the rest."""
+    """Whether reading gives the held-out documents instead of all others."""
 
     @property
     def comes_from_hub(self) -> bool:
@@ -47,7 +47,7 @@ class Corpus:
 
     @property
     def is_on_this_machine(self) -> bool:
-        """Whether it is local files (the embedded corpus, which comes with us, is not what is asked for here)."""
+        """Whether it is local files. The embedded corpus does not count, because it comes with this program."""
         return self.mirror == "local" and all(shard.is_local for shard in self.files)
 
     @property
@@ -55,11 +55,11 @@ class Corpus:
         return Reading(self.text_column, self.txt_documents)
 
     def held_out(self) -> Corpus:
-        """The held-out share of it alone."""
+        """The same corpus, reduced to its held-out documents."""
         return dataclasses.replace(self, gives_held_out=True)
 
     def files_in_words(self) -> str:
-        """`3 files: 2 .jsonl, 1 .txt (one line is one document)`; nothing where the files lie on the Hub."""
+        """Describe local files: `3 files: 2 .jsonl, 1 .txt (one line is one document)`. Empty for any other corpus."""
         if self.mirror != "local":
             return ""
         kinds = Counter(ending_of(shard.name) for shard in self.files)
@@ -70,7 +70,7 @@ class Corpus:
         return f"{len(self.files):,} file{'s' * (len(self.files) != 1)}: {', '.join(words)}"
 
     def shards(self, patience: Patience | None = None) -> Iterator[Shard]:
-        """Shards in reading order. On the Hub a page of 1,000 names is fetched when the reading reaches it."""
+        """Yield the shards in reading order. The Hub lists them in pages of 1,000 names, each fetched when needed."""
         if self.repo is None:
             yield from self.files
             return
@@ -89,10 +89,10 @@ class Corpus:
         skip_broken_shards: bool = False,
         patience: Patience | None = None,
     ) -> Iterator[Document | Unusable | Gap]:
-        """Documents from `start` to the end of this pass, in order.
+        """Yield documents and unusable records from `start` to the end of this pass, in order.
 
-        Raises BrokenShard at a file that cannot be read; with `skip_broken_shards` a Gap stands there instead, and
-        reading goes on with the next shard.
+        Raises BrokenShard at a file that cannot be read. With `skip_broken_shards` a Gap comes instead, and reading
+        goes on with the next shard.
         """
         patience = patience or Patience()
         waiting = start.shard is not None
@@ -104,13 +104,13 @@ class Corpus:
             first = start.row if waiting or start.shard is None else 0
             waiting, start = False, Cursor(start.epoch, shard.name)
             if gap is not None:
-                # Held back until the shard after it is known, which is where reading goes on.
+                # The gap waits until the next shard is known, because reading goes on there.
                 yield dataclasses.replace(gap, after=start)
                 gap = None
             try:
                 for row, record in read_shard(shard, first, self.reading, patience):
                     broken_in_a_row = 0
-                    # Made, not copied from `start`: a third of the time of reading was `dataclasses.replace`.
+                    # New objects: `dataclasses.replace` took a third of the time of reading.
                     here, after = Cursor(start.epoch, shard.name, row), Cursor(start.epoch, shard.name, row + 1)
                     found: Document | Unusable
                     if isinstance(record, str):
@@ -143,7 +143,7 @@ class Corpus:
             raise UserError(f"{self.mirror}: {start.shard} is not there any more; this run stopped inside it")
 
     def describe(self) -> dict[str, Any]:
-        """What `recorded` needs to open the same corpus again, and `check_unchanged` to see whether it is the same."""
+        """Return what `recorded` needs to open the same corpus again, and `check_unchanged` to compare it."""
         return {
             "name": self.name,
             "mirror": self.mirror,
@@ -165,7 +165,7 @@ def _described(shard: Shard) -> list[Any]:
     try:
         return [shard.name, shard.url, *fingerprint(shard.path)]
     except OSError:
-        # Reading will say what is wrong with it, when it is reached.
+        # Reading will report the error when it comes to this file.
         return [shard.name, shard.url]
 
 

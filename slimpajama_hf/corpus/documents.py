@@ -1,4 +1,4 @@
-"""A document and its place: what a record of a shard becomes, or why it cannot be used."""
+"""A document and its place in the corpus. Each record of a shard becomes a document, or a reason why it cannot."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from slimpajama_hf.corpus.formats import DOMAIN_KEYS
 
 UNKNOWN_DOMAIN = "unknown"
 
-#: Reason of documents that are kept for evaluation (`--eval_fraction`).
+#: Reason for documents that are kept for evaluation (`--eval_fraction`).
 HELD_OUT = "held out"
 
-#: Reason of documents of which nothing can be predicted.
+#: Reason for documents in which no token can be predicted.
 TOO_SHORT = "fewer than 2 tokens"
 
-#: Fields of a record without text that are looked at, to say what there is instead.
+#: If a record has no text, the names of this many of its fields are remembered for the message.
 _MOST_FIELDS = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Cursor:
-    """A place in a corpus: what is read next. `row` counts records of `shard` from 0, `token` tokens of that record.
+    """Where reading goes on in a corpus. `row` counts records of `shard` from 0, `token` tokens of that record.
 
-    Scalars alone, each with a default: it is kept in checkpoints, and those of older versions have fewer fields. In a
-    shuffled block (`size` above 0) shard and row are where the block begins, not the record.
+    All fields are scalars with a default: checkpoints hold cursors, and those of older versions have fewer fields. In
+    a shuffled block (`size` above 0), `shard` and `row` say where the block begins, not where the record is.
     """
 
     epoch: int = 0
@@ -42,7 +42,7 @@ class Cursor:
     block: int = 0
     """Number of the shuffled block in its pass."""
     used: int = 0
-    """Records of the block already used, in its shuffled order."""
+    """Records of the block that are already used, in its shuffled order."""
     size: int = 0
     """Records in the block; 0: not inside one."""
 
@@ -75,12 +75,12 @@ class Unusable:
     here: Cursor = Cursor()
     after: Cursor = Cursor()
     fields: tuple[tuple[str, int], ...] = ()
-    """Of a record without its text: names of what it has, and how many characters where that is a string, else -1."""
+    """If the text is missing: the names of the fields there, each with its length in characters (-1: not a string)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-    """The rest of a shard that was set aside, from `row` on; `after` is the start of the next shard."""
+    """The rest of a shard that was skipped, from `row` on. `after` is the start of the next shard."""
 
     reason: str
     shard: str
@@ -93,7 +93,7 @@ class Gap:
 
 
 def domain_of(record: dict[str, Any]) -> str:
-    """The domain in a record's `meta`, which is a dict, a JSON string or the repr of a Python dict, by mirror."""
+    """The domain that a record's `meta` names. By mirror, `meta` is a dict, a JSON string or the repr of a dict."""
     meta = record.get("meta")
     if isinstance(meta, str) and len(meta) < 10_000:
         try:
@@ -112,19 +112,19 @@ def domain_of(record: dict[str, Any]) -> str:
 
 
 def without_surrogates(text: str) -> str:
-    """`text` with U+FFFD for each lone surrogate, which no file in UTF-8 can hold."""
+    """`text` with U+FFFD for each lone surrogate, because a UTF-8 file cannot hold one."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def is_held_out(sha1: str, fraction: float) -> bool:
-    """Whether the document of this SHA-1 is among the held-out `fraction`: in every run and process the same."""
+    """Whether the document with this SHA-1 is in the held-out `fraction`: the same in every run and process."""
     return int(sha1[:8], 16) < fraction * 2**32
 
 
 def in_words(passed_over: Mapping[str, int], fields: Mapping[str, int], text_column: str, read: int = 0) -> str:
-    """What was passed over, by reason: "6 records without a `text`; fields seen: `content`, `id`; try --text_column
-    content". `fields`: those of records without text, and their characters in all. `read`: documents that have a text;
-    where they are more, another column is not what to try."""
+    """Say what was passed over, by reason: "6 records without a `text`; fields seen: `content`, `id`; try --text_column
+    content". `fields`: field -> characters, over the records without a text. `read`: how many documents have a text.
+    Another column is suggested only if they are fewer than the records without one."""
     lacks = f"no {text_column!r}"
     words = ", ".join(
         f"{count:,} record{'s' * (count != 1)} without a `{text_column}`" if reason == lacks else f"{count:,} {reason}"
@@ -141,7 +141,7 @@ def in_words(passed_over: Mapping[str, int], fields: Mapping[str, int], text_col
 def to_document(
     record: Any, text_column: str, mirror: str, shard: str, row: int, here: Cursor = Cursor(), after: Cursor = Cursor()
 ) -> Document | Unusable:
-    """A record as a document, or the reason why it is none. The tokenizer may still find it too short."""
+    """Turn a record into a document, or into the reason why it is none. The tokenizer may still find it too short."""
     if isinstance(record, dict):
         text = record.get(text_column)
         if isinstance(text, str) and text and not text.isspace():

@@ -1,9 +1,9 @@
 """The embedded corpus: real text that every Python installation holds, in the record shape of SlimPajama.
 
 The documents are cut from the standard library of the running interpreter (its `.py` sources, without tests) and from
-`pydoc`'s language reference. Nothing is downloaded. The text is under the PSF licence that came with the interpreter.
+the language reference in `pydoc`. Nothing is downloaded. The text has the PSF licence that came with the interpreter.
 
-One record is `{"text": str, "meta": {"redpajama_set_name": str}}`; the names of the domains are our own (`DOMAINS`)
+One record is `{"text": str, "meta": {"redpajama_set_name": str}}`. The domains have names of our own (`DOMAINS`),
 because this is not SlimPajama and must not look like it in a chart.
 """
 
@@ -35,19 +35,19 @@ from slimpajama_hf.files import sync_folder
 DOMAINS = ("PythonFunction", "PythonClass", "PythonDocstring", "PythonTopic")
 TRAIN, VALIDATION = "train.jsonl.zst", "validation.jsonl.zst"
 
-# Part of the folder's name: raise it whenever the same sources would give other documents or another order.
+# Part of the folder's name. Raise it when the same sources would give other documents or another order.
 _VERSION = "v1"
-# Folders left out because some distributions leave them out or keep other packages there.
+# Folders left out, because some distributions lack them or keep other packages in them.
 _LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"})
-# Characters. Shorter texts are mostly one-line wrappers that differ in one name.
+# Fewest characters of a document. Shorter texts are mostly one-line wrappers that differ in one name.
 _SHORTEST = {"PythonFunction": 80, "PythonClass": 80, "PythonDocstring": 60, "PythonTopic": 80}
 # Characters of a topic section after which the next paragraph starts a new document.
 _TOPIC_SECTION = 1000
 _VALIDATION_PERCENT = 2
-# Fewer sources than this is not a standard library (it has some 650): it was stripped or sits in a zip file.
+# A standard library has some 650 sources. With fewer than this it was stripped, or lies in a zip file.
 _FEWEST_SOURCES = 100
 _SAY_EVERY_SECONDS = 0.5
-# A temporary folder older than this was left by a process that died: a build takes seconds.
+# A build takes seconds, so a temporary folder older than this was left by a process that died.
 _STALE_SECONDS = 3600.0
 
 
@@ -71,12 +71,12 @@ def default_cache() -> Path:
 
 
 def build(cache: Path, say: Callable[[str], None] = lambda line: None) -> Path:
-    """Give the folder that holds `train.jsonl.zst` and `validation.jsonl.zst`, building it when it is not there.
+    """Return the folder that holds `train.jsonl.zst` and `validation.jsonl.zst`. Build it if it is not there.
 
     The folder is named after the interpreter's version and its sources, so that another Python gets another folder. It
-    appears whole or not at all; when two processes build it at once, the first one's is kept. Documents are distinct
-    over both files, 2 in 100 of them are for validation. The same sources give the same bytes. `say` gets a line at
-    least every second.
+    appears whole or not at all; if two processes build it at once, that of the first stays. Each document is in one of
+    the files, once; 2 in 100 are for validation. The same sources give the same bytes. `say` gets a line at least every
+    second.
 
     Raises UserError when this Python holds no sources or when `cache` cannot be written.
     """
@@ -85,7 +85,7 @@ def build(cache: Path, say: Callable[[str], None] = lambda line: None) -> Path:
     folder = cache / _folder_name(library, sources)
     if _is_whole(folder):
         return folder
-    # Made before the reading, which takes seconds: a cache that cannot be written is told at once.
+    # Made before the sources are read, which takes seconds: a cache that cannot be written fails at once.
     temporary = _temporary_folder(cache)
     try:
         say(f"building the embedded corpus from {len(sources)} modules of the standard library in {library}")
@@ -95,7 +95,7 @@ def build(cache: Path, say: Callable[[str], None] = lambda line: None) -> Path:
                 lines = [record for record, is_validation in records if is_validation is part]
                 say(f"writing {name}: {len(lines)} documents")
                 _write_zst(temporary / name, lines)
-            # mkdtemp makes it private; a cache may be shared between users.
+            # mkdtemp makes it private, but users may share a cache.
             temporary.chmod(0o755)
             sync_folder(temporary)
             _move_into_place(temporary, folder)
@@ -124,7 +124,7 @@ def _not_writable(cache: Path, error: OSError) -> UserError:
 
 
 def _standard_library() -> Path:
-    """The folder of the running interpreter's pure-Python standard library."""
+    """Return the folder of this interpreter's pure-Python standard library. Raises UserError if there is none."""
     library = Path(sysconfig.get_path("stdlib"))
     if library.is_dir():
         return library
@@ -135,12 +135,12 @@ def _standard_library() -> Path:
 
 
 def _sources(library: Path) -> list[tuple[str, int]]:
-    """Relative path (with `/`) and size in bytes of every source that is used, sorted by path."""
+    """Relative path (with `/`) and size in bytes of each source that is used, sorted by path."""
     found = []
     for folder, folders, names in os.walk(library):
         folders[:] = sorted(name for name in folders if name not in _LEFT_OUT and not name.startswith("config-"))
         for name in names:
-            # _sysconfigdata*.py is made on the machine that built this Python and names its folders.
+            # _sysconfigdata*.py names folders of the machine that built this Python.
             if name.endswith(".py") and not name.startswith("_sysconfigdata"):
                 path = Path(folder, name)
                 found.append((path.relative_to(library).as_posix(), path.stat().st_size))
@@ -164,9 +164,9 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _move_into_place(temporary: Path, folder: Path) -> None:
-    """Rename `temporary` to `folder`; another process may have done so first, then its folder stays."""
+    """Rename `temporary` to `folder`. If another process was faster, its folder stays."""
     if folder.exists() and not _is_whole(folder):
-        # Somebody deleted one of the files: a rename cannot replace a folder that is not empty.
+        # Somebody deleted one of the files. A rename cannot replace a folder that is not empty.
         shutil.rmtree(folder, ignore_errors=True)
     try:
         os.rename(temporary, folder)
@@ -189,7 +189,7 @@ def _write_zst(path: Path, lines: list[str]) -> None:
     """Write JSON lines as one zstd frame, synced to disk."""
     from backports import zstd
 
-    # One call on all bytes: content size and checksum stand in the frame, so that a reader sees a cut file.
+    # Compressed in one call, so that the frame has size and checksum, and a reader notices a file that was cut short.
     data = zstd.compress("".join(lines).encode("utf-8"), options={zstd.CompressionParameter.checksum_flag: 1})
     with open(path, "wb") as file:
         file.write(data)
@@ -198,10 +198,10 @@ def _write_zst(path: Path, lines: list[str]) -> None:
 
 
 def _distinct(documents: Iterator[Document]) -> list[tuple[str, bool]]:
-    """JSON lines in the order of the corpus, each with whether it is for validation.
+    """Return (JSON line, whether it is for validation) of each distinct document, in the order of the corpus.
 
-    The order is the order of the texts' SHA-1: a shuffle that is the same everywhere. The part depends on the text
-    alone, so that a text never changes sides when the sources around it change.
+    Documents are sorted by the SHA-1 of their text: a shuffle that is the same everywhere. The part depends on the text
+    alone, so that a text never moves to the other part when the sources around it change.
     """
     records: dict[bytes, tuple[str, bool]] = {}
     for text, domain in documents:
@@ -210,14 +210,14 @@ def _distinct(documents: Iterator[Document]) -> list[tuple[str, bool]]:
         digest = hashlib.sha1(text.encode("utf-8")).digest()
         if digest not in records:
             record = {"text": text, "meta": {"redpajama_set_name": domain}}
-            # The last bytes decide: the first ones are the order, and validation must not be one end of it.
+            # The last bytes decide. The first ones make the order, and validation must not be one end of it.
             part = int.from_bytes(digest[-4:], "big") % 100 < _VALIDATION_PERCENT
             records[digest] = (json.dumps(record, ensure_ascii=False) + "\n", part)
     return [records[digest] for digest in sorted(records)]
 
 
 def _documents(library: Path, sources: list[tuple[str, int]], say: Callable[[str], None]) -> Iterator[Document]:
-    """Every document, repeated ones included, in the order of the sources. Cleaned, not yet filtered by length."""
+    """Yield every document, repeated ones too, in the order of the sources. Cleaned, not yet filtered by length."""
     said = time.monotonic()
     for number, (name, _) in enumerate(sources):
         now = time.monotonic()
@@ -231,7 +231,7 @@ def _documents(library: Path, sources: list[tuple[str, int]], say: Callable[[str
 
 
 def _clean(text: str) -> str:
-    """NFC, Unix line ends, no spaces before line ends, no empty lines around; no lone surrogates (JSON, UTF-8)."""
+    """Normalize to NFC and Unix line ends. Drop spaces before line ends, empty lines around, and lone surrogates."""
     text = text.encode("utf-8", "ignore").decode("utf-8")
     text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
     text = re.sub(r"[ \t\f]+\n", "\n", text)
@@ -239,16 +239,16 @@ def _clean(text: str) -> str:
 
 
 def _module(source: bytes) -> Iterator[Document]:
-    """Documents of one module: its functions, classes and docstrings. None when the source cannot be parsed.
+    """Yield the documents of one module: its functions, classes and docstrings. None if the source cannot be parsed.
 
-    A few sources of the library are broken on purpose (bad encodings, old syntax): those give nothing.
+    A few sources of the library are broken on purpose (bad encodings, old syntax) and give nothing.
     """
     try:
         with warnings.catch_warnings():
-            # Invalid escapes in old modules are the library's business, not our user's.
+            # The user can do nothing about invalid escapes in old modules of the library.
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
-        # Decoded by the source's own coding line, and split as the parser does: at \n alone (a form feed is no line).
+        # Decoded as the source's own coding line says, and split as the parser splits: at \n alone, not at form feeds.
         text = importlib.util.decode_source(source)
     except (SyntaxError, ValueError, UnicodeDecodeError):
         return
@@ -258,7 +258,7 @@ def _module(source: bytes) -> Iterator[Document]:
 
 
 def _definitions(body: list[ast.stmt], lines: list[str]) -> Iterator[Document]:
-    """Documents of the functions and classes defined in `body`, also below `if` and `try`, not inside functions."""
+    """Yield documents of the functions and classes in `body`, also below `if` and `try`, but not inside functions."""
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield Document(_without_docstring(node, lines), "PythonFunction")
@@ -280,7 +280,7 @@ def _docstring(node: ast.Module | ast.FunctionDef | ast.AsyncFunctionDef) -> Ite
 
 
 def _first_line(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> int:
-    """Number (from 1) of the first line of a definition, its decorators included."""
+    """Number (from 1) of the first line of a definition or of its decorators."""
     return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
 
 
@@ -293,23 +293,23 @@ def _is_docstring(statement: ast.stmt) -> bool:
 
 
 def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
-    """Source of a function, dedented, without its own docstring (which is a document of its own)."""
+    """Dedented source of a function without its docstring, which is a document of its own."""
     start, end = _first_line(node), node.end_lineno or node.lineno
     first = node.body[0]
-    # Only a docstring that has its lines for itself can be cut out line by line (not `def f(): "text"`).
+    # A docstring can be cut out line by line only if it shares no line with code (not `def f(): "text"`).
     if _is_docstring(first) and len(node.body) > 1 and first.lineno > node.lineno and first.end_lineno:
         if node.body[1].lineno > first.end_lineno:
             kept = lines[start - 1 : first.lineno - 1] + lines[first.end_lineno : end]
             return textwrap.dedent("".join(kept))
     elif _is_docstring(first) and len(node.body) == 1:
-        return ""  # Nothing but its docstring: no second document.
+        return ""  # The function is only a docstring, so there is no second document.
     return textwrap.dedent("".join(lines[start - 1 : end]))
 
 
 def _outline(node: ast.ClassDef, lines: list[str]) -> str:
-    """Source of a class with `...` for the bodies of its methods: what help() shows, in the class's own words.
+    """Source of a class with `...` for the bodies of its methods, like a help() page that is code.
 
-    Methods are documents of their own, inner classes too; neither is repeated here.
+    Methods and inner classes are documents of their own and are not repeated here.
     """
     kept = lines[_first_line(node) - 1 : node.body[0].lineno - 1]
     for statement in node.body:
@@ -317,7 +317,7 @@ def _outline(node: ast.ClassDef, lines: list[str]) -> str:
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
             head = lines[_first_line(statement) - 1 : max(statement.body[0].lineno - 1, statement.lineno)]
             if statement.body[0].lineno > statement.lineno:
-                # Comments between the head and the first statement belong to the body.
+                # Comments between head and first statement belong to the body.
                 while len(head) > 1 and not head[-1].split("#")[0].strip():
                     head.pop()
                 indent = " " * (statement.col_offset + 4)
@@ -332,9 +332,9 @@ def _outline(node: ast.ClassDef, lines: list[str]) -> str:
 
 
 def _topics(path: Path) -> Iterator[Document]:
-    """Sections of the language reference that `help("topic")` shows: paragraphs together, about 1000 characters each.
+    """Yield sections of the language reference that `help("topic")` shows: whole paragraphs, about 1000 characters.
 
-    Read from the file of the same library as everything else, as the one dictionary literal that it is.
+    `path` is a file of the same library as everything else. It holds one dictionary literal.
     """
     for node in ast.parse(path.read_bytes()).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
@@ -345,11 +345,11 @@ def _topics(path: Path) -> Iterator[Document]:
 
 
 def _sections(topic: str) -> Iterator[str]:
-    """Cut a topic between paragraphs. A short rest joins the section before it."""
+    """Cut a topic between paragraphs. A section ends when it has `_TOPIC_SECTION` characters, or before a heading."""
     sections: list[str] = []
     for paragraph in re.split(r"\n\s*\n", topic):
         underlined = re.search(r"^[*=\-~^]{4,}$", paragraph, re.MULTILINE) is not None
-        # A heading starts a section, and an indented paragraph (code, a list) goes on with the one before it.
+        # A heading starts a section. An indented paragraph (code, a list) belongs to the one before it.
         if sections and not underlined and (len(sections[-1]) < _TOPIC_SECTION or paragraph.startswith("   ")):
             sections[-1] += "\n\n" + paragraph
         else:

@@ -1,4 +1,4 @@
-"""How a file is cut into records. To add a format: a row in `FORMATS` and a reader."""
+"""How a file is cut into records. To add a format, write a reader and add a row to `FORMATS`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from slimpajama_hf import screen
 from slimpajama_hf.corpus.patience import StopRequested
 from slimpajama_hf.errors import UserError
 
-#: A longer line is passed over without being held in memory. The longest documents of SlimPajama are books of some MB.
+#: Longer lines are skipped and never held in memory. The longest documents of SlimPajama are books of some MB.
 LONGEST_LINE_BYTES = 32 * 2**20
 
-#: Columns, beside `meta`, where other corpora keep what SlimPajama calls `redpajama_set_name`.
+#: Keys, beside `meta`, in which other corpora keep what SlimPajama calls `redpajama_set_name`.
 DOMAIN_KEYS = ("redpajama_set_name", "domain", "pile_set_name", "source", "subset")
 
-#: `--txt_documents`: what one document of a plain text file is, and how the plan says it.
+#: `--txt_documents` -> what the plan says. It decides what one document of a plain text file is.
 TXT_DOCUMENTS = {
     "line": "one line is one document",
     "paragraph": "one paragraph is one document",
@@ -28,15 +28,15 @@ TXT_DOCUMENTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How records are read: what a run has recorded of it."""
+    """How the records of a run are read, as the run recorded it."""
 
     text_column: str = "text"
     txt_documents: str | None = "line"
-    """One of `TXT_DOCUMENTS`. None: a run of a version that had no choice, and looked at no first bytes."""
+    """One of `TXT_DOCUMENTS`. None: a run of a version that had no choice, and did not look at first bytes."""
 
 
 def lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
-    """Lines without their newline; None stands for one that is longer than `LONGEST_LINE_BYTES` (never held whole)."""
+    """Yield lines without their newline, or None for a line longer than `LONGEST_LINE_BYTES`, which is never held."""
     pending: list[bytes] = []
     size = 0
     for chunk in chunks:
@@ -61,7 +61,7 @@ def _too_long() -> str:
 
 
 def read_json_lines(chunks: Iterable[bytes], start: int, reading: Reading) -> Iterator[tuple[int, Any]]:
-    """(row, record) from row `start`; a record is a value, or Unusable's reason as a string."""
+    """Yield (row, record) from row `start`. A record is a JSON value, or a string that says why it cannot be used."""
     for row, line in enumerate(lines(chunks)):
         if row < start:
             continue
@@ -75,13 +75,13 @@ def read_json_lines(chunks: Iterable[bytes], start: int, reading: Reading) -> It
         except (ValueError, RecursionError):
             yield row, "not JSON" if line.strip() else "empty line"
         else:
-            # A string alone would be taken for a reason.
+            # A record that is a string would be taken for a reason.
             yield row, record if not isinstance(record, str) else [record]
 
 
 def read_text(chunks: Iterable[bytes], start: int, reading: Reading) -> Iterator[tuple[int, Any]]:
-    """A plain text file, cut into documents as `--txt_documents` says. The row of a line is its number in the file,
-    empty ones counted; that of a paragraph its number among the paragraphs."""
+    """Cut a plain text file into documents as `--txt_documents` says. The row of a line is its number in the file,
+    empty lines included. The row of a paragraph is its number among the paragraphs."""
     if reading.txt_documents == "file":
         found: Iterator[tuple[int, bytes | None]] = iter([(0, _whole(chunks))])
     elif reading.txt_documents == "paragraph":
@@ -104,7 +104,7 @@ def read_text(chunks: Iterable[bytes], start: int, reading: Reading) -> Iterator
 
 
 def _whole(chunks: Iterable[bytes]) -> bytes | None:
-    """All bytes, or None where they are too many for one document."""
+    """All bytes, or None if they are too many for one document."""
     found: list[bytes] = []
     size = 0
     for chunk in chunks:
@@ -116,7 +116,7 @@ def _whole(chunks: Iterable[bytes]) -> bytes | None:
 
 
 def _paragraphs(found: Iterable[bytes | None]) -> Iterator[bytes | None]:
-    """Lines that follow each other without a blank one between, joined; None for a paragraph that is too long."""
+    """Join lines that have no blank line between them. None stands for a paragraph that is too long."""
     paragraph: list[bytes] = []
     size = 0
     for line in found:
@@ -138,19 +138,19 @@ def _paragraphs(found: Iterable[bytes | None]) -> Iterator[bytes | None]:
 
 
 class _Unreadable(str):
-    """In place of a value that cannot be read: why."""
+    """Stands for a value that cannot be read, and says why."""
 
 
 def read_parquet(file: IO[bytes], start: int, reading: Reading) -> Iterator[tuple[int, Any]]:
-    """A parquet file, row group by row group: those before `start` are not read.
+    """Read a parquet file, row group by row group. Groups before `start` are skipped.
 
-    Each value is decoded by itself, so that a bad one costs its record alone; of the columns beside the text only those
-    that may name the domain are read, and one that cannot be read leaves it unknown.
+    Each value is decoded by itself, so that a bad one costs only its record. Beside the text, only columns that may
+    name the domain are read. If one of them cannot be read, the domain is unknown.
     """
     from pyarrow import parquet
 
-    # Buffered ahead, the first row of a local file would wait until its whole row group has been read, which may be all
-    # of the file. What comes over the network comes in few large requests.
+    # With read-ahead, the first row of a local file would wait for its whole row group, which may be all of the file.
+    # Over the network, read-ahead means few large requests.
     local = isinstance(file, io.BufferedReader)
     reader = parquet.ParquetFile(file, pre_buffer=not local, buffer_size=2**20 if local else 0)
     names = reader.schema_arrow.names
@@ -175,7 +175,7 @@ def read_parquet(file: IO[bytes], start: int, reading: Reading) -> Iterator[tupl
 
 
 def _record(value: Any, named: dict[str, str | None], text_column: str) -> Any:
-    """A record in the shape that a line of JSON has, or why there is none."""
+    """A record in the shape of a line of JSON, or a string that says why there is none."""
     if isinstance(value, _Unreadable):
         return str(value)
     if isinstance(value, bytes):
@@ -203,7 +203,7 @@ def _domain_columns(schema: Any) -> list[str]:
 
 
 def _column(reader: Any, group: int, path: str, inside: bool) -> Iterator[Any]:
-    """The values of one column of a row group; text comes as its bytes. `inside`: `path` names a field of a struct."""
+    """Yield the values of one column of a row group; text as bytes. `inside`: `path` names a field of a struct."""
     import pyarrow
 
     for batch in reader.iter_batches(batch_size=64, row_groups=[group], columns=[path]):
@@ -225,7 +225,7 @@ def _column(reader: Any, group: int, path: str, inside: bool) -> Iterator[Any]:
 
 
 def _beside(reader: Any, group: int, path: str, said: set[str]) -> Iterator[str | None]:
-    """The strings of a column that is not the text, None for every other value, without an end."""
+    """Yield the strings of a column beside the text, None for other values, and None for ever after its end."""
     from slimpajama_hf.corpus import hub_files
 
     try:
@@ -246,7 +246,7 @@ def _beside(reader: Any, group: int, path: str, said: set[str]) -> Iterator[str 
 
 Reader = Callable[[Any, int, Reading], Iterator[tuple[int, Any]]]
 
-#: File name ending -> reader of (row, record).
+#: Ending of a file name -> reader of (row, record).
 FORMATS: dict[str, Reader] = {
     ".jsonl": read_json_lines,
     ".jsonl.zst": read_json_lines,
@@ -261,7 +261,7 @@ FORMATS: dict[str, Reader] = {
 
 
 def ending_of(name: str) -> str | None:
-    """The ending in `FORMATS` that a file name has, upper case or not; None for a format that we do not read."""
+    """The ending in `FORMATS` that a file name has, in any case; None for a format that we do not read."""
     return next((ending for ending in sorted(FORMATS, key=len, reverse=True) if name.lower().endswith(ending)), None)
 
 

@@ -1,10 +1,10 @@
-"""Files on the Hub, read range by range, and lists of them, page by page; both outlast failures of network and server.
+"""Files on the Hub, read range by range, and their lists, read page by page. Both outlast failures of the network.
 
-`HfFileSystem.open` asks for the whole repository and for every name in the file's folder first (huggingface_hub,
-`HfFileSystem.info`): thousands of names for a folder of SlimPajama. huggingface_hub's own retries
-(`http_backoff`) wait up to 23 s without a word and know nothing of a stop; `datasets` repeats reads on the decompressor
-and loses what that had half done (trap 7 of its streaming). Here the same range is asked for again, below everything
-that decompresses: no byte is lost, none comes twice.
+`HfFileSystem.open` first asks for the whole repository and for every name in the file's folder (huggingface_hub,
+`HfFileSystem.info`): thousands of names for a folder of SlimPajama. The retries of huggingface_hub (`http_backoff`)
+wait up to 23 s silently and cannot be stopped. `datasets` repeats reads on the decompressor, which loses what it had
+half done. Here a failed range is asked for again below everything that decompresses: no byte is lost, and none
+comes twice.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any, TypeVar
 
 from slimpajama_hf.corpus.patience import Patience
 
-#: Bytes asked for at a time: enough to keep the line busy, little enough that the first document comes soon.
+#: Bytes in one request: enough to keep the connection busy, few enough that the first document comes soon.
 RANGE_BYTES = 2 * 2**20
 
 #: Seconds without a byte after which a request counts as failed.
 REQUEST_TIMEOUT = 10.0
 
-#: Statuses that pass by themselves. Every other one from 400 on is the server's last word.
+#: HTTP statuses that pass by themselves, like those from 500 on. Every other one from 400 on is final.
 _PASSING = frozenset({408, 425, 429})
 
 _STATUS_WORDS = {
@@ -45,11 +45,11 @@ Result = TypeVar("Result")
 
 
 class ShortAnswer(OSError):
-    """An answer that is not what was asked for, or less of it: asked for again."""
+    """An answer with other bytes than asked for, or with fewer. The request is repeated."""
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error of huggingface_hub, None where no server answered."""
+    """The HTTP status of an error of huggingface_hub; None if no server answered."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
@@ -59,7 +59,7 @@ def status_words(status: int) -> str:
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:
-    """What the HTTP client under huggingface_hub raises when the network fails (it is httpx or httpx2, by version)."""
+    """The network errors of the HTTP client that huggingface_hub uses (httpx or httpx2, by version)."""
     from huggingface_hub.utils import get_session
 
     client = sys.modules[type(get_session()).__module__.partition(".")[0]]
@@ -67,7 +67,7 @@ def _transport_errors() -> tuple[type[Exception], ...]:
 
 
 def passing(error: BaseException) -> str | None:
-    """Why a request failed, if trying again can help; None for a failure that stays."""
+    """Why a request failed, if another try can help; None for a failure that stays."""
     if isinstance(error, ShortAnswer):
         return str(error)
     status = status_of(error)
@@ -82,7 +82,7 @@ def passing(error: BaseException) -> str | None:
 
 
 def _seconds_asked(error: BaseException) -> float | None:
-    """Seconds that the server wants to be left alone: `Retry-After` (seconds or a date) or the Hub's `ratelimit`."""
+    """Seconds that the server asks us to wait: `Retry-After` (seconds or a date), or the Hub's `ratelimit` headers."""
     headers = getattr(getattr(error, "response", None), "headers", None)
     if headers is None:
         return None
@@ -104,7 +104,7 @@ def _seconds_asked(error: BaseException) -> float | None:
 
 
 def persistently(ask: Callable[[], Result], what: str, patience: Patience) -> Result:
-    """What `ask` gives, asked again for as long as patience lasts. Raises its error when trying again cannot help."""
+    """Call `ask` until it succeeds or patience is over. Raises its error when another try cannot help."""
     while True:
         began = time.monotonic()
         try:
@@ -120,9 +120,9 @@ def persistently(ask: Callable[[], Result], what: str, patience: Patience) -> Re
 
 
 class RangeFile(io.RawIOBase):
-    """The bytes of `path` in a dataset at a revision.
+    """The bytes of `path` in a dataset at a revision, as a file.
 
-    Raises huggingface_hub's errors when it cannot be had, and what `Patience` raises.
+    Raises the errors of huggingface_hub if it cannot be read, and those of `Patience`.
     """
 
     def __init__(self, repo: str, revision: str, path: str, patience: Patience | None = None) -> None:
@@ -154,7 +154,7 @@ class RangeFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        """Fill `buffer` from here on; 0 at the end of the file. Goes on after the last byte that came."""
+        """Fill `buffer` from the current position; 0 at the end of the file. A retry goes on after the last byte."""
         start = self._position
         end = min(start + len(buffer), self._size)
         while self._position < end:
@@ -174,17 +174,17 @@ class RangeFile(io.RawIOBase):
         return max(0, end - start)
 
     def _fetch(self, buffer: memoryview) -> None:
-        """One request for the next `len(buffer)` bytes; `_position` moves with every byte that comes."""
+        """Make one request for the next `len(buffer)` bytes. `_position` moves with every byte that comes."""
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         first, last = self._position, self._position + len(buffer) - 1
-        # A range of compressed bytes would be a range of something else.
+        # If the server compressed the answer, the range would count compressed bytes.
         headers = {**build_hf_headers(), "Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"}
         with get_session().stream("GET", self._url, headers=headers, timeout=REQUEST_TIMEOUT) as response:
             if response.status_code >= 400:
                 response.read()
                 hf_raise_for_status(response)
-            # A server that knows no ranges sends everything.
+            # A server that does not know ranges sends everything.
             to_pass_over = first if response.status_code == 200 else 0
             if response.status_code != 200:
                 asked, came = f"bytes {first}-{last}/{self._size}", response.headers.get("content-range", "nothing")
@@ -213,10 +213,10 @@ def open_on_hub(url: str, patience: Patience | None = None) -> io.BufferedReader
 
 
 def list_folder(repo: str, revision: str | None, folder: str, patience: Patience) -> Iterator[str]:
-    """Paths of the files in one folder of a dataset, in the Hub's order (by name), a page of 1,000 at a time.
+    """Yield the paths of the files in one folder of a dataset, in the Hub's order (by name), in pages of 1,000.
 
-    The tree API of huggingface_hub 2.4 (hf_api.py, `_iter_repo_tree_pages`), whose own requests have no time limit.
-    A page that fails is asked for again; those before it are not.
+    This is the tree API of huggingface_hub 2.4 (hf_api.py, `_iter_repo_tree_pages`), whose own requests have no time
+    limit. If a page fails, only that page is asked for again.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status

@@ -1,4 +1,4 @@
-"""The local files that `--dataset` names: one, those of a glob, or those of a folder."""
+"""The local files that `--dataset` names: one file, a glob, or a folder."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from slimpajama_hf.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Files in the order in which they are read, and what lies beside them and is not."""
+    """Files in reading order, and a count of what was not read."""
 
     paths: list[str]
     left_out: Counter[str]
-    """Kinds in a word or two, as `.md` or `hidden`, and how many there are."""
+    """Kind, as `.md` or `hidden` -> how many there are."""
 
     def left_out_in_words(self) -> str:
         return ", ".join(f"{count:,} {kind}" for kind, count in self.left_out.most_common(8))
 
 
 def find(named: str) -> Found:
-    """The files that `named` means; `~` is the home folder, also in a glob. A link that leads nowhere is among them.
+    """Return the files that `named` means. `~` is the home folder, also in a glob. Broken links are among the files.
 
-    Raises UserError where there are none.
+    Raises UserError if there are none.
     """
     pattern = os.path.expanduser(named)
     if os.path.isdir(pattern):
@@ -51,20 +51,20 @@ def find(named: str) -> Found:
         raise UserError(
             f"--dataset {printable(named)}: no such file; expected a file, a folder or a 'glob' of {', '.join(FORMATS)}"
         )
-    # Of `**` the folders are the way, not the aim.
+    # In a pattern with `**`, folders are only on the way to the files.
     count = 0 if "**" in pattern else len(folders)
     return Found(files, Counter({f"folder{'s' * (count != 1)}": count}) if count else Counter())
 
 
 def _of_folder(folder: str) -> Found:
-    """Its files by ending, recursively, in the order of their names (of their paths inside the folder)."""
+    """Return the files of a folder and its subfolders that have a known ending, sorted by their paths inside it."""
     paths: list[str] = []
     left_out: Counter[str] = Counter()
     been: set[tuple[int, int]] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         here = os.stat(place)
         if (here.st_dev, here.st_ino) in been:
-            # A link to a folder that was read already, or to one above.
+            # A link back to a folder that was read already, perhaps one above.
             folders.clear()
             continue
         been.add((here.st_dev, here.st_ino))
@@ -81,16 +81,16 @@ def _of_folder(folder: str) -> Found:
 
 
 def shards(paths: list[str], skip_broken_shards: bool) -> tuple[Shard, ...]:
-    """The files as shards, each looked at before anything is read.
+    """Make shards of the files, after a look at each.
 
-    Raises UserError for one that is not there, may not be read, has another format or is not what its name says. With
-    `skip_broken_shards` those that cannot be read are left to the reading, which sets them aside one by one.
+    Raises UserError for a file that is missing, may not be read, has another format or is not what its name says. With
+    `skip_broken_shards`, files that cannot be read are left to the reading, which skips them one by one.
     """
     for path in paths:
         wrong = _wrong_kind(path) or (None if skip_broken_shards else _unreadable(path))
         if wrong is not None:
             raise UserError(f"--dataset {printable(path)}: {wrong}")
-    # Names relative to where all files lie: the ledger stays true when the folder is moved.
+    # Names are relative to the common folder, so that the ledger stays true when the folder is moved.
     absolute = [os.path.abspath(path) for path in paths]
     base = os.path.commonpath([os.path.dirname(path) for path in absolute])
     return tuple(Shard(printable(os.path.relpath(path, base)), url_of(path)) for path in absolute)

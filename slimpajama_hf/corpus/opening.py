@@ -1,9 +1,9 @@
-"""Where text comes from: mirrors of SlimPajama, the embedded corpus, local files, any Hub dataset.
+"""Open a corpus: SlimPajama from one of its mirrors, the embedded corpus, local files, or any Hub dataset.
 
-Each becomes a `Corpus`: shards in a fixed order and records inside them, read as a stream of `Document`s. The place of
-a document (mirror, shard, row) rides with it, so reading can start again at any row without a look at earlier shards.
+Each becomes a `Corpus`: shards in a fixed order, read as a stream of `Document`s. Each document carries its place
+(mirror, shard, row), so that reading can start again at any row without reading the shards before it.
 
-To add a corpus: a row in `CORPORA`. File formats stand in `formats.FORMATS`.
+To add a corpus, add a row to `CORPORA`. File formats are in `formats.FORMATS`.
 """
 
 from __future__ import annotations
@@ -23,21 +23,20 @@ from slimpajama_hf.corpus.corpus import Corpus
 from slimpajama_hf.corpus.documents import Cursor, Gap
 from slimpajama_hf.corpus.formats import FORMATS, reader_of
 from slimpajama_hf.corpus.patience import OutOfPatience, Patience
-from slimpajama_hf.corpus.patience import StopRequested as StopRequested
 from slimpajama_hf.corpus.shards import Shard, one_line, printable
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.files import looks_local
 
-#: Seconds that all mirrors together may take to open before the program gives up (the promise is 30 s on screen).
+#: Seconds in which one of the mirrors must open, all tries together (the promise is 30 s on screen).
 OPENING_SECONDS = 20.0
 
-#: Seconds that a mirror's failures are sat out while it opens; then the next one has its turn.
+#: Seconds that a mirror may fail while it opens. Then the next mirror has its turn.
 OPENING_PATIENCE = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Mirror:
-    """One copy of a corpus on the Hub, pinned; its files are listed folder by folder, as they are reached."""
+    """One copy of a corpus on the Hub, pinned to a commit. Its files are listed folder by folder, when reached."""
 
     repo: str
     revision: str
@@ -50,7 +49,7 @@ class Mirror:
         return f"{self.repo}@{self.revision[:12]}"
 
 
-#: Revisions and layouts: the dataset pages and the projects that pin them (see docs/data.md).
+#: Revisions and layouts are from the dataset pages and from projects that pin them (see docs/data.md).
 _ORIGINAL = Mirror(
     "cerebras/SlimPajama-627B",
     "2d0accdd58c5d5511943ca1f5ff0e3eb5e293543",
@@ -64,7 +63,7 @@ _SIX_BILLION = Mirror(
     "DKYoon/SlimPajama-6B", "b5f90f419b7489cdba26fdbc8c022fcb5562f968", ("data/train-",), ("data/validation-",)
 )
 
-#: `--dataset NAME`: mirrors of the same corpus, tried in this order.
+#: `--dataset NAME` -> mirrors of the same corpus, tried in this order.
 CORPORA: dict[str, tuple[Mirror, ...]] = {
     "slimpajama": (_ORIGINAL, _REUPLOAD, _SIX_BILLION),
     "slimpajama_627b": (_ORIGINAL,),
@@ -87,9 +86,9 @@ def open_corpus(
     txt_documents: str = "line",
     waiting: Callable[[str], None] = lambda what: None,
 ) -> Corpus:
-    """Open what `--dataset` names and read its first record. `waiting` is told what is being waited for.
+    """Open what `--dataset` names, and read its first record. `waiting` is called with what is being waited for.
 
-    Raises UserError with one sentence when nothing opens, within `OPENING_SECONDS`, naming the offline command.
+    Raises UserError within `OPENING_SECONDS` if nothing opens; the message has the command to train without the Hub.
     """
     if dataset in CORPORA:
         return _first_that_opens(dataset, CORPORA[dataset], text_column, split, skip_broken_shards, waiting)
@@ -126,7 +125,7 @@ def _open_local(dataset: str, text_column: str, txt_documents: str, skip_broken_
 
 
 def _read_first(corpus: Corpus, skip_broken_shards: bool) -> None:
-    """Read until the first record, usable or not; raises what is wrong with the file."""
+    """Read up to the first record, usable or not. Raises what is wrong with the files."""
     patience = Patience(OPENING_PATIENCE)
     for record in corpus.records(Cursor(), skip_broken_shards=skip_broken_shards, patience=patience):
         if not isinstance(record, Gap):
@@ -135,7 +134,7 @@ def _read_first(corpus: Corpus, skip_broken_shards: bool) -> None:
 
 
 def _knock_and_read(corpus: Corpus, skip_broken_shards: bool) -> None:
-    """Ask whether the mirror is there (one small request, not repeated: no network shows at once), then read it."""
+    """Ask once, with a small request, whether the mirror is there, so that a missing network shows at once; read it."""
     from huggingface_hub import HfApi
 
     assert corpus.repo is not None
@@ -144,7 +143,7 @@ def _knock_and_read(corpus: Corpus, skip_broken_shards: bool) -> None:
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """Run `work` in a thread of its own and give up after `seconds`: libraries below have retries of their own."""
+    """Run `work` in a thread and give up after `seconds`, because the libraries that it calls retry for longer."""
     future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
     def run() -> None:
@@ -153,13 +152,13 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
         except BaseException as error:
             future.set_exception(error)
 
-    # A daemon: the interpreter must not wait at its exit for a server that never answers.
+    # A daemon thread: the interpreter must not wait at exit for a server that never answers.
     threading.Thread(target=run, name="opening", daemon=True).start()
     return future.result(timeout=max(seconds, 0.1))
 
 
 def _why(error: BaseException, seconds: float) -> str:
-    """A failure of the Hub in a few words."""
+    """Describe a failure of the Hub in a few words."""
     if isinstance(error, concurrent.futures.TimeoutError):
         return f"no answer in {seconds:.0f} s"
     if isinstance(error, OutOfPatience) and error.__cause__ is not None:
@@ -190,7 +189,7 @@ def _first_that_opens(
     failures = []
     for number, mirror in enumerate(mirrors):
         waiting(f"waiting for {mirror.repo} on the Hub")
-        # What is left is shared fairly: a mirror that hangs must not eat the time of the next ones.
+        # Each mirror gets its share of the time that is left: one that hangs must not use up that of the others.
         seconds = (deadline - time.monotonic()) / (len(mirrors) - number)
         prefixes = mirror.train if split == "train" else mirror.validation
         corpus = Corpus(dataset, mirror.name, text_column, mirror.repo, mirror.revision, prefixes)
@@ -214,14 +213,14 @@ def _open_hub(
     skip_broken_shards: bool,
     waiting: Callable[[str], None],
 ) -> Corpus:
-    """Any dataset on the Hub whose files we read; `datasets` says which files make the split."""
+    """Open any Hub dataset whose files we can read. `datasets` says which files belong to the split."""
     waiting(f"waiting for {dataset} on the Hub")
 
     def resolve() -> Corpus:
         import datasets
         from huggingface_hub import HfApi
 
-        # One small request, not repeated: no network shows at once.
+        # One small request without retries: a missing network shows at once.
         HfApi().dataset_info(dataset, revision=revision, expand=["sha"], timeout=8)
         builder = datasets.load_dataset_builder(dataset, config_name, revision=revision)
         files = builder.config.data_files or {}
@@ -251,9 +250,9 @@ def _open_hub(
 
 
 def validation_of(corpus: Corpus, flag: str = "--eval_dataset") -> Corpus:
-    """The held-out part of a corpus: its own validation part, or the share that its run held out.
+    """Return the held-out part of a corpus: its own validation part, or else the fraction that its run held out.
 
-    Raises UserError for one that has neither; `flag` names held-out documents instead.
+    Raises UserError if it has neither; the message suggests `flag`.
     """
     own = own_validation_of(corpus)
     if own is not None:
@@ -267,7 +266,7 @@ def validation_of(corpus: Corpus, flag: str = "--eval_dataset") -> Corpus:
 
 
 def own_validation_of(corpus: Corpus) -> Corpus | None:
-    """The validation part that a corpus has of its own."""
+    """Return the validation part that a corpus itself has; None if it has none."""
     if corpus.mirror == "embedded":
         return open_corpus("embedded", split="validation")
     for mirrors in CORPORA.values():

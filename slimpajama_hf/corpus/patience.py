@@ -1,4 +1,4 @@
-"""How long a stream waits for a server that does not answer, and what it shows meanwhile."""
+"""How long a stream waits for a server that does not answer, and what it shows in the meantime."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.screen import Waiting, format_time
 
-#: Seconds of failure in a row that a stream sits out before it gives up (`--stream_patience`).
+#: Seconds that a server may fail in a row before the stream gives up (`--stream_patience`).
 SECONDS = 600.0
 
 LONGEST_PAUSE_SECONDS = 30.0
 #: A server may ask for more (`Retry-After`), up to this.
 LONGEST_PAUSE_ASKED_SECONDS = 120.0
-#: How often a pause looks whether the run is to stop.
+#: Seconds between two looks, during a pause, whether the run must stop.
 _LOOK_SECONDS = 0.2
 
 
 class StopRequested(Exception):
-    """The run was asked to stop while it waited for its next sample. No error: what was learned is whole."""
+    """The run was asked to stop while it waited for its next sample. It is no failure: what was learned is whole."""
 
 
 class OutOfPatience(UserError):
-    """A server failed for longer than the run may wait; `__cause__` is its last failure."""
+    """A server failed for longer than the run may wait. `__cause__` is the last failure."""
 
 
 class Patience:
     """Waits between two tries: 1, 2, 4 ... 30 s, with jitter, until `seconds` of failure in a row are over.
 
-    `stop()` is asked every 0.2 s of waiting; once it is true, `StopRequested` is raised. `what` says what is being
-    waited for ("" while all is well); with `visible` it is shown on screen too. One object per reader: not for threads.
+    During a pause `stop()` is called every 0.2 s, and StopRequested is raised once it is true. `what` says what is
+    waited for ("" while all is well); with `visible` it is on screen too. One object per reader: not for threads.
     """
 
     def __init__(
@@ -43,26 +43,26 @@ class Patience:
         self.what = ""
         self._tries = 0
         self._since = 0.0
-        # Its own: a draw from the global generator would change the run.
+        # Its own generator: a draw from the global one would change the run.
         self._draw = random.Random()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # `datasets` takes a fingerprint of what a generator is given; hooks have no place in one.
+        # `datasets` hashes the arguments of a generator. Callables do not belong in the hash.
         return Patience, (self.seconds,)
 
     def __deepcopy__(self, memory: dict[int, Any]) -> Patience:
         return self
 
     def succeeded(self) -> None:
-        """Something came: the next failure is the first."""
+        """A try succeeded: the next failure counts as the first."""
         self._tries, self.what = 0, ""
 
     def failed(
         self, what: str, why: str, error: BaseException, began: float, asked_seconds: float | None = None
     ) -> None:
-        """Wait after a try at `what` that failed, begun at `began` (`time.monotonic`); `asked_seconds`: server's wish.
+        """Wait after a failed try at `what` that began at `began` (`time.monotonic`). `asked_seconds`: server's wish.
 
-        Raises OutOfPatience when the time is over, StopRequested when the run is to stop.
+        Raises OutOfPatience when the time is over, and StopRequested when the run must stop.
         """
         if self._tries == 0:
             self._since = began
@@ -79,7 +79,7 @@ class Patience:
         pause = min(2.0 ** min(self._tries - 1, 10), LONGEST_PAUSE_SECONDS) * self._draw.uniform(0.75, 1.0)
         if asked_seconds is not None:
             pause = max(pause, min(asked_seconds, LONGEST_PAUSE_ASKED_SECONDS))
-        # The last try comes when the time is over, not after it.
+        # The last try comes exactly when the time is over, not later.
         self._pause(min(pause, self.seconds - gone), f"{what}: {why}")
 
     def _pause(self, seconds: float, what: str) -> None:

@@ -1,4 +1,4 @@
-"""One file of a corpus: opened, and read record by record from any row. Formats stand in `formats.FORMATS`."""
+"""One file of a corpus: how it is opened, and read record by record from any row. Formats are in `formats.FORMATS`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Shard:
     name: str
     url: str
     size: int | None = None
-    """Bytes of a local file when the run began; None: not noted (the Hub pins its files by commit)."""
+    """Bytes of a local file when the run began. None: not recorded (the Hub pins its files by commit)."""
     fingerprint: str | None = None
 
     @property
@@ -48,10 +48,10 @@ class Shard:
 
 
 class BrokenShard(UserError):
-    """A file that cannot be read from `row` on, for good: not there, cut short, or not what its name says."""
+    """A file that can never be read from `row` on: it is missing, cut short, or not what its name says."""
 
     def __init__(self, shard: str, row: int, reason: str, says_what_to_do: bool = False) -> None:
-        """`says_what_to_do`: the reason does, so that mending the file need not be named."""
+        """`says_what_to_do`: the reason says how to mend the file, so the message need not."""
         mend = "or" if says_what_to_do else "mend the file, or"
         super().__init__(
             f"{shard}: {reason} (at row {row:,}); {mend} leave the rest of it out with --skip_broken_shards"
@@ -63,18 +63,18 @@ class BrokenShard(UserError):
 
 
 def url_of(path: str) -> str:
-    """What a shard has as its url for the file at an absolute path: the path, or `file://...` with its bytes in
-    hexadecimal where they are no UTF-8, so that every JSON reader takes the `run.json` that names it."""
+    """The url of a shard for a local file at an absolute path: the path itself, or if that is not UTF-8 a `file://` url
+    with those bytes in hexadecimal. So every JSON reader can read the `run.json` that names it."""
     return path if printable(path) == path else pathlib.Path(path).as_uri()
 
 
 def path_of(url: str) -> str:
-    """The path of a local file from its url."""
+    """The path of a local file, from its url."""
     return os.fsdecode(urllib.parse.unquote_to_bytes(url[len("file://") :])) if url.startswith("file://") else url
 
 
 def printable(name: str) -> str:
-    r"""A file name with `\xe9` for each byte that is no UTF-8, and for ends of lines: no two names become one."""
+    r"""A file name with `\xe9` for each byte that is not UTF-8 and for control characters. Names stay distinct."""
     name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return re.sub(r"[\0-\x1f\x7f]", lambda match: f"\\x{ord(match[0]):02x}", name)
 
@@ -94,7 +94,7 @@ def fingerprint(path: str) -> tuple[int, str]:
 
 
 def open_raw(url: str, patience: Patience | None = None) -> IO[bytes]:
-    """The bytes of a local path or of a file on the Hub (`hf://datasets/...`, fetched range by range)."""
+    """Open a local path, or a file on the Hub (`hf://datasets/...`), which is fetched range by range."""
     if url.startswith("hf://"):
         from slimpajama_hf.corpus.hub_files import open_on_hub
 
@@ -108,10 +108,10 @@ def open_raw(url: str, patience: Patience | None = None) -> IO[bytes]:
 def read_shard(
     shard: Shard, start: int, reading: Reading, patience: Patience | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """(row, record) of one shard from row `start`; a record is a value, or why there is none as a string.
+    """Yield (row, record) of one shard from row `start`. A record is a value, or a string that says why there is none.
 
-    Raises BrokenShard, with the row that could not be read, for a file that is not there, is cut short or is not what
-    its name says; UserError for a Hub that does not let us in; what `Patience` raises.
+    Raises BrokenShard, with the row that could not be read, for a file that is missing, cut short or not what its name
+    says. Raises UserError if the Hub refuses access, and what `Patience` raises.
     """
     reader = formats.reader_of(shard.name)
     assert reader is not None, shard.name  # a corpus lists only files that can be read
@@ -119,7 +119,7 @@ def read_shard(
     try:
         with open_raw(shard.url, patience) as raw:
             is_parquet = reader is formats.read_parquet
-            # The end of a parquet file is read first; on the Hub its beginning would be another request.
+            # A parquet reader starts at the end of the file: on the Hub, a look at the beginning is one more request.
             if reading.txt_documents is not None and (shard.is_local or not is_parquet):
                 _refuse_mistaken(sniffing.not_packed(raw.read(sniffing.SNIFFED_BYTES), shard.name))
                 raw.seek(0)
@@ -145,7 +145,7 @@ def _refuse_mistaken(reason: str | None) -> None:
 
 
 def _text(raw: IO[bytes], name: str, reading: Reading) -> Iterator[bytes]:
-    """The bytes of a file of text, in pieces, without the mark that says that they are UTF-8."""
+    """Yield the bytes of a text file in pieces, without the UTF-8 byte order mark."""
     chunks = unpacked(raw, name)
     if reading.txt_documents is None:
         yield from chunks
@@ -155,7 +155,7 @@ def _text(raw: IO[bytes], name: str, reading: Reading) -> Iterator[bytes]:
         while len(start) < sniffing.SNIFFED_BYTES and (chunk := next(chunks, None)) is not None:
             start += chunk
     except Exception as error:
-        # What came before it is given out before it is raised.
+        # What came before the error is given out first.
         broken = error
     _refuse_mistaken(sniffing.mistaken(start[: sniffing.SNIFFED_BYTES], name))
     yield start.removeprefix(codecs.BOM_UTF8)
@@ -165,9 +165,9 @@ def _text(raw: IO[bytes], name: str, reading: Reading) -> Iterator[bytes]:
 
 
 def _why_broken(error: Exception, shard: Shard) -> str | None:
-    """What is wrong with a file, in a few words; None for an error that is not the file's.
+    """What is wrong with a file, in a few words; None if the error has another cause.
 
-    Raises UserError for a Hub that refuses us: then it is not this one file.
+    Raises UserError if the Hub refuses access, because that concerns every file.
     """
     from slimpajama_hf.corpus import hub_files
 
@@ -205,6 +205,6 @@ def kind_of(name: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The words of an error, at most 200 characters of them."""
+    """The words of an error in one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."

@@ -1,11 +1,11 @@
-"""What a file is by its first bytes, where that is not what its name says."""
+"""Tell from its first bytes that a file is not what its name says."""
 
 from __future__ import annotations
 
 import codecs
 import re
 
-#: First bytes that `mistaken` wants to see.
+#: How many first bytes `mistaken` looks at.
 SNIFFED_BYTES = 512
 
 _COMPRESSED = {b"\x1f\x8b": ("gzip-compressed", ".gz"), b"\x28\xb5\x2f\xfd": ("zstd-compressed", ".zst")}
@@ -19,7 +19,7 @@ _OTHERS = {
     b"%PDF-": "a PDF file; save its text: pdftotext",
     b"SQLite format 3\0": "an SQLite database; save its text as JSON lines",
 }
-#: UTF-32 first: its little-endian mark begins with that of UTF-16.
+#: UTF-32 comes first, because its little-endian mark begins with that of UTF-16.
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
@@ -27,7 +27,7 @@ _MARKS = {
 
 
 def not_a_download(start: bytes) -> str | None:
-    """What a failed download often leaves in place of a file; None when it is none of these."""
+    """What a failed download often leaves in place of a file, and what to do; None if it is none of these."""
     start = start.removeprefix(codecs.BOM_UTF8).lower()
     if start.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, not the file itself: git lfs pull fetches that"
@@ -37,12 +37,12 @@ def not_a_download(start: bytes) -> str | None:
 
 
 def not_packed(start: bytes, name: str) -> str | None:
-    """Why the first bytes of a file are not those of the compression (or the parquet) of its name; None: they are."""
+    """Why the first bytes of a file do not fit the compression (or parquet) that its name says; None: they fit."""
     lower = name.lower()
     for magic, ending in ((b"\x1f\x8b", ".gz"), (b"\x28\xb5\x2f\xfd", ".zst"), (b"PAR1", ".parquet")):
         if lower.endswith(ending):
             skippable = ending == ".zst" and re.match(rb"[\x50-\x5f]\x2a\x4d\x18", start)
-            # An empty file is one that was cut short, which the reader says.
+            # An empty file was cut short. The reader says so.
             if start.startswith(magic) or skippable or not start:
                 return None
             return not_a_download(start) or _is_text(start, name, ending) or mistaken(start, name, packed=True)
@@ -61,9 +61,9 @@ def _is_text(start: bytes, name: str, ending: str) -> str | None:
 
 
 def mistaken(start: bytes, name: str, packed: bool = False) -> str | None:
-    """What a file of text is whose first bytes are no text in UTF-8, and what to type; None: nothing odd is seen.
+    """What a text file really is, if its first bytes show it, and what to type; None: nothing odd is seen.
 
-    `packed`: other compressions than that of its name are odd, text is not looked at.
+    `packed`: look only for compressions other than that of the name, not at the text.
     """
     for magic, (what, ending) in _COMPRESSED.items():
         if start.startswith(magic):
@@ -79,7 +79,7 @@ def mistaken(start: bytes, name: str, packed: bool = False) -> str | None:
     if re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", start):
         return f"it is one JSON array, not one record a line; make lines of it: jq -c '.[]' {name} > new.jsonl"
     if len(start) < SNIFFED_BYTES and re.fullmatch(rb"[^\s{}\[\]\"]*/[^\s{}\[\]\"]*", start):
-        # As git leaves a link on a file system that has none.
+        # Git writes a link like this on file systems without links.
         path = start.decode("utf-8", "backslashreplace")
         return f"it is a link that was copied as text: the file that it names, {path}, is missing; bring that here"
     return None
@@ -92,7 +92,7 @@ def _unpacked_name(name: str) -> str:
 def _of_another_encoding(start: bytes) -> str | None:
     encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
     if encoding is None and len(start) >= 4:
-        # Without a mark: every second (or all but every fourth) byte of Latin text is zero.
+        # Without a mark: in Latin text every second byte (UTF-16), or all but every fourth (UTF-32), is zero.
         pairs = start[: len(start) // 4 * 4]
         zeros = [pairs[place::4].count(0) * 4 > len(pairs) * 0.6 for place in range(4)]
         encoding = {

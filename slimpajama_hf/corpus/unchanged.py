@@ -1,4 +1,4 @@
-"""The corpus that a run has recorded, and whether it is still the same."""
+"""The corpus that a run recorded, and the check that it is still the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slimpajama_hf.errors import UserError
 
 
 def recorded(description: dict[str, Any]) -> Corpus:
-    """The corpus that a run recorded: that one and nothing else. Whether it is still the same: `check_unchanged`."""
+    """Return exactly the corpus that a run recorded. `check_unchanged` tells whether it is still the same."""
     return Corpus(
         name=description["name"],
         mirror=description["mirror"],
@@ -21,19 +21,19 @@ def recorded(description: dict[str, Any]) -> Corpus:
         repo=description["repo"],
         revision=description["revision"],
         prefixes=tuple(description["prefixes"]),
-        # Runs of older versions noted name and url alone.
+        # Older versions recorded name and url alone.
         files=tuple(Shard(*entry) for entry in description["files"]),
-        # They read as they did, and held nothing out.
+        # Runs of older versions are read as they were, and held nothing out.
         txt_documents=description.get("txt_documents"),
         held_out_fraction=description.get("held_out_fraction", 0.0),
     )
 
 
 def check_unchanged(corpus: Corpus, waiting: Callable[[str], None] = lambda what: None) -> Corpus:
-    """The corpus, if its local files are still those that its run began with (by size and both ends of each).
+    """Return the corpus if its local files are those that the run began with (by size and by both ends of each file).
 
     An embedded corpus whose cache is gone is built again. Raises UserError that names the file and what differs. Files
-    on the Hub are pinned by their commit: nothing to check.
+    on the Hub are pinned by a commit, so there is nothing to check.
     """
     if corpus.mirror == "embedded" and not all(os.path.isfile(shard.path) for shard in corpus.files):
         from slimpajama_hf.corpus import embedded
@@ -57,7 +57,7 @@ def check_unchanged(corpus: Corpus, waiting: Callable[[str], None] = lambda what
 
 
 def _difference(shard: Shard) -> str | None:
-    """What is different about a local file since its fingerprint was taken; None: nothing."""
+    """What has changed in a local file since its fingerprint was taken; None: nothing."""
     try:
         size, digest = fingerprint(shard.path)
     except FileNotFoundError:

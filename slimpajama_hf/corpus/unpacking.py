@@ -1,4 +1,4 @@
-"""Compressed files become bytes. What comes before an error is given out before the error is raised."""
+"""Decompress files. Bytes that come before an error are given out before the error is raised."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-#: Bytes read, and given out at most, at a time.
+#: Bytes read at a time, and the most given out at a time.
 CHUNK_BYTES = 2**18
 
 
 class _GzipMember:
-    """One member of a .gz file, with the interface of `zstd.ZstdDecompressor`. Raises zlib.error."""
+    """Decompress one member of a .gz file, with the interface of `zstd.ZstdDecompressor`. Raises zlib.error."""
 
     def __init__(self) -> None:
         self._member = zlib.decompressobj(wbits=31)
@@ -34,27 +34,27 @@ class _GzipMember:
 def _zstd_frame() -> Any:
     from backports import zstd
 
-    # The library's own bound is 128 MB; `zstd --long=31` makes frames that look 2 GB back.
+    # The library's own limit is 128 MB, but `zstd --long=31` makes frames that look 2 GB back.
     most = zstd.DecompressionParameter.window_log_max
     return zstd.ZstdDecompressor(options={most: most.bounds()[1]})
 
 
 def unpacked(raw: IO[bytes], name: str) -> Iterator[bytes]:
-    """The bytes of `raw`, in pieces, behind the decompression that the ending of `name` asks for.
+    """Yield the bytes of `raw` in pieces, decompressed as the ending of `name` says.
 
-    Raises EOFError for a file that ends inside its compressed data, zlib.error or ZstdError for one that is damaged.
+    Raises EOFError if the file ends inside its compressed data, and zlib.error or ZstdError if it is damaged.
     """
     lower = name.lower()
     if lower.endswith(".zst"):
         return _parts(raw, _zstd_frame, padding=b"")
     if lower.endswith(".gz"):
-        # Members may be followed by zeros (tapes, blocks).
+        # Zeros may follow a member (tapes, blocks).
         return _parts(raw, _GzipMember, padding=b"\0")
     return iter(lambda: raw.read(CHUNK_BYTES), b"")
 
 
 def _parts(raw: IO[bytes], new: Callable[[], Any], padding: bytes) -> Iterator[bytes]:
-    """The bytes of all frames (members) of a file, one after the other."""
+    """Yield the bytes of all frames (or members) of a file, one after the other."""
     data = raw.read(CHUNK_BYTES)
     if not data:
         raise EOFError
@@ -79,10 +79,10 @@ def _parts(raw: IO[bytes], new: Callable[[], Any], padding: bytes) -> Iterator[b
 
 
 def _rest_before_the_error(raw: IO[bytes], part: Any, begin: int, given: int) -> bytes:
-    """What a frame that breaks, from offset `begin` of the file, still holds behind its first `given` bytes.
+    """What a broken frame, which begins at offset `begin` of the file, still holds after its first `given` bytes.
 
-    A decompressor that meets an error keeps what it had made in the same call to itself. So the frame is decompressed
-    again, and where that call began it is asked for a byte at a time.
+    A decompressor that fails keeps the output of the same call to itself. So the frame is decompressed again:
+    from where that call began, one byte at a time.
     """
     raw.seek(begin)
     data, rest, made = b"", bytearray(), 0

@@ -1,4 +1,4 @@
-"""Where a run is pushed to, and whether its token may write there: asked before step 0."""
+"""Where a run is pushed to, and whether its token may write there. This is asked before step 0."""
 
 from __future__ import annotations
 
@@ -14,25 +14,22 @@ if TYPE_CHECKING:
     from slimpajama_hf.settings.settings import Settings
 
 
-#: `--hub_strategy`: what a push holds and when it is made.
-STRATEGIES = ("checkpoint", "every_save", "all_checkpoints", "end")
-
-#: Checkpoints that may wait with `all_checkpoints`; with the others the newest alone does.
+#: Checkpoints that may wait with `all_checkpoints`. With the other strategies only the newest waits.
 MOST_WAITING = 8
 
-#: Where a token comes from, said when there is none that may write.
+#: How to get a token: the end of the message when none may write.
 _GET_ONE = "make one at https://huggingface.co/settings/tokens and type `hf auth login`, or set HF_TOKEN"
 
 
 @dataclasses.dataclass(frozen=True)
 class Destination:
-    """Where checkpoints go, and what of them."""
+    """Where checkpoints go, and which parts of them."""
 
     repo: str
-    """`owner/name`; a name alone while the Hub has not said whose token it is."""
+    """`owner/name`; only a name as long as the Hub has not said who owns the token."""
     token: str = dataclasses.field(repr=False)
     private: bool | None = None
-    """None: as the account has it."""
+    """None: as the account is set up."""
     revision: str | None = None
     """Branch; None: main."""
     strategy: str = "checkpoint"
@@ -40,16 +37,16 @@ class Destination:
 
     @property
     def most(self) -> int:
-        """Checkpoints that may wait in the outbox."""
+        """How many checkpoints may wait in the outbox."""
         return MOST_WAITING if self.strategy == "all_checkpoints" else 1
 
     @property
     def with_state(self) -> bool:
-        """Whether what resuming needs goes up too."""
+        """Whether the files that resuming needs are pushed too."""
         return self.strategy in ("checkpoint", "all_checkpoints")
 
     def words(self) -> str:
-        """For the plan: `me/run, every checkpoint with what resuming needs`."""
+        """Words for the plan: `me/run, every checkpoint with what resuming needs`."""
         kind = " (private)" if self.private else ""
         branch = f" at {self.revision}" if self.revision else ""
         when = "the last checkpoint" if self.strategy == "end" else "every checkpoint"
@@ -58,10 +55,10 @@ class Destination:
 
 
 def destination(settings: Settings) -> Destination | None:
-    """Where this run is pushed to; None without `--push_to_hub`.
+    """Return where this run is pushed to; None without `--push_to_hub`.
 
-    Raises UserError for a token that is missing, refused or may not write. A Hub that does not answer is said and no
-    reason to stop.
+    Raises UserError for a token that is missing, refused or may not write. If the Hub does not answer, the screen says
+    so, and the run goes on.
     """
     training = settings.training
     if not training.push_to_hub:
@@ -79,7 +76,7 @@ def destination(settings: Settings) -> Destination | None:
 
 
 def resolve(repo: str, token: str | None, **more: Any) -> Destination:
-    """The destination of that name, checked: see `destination`."""
+    """Return the checked destination with that name; see `destination`."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -112,7 +109,7 @@ def resolve(repo: str, token: str | None, **more: Any) -> Destination:
 
 
 def _whoami(token: str) -> dict[str, Any]:
-    """Whose token it is and what it may do; not `HfApi.whoami`, which has no time limit."""
+    """Ask whose token it is and what it may do. `HfApi.whoami` is not used because it has no time limit."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -124,7 +121,7 @@ def _whoami(token: str) -> dict[str, Any]:
 
 
 def _refuse_without_rights(account: dict[str, Any], owner: str, repo: str) -> None:
-    """Raise UserError when the token says of itself that it cannot write to `repo`."""
+    """Raise UserError if the Hub says that the token cannot write to `repo`."""
     token = (account.get("auth") or {}).get("accessToken") or {}
     role = token.get("role")
     if role == "read":
@@ -149,7 +146,7 @@ def _refuse_without_rights(account: dict[str, Any], owner: str, repo: str) -> No
 
 
 def why(error: BaseException) -> str:
-    """A failure of the Hub in a few words, without the page of a library's own."""
+    """Describe a failure of the Hub in a few words, without a library's page of text."""
     status = hub_files.status_of(error)
     if status is not None:
         return hub_files.status_words(status)

@@ -1,4 +1,4 @@
-"""Training's side of the pushes: lays checkpoints into the outbox, and says once what goes wrong with them."""
+"""The part of pushing that runs in training: put checkpoints into the outbox, and say once when pushing fails."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from slimpajama_hf.training.clock import TrainingClock
 
 
-#: Seconds that the end of a run which is done waits for a push that goes on; one that was stopped has no such time.
+#: Seconds that the end of a run waits for a push that makes progress: of a finished run, and of one that was stopped.
 LONGEST_WAIT_SECONDS, WAIT_WHEN_STOPPED_SECONDS = 600.0, 5.0
-#: A push is waited for as long as it takes to make it ready and to send it at this rate (and `--hub_patience` on top):
-#: what is slower, or stands still, is left to `push`.
+#: A push gets the time to prepare it, the time to send it at this rate, and `--hub_patience` on top. If it is slower or
+#: stands still, it is left to the command `push`.
 READY_SECONDS, SLOWEST_BYTES_PER_SECOND = 20.0, 1e6
 
 
 class Uploads(TrainerCallback):
-    """Every checkpoint of a run to the Hub, in the background. Without a destination it does nothing at all.
+    """Push every checkpoint of a run to the Hub, in the background. Without a destination it does nothing.
 
-    Never raises into the training loop, never waits in it: a save costs a dozen hard links and a line into a pipe.
+    It never raises into the training loop and never waits in it: a save costs a dozen hard links and a line in a pipe.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class Uploads(TrainerCallback):
         patience_seconds: float,
         clock: TrainingClock,
     ) -> None:
-        """`step`: where the run goes on; what lies in the outbox beyond it is dropped. `clock` of training stands still
-        while something is laid ready."""
+        """`step`: where the run goes on; later checkpoints in the outbox are dropped. `clock`: the clock of training,
+        paused while a checkpoint is put into the outbox."""
         self._folder, self._destination = folder, destination
         self._patience, self._clock = patience_seconds, clock
         self._child: Child | None = None
@@ -58,7 +58,7 @@ class Uploads(TrainerCallback):
             self._begins_at = step
 
     def announce(self) -> None:
-        """A line of the plan."""
+        """Say a line of the plan."""
         if self._destination is not None:
             screen.say(f"{'hub':>10}  {self._destination.words()}")
 
@@ -72,7 +72,7 @@ class Uploads(TrainerCallback):
             self._start()
 
     def saved(self, step: int) -> None:
-        """The checkpoint of a step is there now."""
+        """Called when the checkpoint of a step has been saved."""
         if self._destination is not None and self._destination.strategy != "end":
             with self._clock.paused():
                 self._lay(step)
@@ -82,7 +82,7 @@ class Uploads(TrainerCallback):
             self._listen()
 
     def _lay(self, step: int) -> None:
-        """Into the outbox, if that checkpoint was saved and is not there or on the Hub."""
+        """Put the checkpoint of a step into the outbox, if it was saved."""
         assert self._outbox is not None
         checkpoint = checkpoints.path_of(self._folder.path, step)
         if not checkpoint.is_dir():
@@ -101,7 +101,7 @@ class Uploads(TrainerCallback):
             self._failing = {"step": None, "why": str(error), "refused": True}
             screen.say(f"nothing is pushed to the Hub ({error}); training goes on")
             return
-        # The token comes through the pipe: neither in the command nor in the environment.
+        # The token goes through the pipe, because others could read it in the command line or the environment.
         self._send(fields(self._destination))
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ class Uploads(TrainerCallback):
                 self._child.send(message)
 
     def _listen(self) -> None:
-        """Take in what the process has told; say when pushing begins to fail, and when it works again."""
+        """Read what the process has sent. Say when pushing begins to fail, and when it works again."""
         while self._child is not None and not self._child.answers.empty():
             event = self._child.answers.get()
             if event["event"] == "failed":
@@ -133,8 +133,10 @@ class Uploads(TrainerCallback):
     # ---- at the end ----
 
     def finish(self, done: bool) -> list[str]:
-        """Push the last checkpoint, wait for it a while (seconds bounded, said on screen, ended by Ctrl-C), end the
-        process; the lines of the summary. `done`: the run came to its end; a run that was stopped does not wait."""
+        """Push the last checkpoint, wait for it for a limited time, end the process. Returns lines for the summary.
+
+        The screen shows the waiting, and Ctrl-C ends it. `done`: the run is finished; if it was stopped,
+        the wait is short (`WAIT_WHEN_STOPPED_SECONDS`)."""
         if self._destination is None or self._outbox is None:
             return []
         saved = checkpoints.steps(self._folder.path)
@@ -144,7 +146,7 @@ class Uploads(TrainerCallback):
         if saved and saved[-1] != there:
             if self._child is None:
                 self._start()
-            # The chart and the report on it are the final ones now.
+            # Put it in again: its chart and report are the final ones now.
             self._lay(saved[-1])
         if self._outbox.waiting():
             self._wait(LONGEST_WAIT_SECONDS if done else WAIT_WHEN_STOPPED_SECONDS)
@@ -166,7 +168,7 @@ class Uploads(TrainerCallback):
             while self._outbox.waiting() and time.monotonic() - began < seconds and not interrupted.is_set():
                 if self._child is None or not self._child.is_alive:
                     return
-                # Again and again: one that has just started stands back by itself first.
+                # Repeated, because a process that has just started lowers its own priority first.
                 priority.come_forward(self._child.pid)
                 try:
                     event = self._child.answers.get(timeout=0.1)
@@ -190,7 +192,7 @@ class Uploads(TrainerCallback):
 
     @property
     def _longest_silence(self) -> float:
-        """Seconds without a word of the push that is under way (or being made ready) after which it is left."""
+        """Seconds without an event after which the push under way, or the one being prepared, is given up."""
         return READY_SECONDS + self._patience + self._bytes_under_way / SLOWEST_BYTES_PER_SECOND
 
     def _summary(self, run_id: str) -> list[str]:
@@ -209,7 +211,7 @@ class Uploads(TrainerCallback):
 
 @contextlib.contextmanager
 def _ctrl_c(interrupted: threading.Event) -> Any:
-    """While entered, Ctrl-C and SIGTERM set `interrupted`, and nothing else: the run itself is done."""
+    """While entered, Ctrl-C and SIGTERM only set `interrupted`: the run itself is already finished."""
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM) if signals.can_be_caught() else ():
         before[number] = signal.signal(number, lambda *_: interrupted.set())

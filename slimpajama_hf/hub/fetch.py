@@ -1,7 +1,7 @@
-"""A pushed run back from the Hub, into a fresh folder: `--resume_from_checkpoint me/run[@revision]`.
+"""Bring a pushed run back from the Hub, into a fresh folder: `--resume_from_checkpoint me/run[@revision]`.
 
-What is fetched is put together beside (`OUTPUT_DIR/_incoming`), checked byte by byte against the checkpoint's manifest
-and row by row against the ledger's hash chain, and then moved: a kill leaves a folder that the same command finishes.
+The files are collected in `OUTPUT_DIR/_incoming`, checked byte by byte against the checkpoint's manifest and row by row
+against the ledger's hash chain, and then moved. After a kill, the same command finishes the folder.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from slimpajama_hf.record.run_folder import GROWING, RunFolder
 from slimpajama_hf.screen import Waiting
 from slimpajama_hf.settings.yaml_file import read_config
 
-#: Where a run is put together before it is moved into its folder.
+#: Folder in which a run is put together before it is moved to its place.
 INCOMING = "_incoming"
 
-#: What the last fetch into a folder was: a second process of the same launch takes it as it is.
+#: Notes the last fetch into a folder. A second process of the same launch takes that as it is.
 _FETCHED = "_fetched.json"
 
-#: Files of a run that a resume or a look at it needs, where they were pushed.
+#: Files of a run that a resume needs, and all files that are fetched if they were pushed.
 _NEEDED = ("run.json", "run_config.yaml", ledger.FILE_NAME)
 _RUN_FILES = (*_NEEDED, surprisals.FILE_NAME, *GROWING)
 
-#: Seconds that a Hub which fails is waited for.
+#: Seconds to wait for a Hub that fails.
 _PATIENCE_SECONDS = 120.0
 
 
@@ -48,21 +48,21 @@ def is_repo(asked: str) -> bool:
     """Whether `--resume_from_checkpoint` names a repository, as `me/run` or `me/run@revision`, and no folder here."""
     name, _, revision = asked.partition("@")
     if re.search(r"(^|/)checkpoint-\d+$", asked) or os.path.exists(asked) or (not revision and files.looks_local(name)):
-        # A folder, there or mistyped: the Hub is not asked for it.
+        # This is a folder, existing or mistyped, so the Hub is not asked.
         return False
     return re.fullmatch(r"[\w][\w.-]*/[\w.-]+(@[^@\s]+)?", asked) is not None
 
 
 def folder_for(asked: str) -> str:
-    """Where a run from the Hub goes on unless `--output_dir` says otherwise: `runs/<its name>`."""
+    """Where a run from the Hub goes on without `--output_dir`: `runs/<its name>`."""
     return str(Path("runs") / asked.partition("@")[0].rpartition("/")[2])
 
 
 def fetch(asked: str, output_dir: str, dataset: str | None, token: str | None) -> Path:
-    """The checkpoint of `asked` in `output_dir`, with the records of its run; returns its folder there.
+    """Fetch the checkpoint of `asked` and the records of its run into `output_dir`. Returns the checkpoint's folder.
 
-    `dataset`: where the corpus lies on this machine, for a run on local files. Raises UserError for a folder that holds
-    a run already, a repository that is not there or has nothing to resume from, and for bytes that are not what was
+    `dataset`: where the corpus is on this machine, for a run on local files. Raises UserError if the folder already
+    holds a run, if the repository is missing or has nothing to resume from, and for bytes that are not those that were
     saved.
     """
     folder = Path(output_dir).expanduser()
@@ -87,7 +87,7 @@ def fetch(asked: str, output_dir: str, dataset: str | None, token: str | None) -
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Several processes of one launch fetch the same run: the first does, the others find it done."""
+    """Of several processes of one launch, let the first fetch the run. The others then find it done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / "_fetching")
@@ -102,7 +102,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def _look(repo: str, revision: str | None, token: str | None) -> tuple[str, list[str]]:
-    """The commit behind a revision, and the names of its files."""
+    """Return the commit of a revision, and the names of its files."""
     from huggingface_hub import HfApi
 
     def ask() -> Any:
@@ -130,7 +130,7 @@ def _look(repo: str, revision: str | None, token: str | None) -> tuple[str, list
 
 
 def _put_together(incoming: Path, repo: str, commit: str, names: list[str], token: str | None, waiting: Waiting) -> int:
-    """Download into `incoming/files`, arrange as a run folder in `incoming/run`, check; the checkpoint's step."""
+    """Download into `incoming/files`, make a run folder in `incoming/run`, check it. Returns the checkpoint's step."""
     shutil.rmtree(incoming / "run", ignore_errors=True)
 
     def get(name: str) -> Path:
@@ -147,7 +147,7 @@ def _put_together(incoming: Path, repo: str, commit: str, names: list[str], toke
     checkpoint = checkpoints.path_of(run, step)
     checkpoint.mkdir(parents=True)
     for name in manifest["files"]:
-        # As it was saved, where the root has a more portable form of it.
+        # Take the file as it was saved, if the root has a more portable form of it.
         source = f"{STATE}/{name}" if f"{STATE}/{name}" in names else name
         if source not in names:
             raise UserError(
@@ -189,7 +189,7 @@ def _download(repo: str, commit: str, name: str, into: Path, token: str | None) 
 
 
 def _wrong_in_ledger(path: Path, step: int, chain: str | None) -> str | None:
-    """What is wrong with the fetched ledger, or None when its rows lead to the checkpoint's hash, each by its own."""
+    """What is wrong with the fetched ledger; None if each row's hash is right and they lead to the checkpoint's."""
     try:
         last = ledger.check(path, step).chain
     except ledger.Damaged as error:
@@ -200,13 +200,13 @@ def _wrong_in_ledger(path: Path, step: int, chain: str | None) -> str | None:
 
 
 def _settle_here(run: Path, folder: Path, step: int, dataset: str | None, asked: str) -> None:
-    """What named files of the other machine names those of this one: the corpus, the tokenizer, the model."""
+    """Replace names of files on the other machine by files on this one: the corpus, the tokenizer, the model."""
     config_path = run / "run_config.yaml"
     try:
         record, config = RunFolder(run).read_record(), read_config(str(config_path))
     except UserError as error:
         shutil.rmtree(run.parent, ignore_errors=True)
-        # By its name in the repository: the folder that it was put together in is gone.
+        # Name the file as in the repository, because the folder on this machine is gone.
         said = str(error).removeprefix("--config ").replace(f"{run}/", "")
         raise UserError(
             f"--resume_from_checkpoint {asked}: {said}; try again, or the commit before it, as "
@@ -216,7 +216,7 @@ def _settle_here(run: Path, folder: Path, step: int, dataset: str | None, asked:
     record["corpus"] = stranger.corpus_here(record["corpus"], dataset, f"--resume_from_checkpoint {asked}")
     if record["corpus"]["mirror"] == "local":
         changed["dataset"] = record["corpus"]["name"]
-    # They are moved into the folder with all the rest.
+    # These files are moved into the folder with all others.
     found = stranger.names_here(config, record, checkpoints.path_of(run, step), run)
     changed |= {name: str(folder / Path(path).name) for name, path in found.items()}
     record["tokenizer"] = changed.get("tokenizer", record["tokenizer"])
@@ -230,7 +230,7 @@ def _settle_here(run: Path, folder: Path, step: int, dataset: str | None, asked:
 
 
 def _move(incoming: Path, folder: Path, repo: str, commit: str) -> Path:
-    """From `incoming/run` into the run folder, checkpoint last; what a kill left half done is gone on with."""
+    """Move all of `incoming/run` into the run folder, the checkpoint last. Finishes an interrupted move too."""
     step = int((incoming / "ready").read_text(encoding="utf-8"))
     run = incoming / "run"
     checkpoint = checkpoints.path_of(folder, step)
@@ -246,7 +246,7 @@ def _move(incoming: Path, folder: Path, repo: str, commit: str) -> Path:
 
 
 def _already(folder: Path, repo: str, commit: str) -> Path | None:
-    """The checkpoint, if this very commit was fetched into the folder and no step was trained since."""
+    """The checkpoint, if this commit was fetched into the folder already and no step was trained since; else None."""
     try:
         fetched = json.loads((folder / _FETCHED).read_text(encoding="utf-8"))
         same = (fetched["repo"], fetched["commit"]) == (repo, commit)

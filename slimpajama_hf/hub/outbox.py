@@ -1,11 +1,11 @@
-"""Checkpoints on their way to the Hub: `RUN/_outbox`, a folder each, made of hard links.
+"""Checkpoints on their way to the Hub: `RUN/_outbox`, with a folder of hard links for each.
 
     _outbox/step-2000/       waits; a newer one takes its place
-    _outbox/uploading-1000/  is going up
+    _outbox/uploading-1000/  is being uploaded
     _outbox/pushed.json      what the Hub has
 
-Every change is one rename, so that a kill leaves the one state or the other. Links cost no disk and no time, and keep a
-checkpoint's bytes when retention deletes its folder.
+Every change is one rename, so that a kill leaves the old or the new state. Hard links cost no disk and no time, and
+keep a checkpoint's bytes when its folder is deleted to make room.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ import filelock
 from slimpajama_hf import files
 from slimpajama_hf.record import checkpoints
 
-#: The leading underscore keeps it out of what goes up.
+#: The leading underscore keeps the outbox itself out of uploads.
 FOLDER = "_outbox"
 
-#: Stands in an entry where the file system has no hard links: the uploader copies the checkpoint that it names.
+#: File in an entry if the file system has no hard links. It names the checkpoint, which the uploader copies.
 NOT_LINKED = "not_linked"
 
 _NO_LINKS = frozenset({errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS})
 
 
 class Gone(Exception):
-    """The checkpoint of an entry was deleted before it could be copied: a newer one is coming."""
+    """The checkpoint of an entry was deleted before it could be copied. A newer one is coming."""
 
 
 class Outbox:
-    """The outbox of a run. Training adds, one uploader (the holder of `lock`) takes."""
+    """The outbox of a run. Training adds checkpoints, and one uploader (the holder of `lock`) takes them."""
 
     def __init__(self, run: Path, most: int = 1) -> None:
         self.run, self.path, self.most = run, run / FOLDER, most
-        """`most` checkpoints may wait beside the one that is going up; more than that, and the oldest leave."""
+        """`most` checkpoints may wait beside the one that is being uploaded. Beyond that, the oldest are dropped."""
 
     # ---- training's side ----
 
     def add(self, checkpoint: Path) -> None:
-        """Let `checkpoint` wait. A few hard links: no bytes are read. Raises OSError when the disk takes nothing."""
+        """Let `checkpoint` wait. Makes hard links and reads no bytes. Raises OSError if the disk takes nothing."""
         step = int(checkpoint.name.rpartition("-")[2])
         entry = self.path / f"_new.{os.getpid()}"
         shutil.rmtree(entry, ignore_errors=True)
@@ -67,8 +67,8 @@ class Outbox:
         self._coalesce()
 
     def keep_up_to(self, step: int) -> None:
-        """Drop what lies after `step`: the run goes on from there, and comes to those steps again. What a kill left
-        half laid goes too."""
+        """Drop checkpoints after `step`, because the run goes on from there and will make them again. Also drop what a
+        kill left half done."""
         for path in self._entries():
             if path.name.startswith("_new."):
                 shutil.rmtree(path, ignore_errors=True)
@@ -77,7 +77,7 @@ class Outbox:
                 self._throw_away(self.path / f"step-{waiting}")
 
     def waiting(self) -> list[int]:
-        """Steps that wait or are going up, ascending."""
+        """Steps that wait or are being uploaded, ascending."""
         found = (re.fullmatch(r"(?:step|uploading)-(\d+)", path.name) for path in self._entries())
         return sorted({int(match.group(1)) for match in found if match})
 
@@ -92,7 +92,7 @@ class Outbox:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[bool]:
-        """Whether this process is the one that takes from the outbox, until the end of the block."""
+        """Yield whether this process may take from the outbox, until the end of the block."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock, held = filelock.FileLock(self.path / "_lock", blocking=False), True
         try:
@@ -100,7 +100,7 @@ class Outbox:
         except filelock.Timeout:
             held = False
         except (OSError, NotImplementedError):
-            # A file system without locks: the run's own lock says so already.
+            # A file system without locks. The run's own lock has reported that already.
             pass
         try:
             if held:
@@ -110,9 +110,9 @@ class Outbox:
             lock.release()
 
     def claim(self) -> tuple[int, Path] | None:
-        """The next checkpoint to push and the folder of its files; None: nothing waits.
+        """Take the next checkpoint to push: its step and the folder of its files; None if nothing waits.
 
-        Raises Gone when it was deleted meanwhile (only where there are no hard links).
+        Raises Gone if it was deleted in the meantime (only possible without hard links).
         """
         self._coalesce()
         for step in self._steps("step"):
@@ -127,22 +127,22 @@ class Outbox:
         return None
 
     def give_back(self, step: int) -> None:
-        """It could not be pushed: it waits again, unless something newer does."""
+        """Let a checkpoint that could not be pushed wait again, unless a newer one waits."""
         held = self.path / f"uploading-{step}"
         try:
             os.rename(held, self.path / f"step-{step}")
         except OSError:
-            # Training has laid the same step there anew, with the chart and the report of its end.
+            # Training has added the same step again, with the chart and the report of its end.
             self._throw_away(held)
         self._coalesce()
 
     def done(self, step: int, pushed: dict[str, Any]) -> None:
-        """`step` is on the Hub, as `pushed` says."""
+        """Record that `step` is on the Hub, as `pushed` says."""
         files.write_json(self.path / "pushed.json", pushed, indent=1)
         self._throw_away(self.path / f"uploading-{step}")
 
     def drop(self, step: int) -> None:
-        """Forget an entry that is no checkpoint of this run any more."""
+        """Forget an entry that is no longer a checkpoint of this run."""
         self._throw_away(self.path / f"uploading-{step}")
 
     # ---- ----
@@ -159,7 +159,7 @@ class Outbox:
             self._throw_away(self.path / f"step-{step}")
 
     def _throw_away(self, entry: Path) -> None:
-        # Renamed first: the other side sees all of an entry or none of it.
+        # Renamed first, so that the other side sees all of an entry or nothing.
         trash = self.path / f"_trash.{entry.name}.{os.getpid()}"
         shutil.rmtree(trash, ignore_errors=True)
         with contextlib.suppress(FileNotFoundError):
@@ -167,7 +167,7 @@ class Outbox:
             shutil.rmtree(trash, ignore_errors=True)
 
     def _take_back(self) -> None:
-        """What a killed uploader held waits again; what was half thrown away leaves."""
+        """Let what a killed uploader held wait again, and delete what was half thrown away."""
         for step in self._steps("uploading"):
             self.give_back(step)
         for path in self._entries():

@@ -1,11 +1,11 @@
-"""What one push holds: the model at the root, the run as it was at its step, and what resuming needs.
+"""The content of a push: the model at the root, the run as it was at that step, and what resuming needs.
 
     README.md  config.json  model.safetensors  tokenizer.json ...             loads as it is
     ledger.jsonl  run.json  run_config.yaml  report.html  training_viz/ ...   a clone is a run folder
     checkpoint/  (optimizer, schedule, random state, cursor, manifest)        for resuming
 
-The records of a run grow on while a checkpoint waits: here they are cut at its step, the chart and the report are made
-from what is left, and paths of this machine are taken out.
+The records of a run grow while a checkpoint waits. Here they are cut at its step, chart and report are made from the
+rest, and paths of this machine are removed.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
     from slimpajama_hf.record import columns
 
 
-#: Where in the repository lies what resuming needs beside the model.
+#: Folder in the repository for what resuming needs beside the model.
 STATE = "checkpoint"
 
-#: Files of a checkpoint that `from_pretrained` asks for: they go to the root.
+#: Files of a checkpoint that `from_pretrained` asks for. They go to the root.
 MODEL_FILES = (
     "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json",
     "tokenizer_config.json", "tokenizer.model", "*.spm", "spiece.model", "vocab.json", "vocab.txt", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_templates/*",
 )  # fmt: skip
 
-#: What a push before this one may have left: removed where this one does not have it (an old shard of weights or an old
-#: tokenizer would still be loaded). Everything else in the repository stays as it is.
+#: Files that an earlier push may have left. They are deleted if this push does not have them, because an old shard of
+#: weights or an old tokenizer would still be loaded. Everything else in the repository stays as it is.
 OURS = (
     *MODEL_FILES,
     f"{STATE}/*",
@@ -59,12 +59,12 @@ OURS = (
 
 
 class NotOfThisRun(Exception):
-    """The checkpoint and the run's ledger do not go together: the run was started anew, or went back and changed."""
+    """The checkpoint does not belong to the run's ledger: the run was started anew, or went back and changed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Push:
-    """Everything that goes up for one checkpoint."""
+    """Everything that is uploaded for one checkpoint."""
 
     step: int
     chain: str
@@ -79,16 +79,16 @@ class Push:
 def prepare(
     checkpoint: Path, run: RunFolder, scratch: Path, repo: str, with_state: bool, license: str | None = None
 ) -> Push:
-    """Make what goes up for `checkpoint` in the folder `scratch`, which is replaced.
+    """Prepare the upload of `checkpoint` in the folder `scratch`, which is replaced.
 
-    `repo` is named on the card. Raises NotOfThisRun, OSError, and UserError for a run folder that cannot be read.
+    The model card names `repo`. Raises NotOfThisRun, OSError, and UserError for a run folder that cannot be read.
     """
     manifest = json.loads((checkpoint / checkpoints.MANIFEST).read_text(encoding="utf-8"))
     step, record = manifest["step"], run.read_record()
     if manifest.get("run_id") != record["run_id"]:
         raise NotOfThisRun(f"checkpoint-{step} is of another run than the one in {run.path}")
     shutil.rmtree(scratch, ignore_errors=True)
-    # Named as its repository: the report shows the name of the folder that it was made in.
+    # Named like its repository, because the report shows the name of its folder.
     cut = RunFolder(scratch / repo.rpartition("/")[2])
     cut.viz.mkdir(parents=True)
     columns = _cut_records(run, cut, step, manifest["chain"])
@@ -118,7 +118,7 @@ def prepare(
     )
     files.write_whole(cut.path / "README.md", model_card.render(about))
     for path in sorted(cut.path.rglob("*")):
-        # One chart is shown; those with a number are steps on the way to it.
+        # Only the newest chart is shown, so charts with a step in their name are left out.
         if path.is_file() and not path.name.startswith("training_step_"):
             paths[path.relative_to(cut.path).as_posix()] = path
     size = sum(path.stat().st_size for path in paths.values())
@@ -126,7 +126,7 @@ def prepare(
 
 
 def _cut_records(run: RunFolder, cut: RunFolder, step: int, chain: str) -> columns.Columns:
-    """The run's records up to `step`, copied; its ledger as arrays. Raises NotOfThisRun."""
+    """Copy the run's records up to `step`. Returns its ledger as arrays. Raises NotOfThisRun."""
     try:
         found = run_folder.cut_to(run, cut, step).chain
     except ledger.Damaged as error:
@@ -137,7 +137,7 @@ def _cut_records(run: RunFolder, cut: RunFolder, step: int, chain: str) -> colum
 
 
 def _draw(cut: RunFolder, record: dict[str, Any]) -> list[str]:
-    """Chart, metrics, samples and report of the run as it was then; what failed."""
+    """Make chart, metrics, samples and report of the run as it was at that step. Returns what failed."""
     trouble = []
     try:
         views.Views(cut).redraw(None, *views.caption_of(record), max_steps=record["max_steps"])
@@ -153,7 +153,7 @@ def _draw(cut: RunFolder, record: dict[str, Any]) -> list[str]:
 
 @contextlib.contextmanager
 def _inside(folder: Path) -> Iterator[None]:
-    """The report names the folder that it is of, as it was given: from here, a name without a path."""
+    """Enter `folder`. The report shows the folder of its run as it was given, which is then a name without a path."""
     before = os.getcwd()
     os.chdir(folder)
     try:
@@ -171,15 +171,15 @@ def _model_and_state(
 ) -> dict[str, Path]:
     """Path in the repository -> file, for the files of the checkpoint.
 
-    A file that is replaced at the root, by its portable form or by averaged weights, goes up as it was saved too: the
-    manifest is about that.
+    If a file at the root is replaced by its portable form or by averaged weights, the file as it was saved is uploaded
+    too, because the manifest lists that one.
     """
     paths: dict[str, Path] = {}
-    # One that an older version saved may lack something.
+    # A checkpoint of an older version may lack something.
     portable = saved_model.files_for(checkpoint)
     for name in [*manifest["files"], checkpoints.MANIFEST]:
         if name.startswith(f"{averaging.FOLDER}/"):
-            # A model of its own: `from_pretrained(repo, subfolder="averaged")`.
+            # The average is a model of its own: `from_pretrained(repo, subfolder="averaged")`.
             paths[name] = checkpoint / name
             continue
         at_root = any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)
@@ -198,7 +198,7 @@ def _model_and_state(
 
 
 def _average_is_better(evaluation: dict[str, Any] | None, checkpoint: Path) -> bool:
-    """Whether the averaged weights scored better on held-out documents when both were scored last."""
+    """Whether the averaged weights had the better held-out loss when both were last scored."""
     if evaluation is None or "averaged" not in evaluation or not (checkpoint / averaging.FOLDER).is_dir():
         return False
     raw, averaged = (evaluation[name]["all"]["loss"] for name in ("scores", "averaged"))
@@ -216,7 +216,7 @@ def _last_evaluation(path: Path) -> dict[str, Any] | None:
 
 
 def without_path(word: str) -> str:
-    """A word of a command or of a configuration; of a path of this machine its last part is left."""
+    """A word of a command or a configuration. A path of this machine is reduced to its last part."""
     flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     if re.match(r"(/|~|\.\.(/|$)|[A-Za-z]:[\\/])", value):
         value = re.split(r"[\\/]", value.rstrip("\\/"))[-1] or "."
@@ -224,10 +224,10 @@ def without_path(word: str) -> str:
 
 
 def without_paths(record: dict[str, Any]) -> dict[str, Any]:
-    """`run.json` as it goes up: what was typed and what was opened, without the folders of this machine."""
+    """`run.json` for the upload: what was typed and opened, without the folders of this machine."""
     corpus = dict(record["corpus"])
     corpus["name"] = without_path(corpus["name"])
-    # Local files by their names, which the ledger knows them by; `fetch` finds them again elsewhere.
+    # Local files keep the names that the ledger uses. With these, `fetch` finds them on another machine.
     corpus["files"] = [
         [name, url if url.startswith("hf://") else name, *rest] for name, url, *rest in corpus.get("files", [])
     ]
@@ -241,7 +241,7 @@ def without_paths(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_token(command: list[str]) -> list[str]:
-    """The words of a command without a token: not every one begins with hf_."""
+    """The words of a command without tokens, which need not begin with hf_."""
     words, skip = [], False
     for word in command:
         if skip:
@@ -254,7 +254,7 @@ def _without_token(command: list[str]) -> list[str]:
 
 
 def _config_without_paths(path: Path) -> str:
-    """`run_config.yaml` as it goes up: the folder of the run left out, other paths as their last part."""
+    """`run_config.yaml` for the upload: without the run's folder, and with other paths reduced to their last part."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         name, colon, value = line.partition(": ")

@@ -1,7 +1,8 @@
-"""A run that somebody else began, or on another machine: what is taken from its folder, and what is not.
+"""A run that another user or another machine began: what is taken from its folder, and what is not.
 
-Its numbers are taken: model, tokenizer, corpus, seed, rates. Names of files there name nothing here: the tokenizer and
-the model's configuration come from its checkpoint, a corpus of local files is named again by whoever goes on with it.
+What decides its numbers is taken: model, tokenizer, corpus, seed, rates. File names are not, because they mean nothing
+here. The tokenizer and the model's configuration come from its checkpoint, and whoever goes on with it names a corpus
+of local files again.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ if TYPE_CHECKING:
     from slimpajama_hf.record.run_folder import RunFolder
 
 
-#: Files of a tokenizer in a checkpoint begin like this.
+#: Beginnings of the names of a tokenizer's files in a checkpoint.
 _OF_TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece")
 
 
 def look_at(
     folder: RunFolder, config: Mapping[str, Any], checkpoint: Path | None, dataset: str | None
 ) -> tuple[dict[str, Any], Stranger]:
-    """The configuration of a run that is not this user's, reduced to what decides its numbers, and what became of it.
-    `dataset`: as the user named it now, if so. Files that it needs are copied from the checkpoint into the folder."""
+    """Return the configuration of a foreign run, reduced to what decides its numbers, and a `Stranger` that says what
+    was taken. `dataset`: the corpus that the user named now. Files that it needs are copied from the checkpoint into
+    the folder."""
     taken = what_decides(config)
     left = sorted(config.keys() - taken.keys())
     record = folder.read_record()
@@ -49,7 +51,8 @@ def look_at(
 
 
 def names_here(config: Mapping[str, Any], record: dict[str, Any], checkpoint: Path, folder: Path) -> dict[str, str]:
-    """What stands here for a tokenizer and a model that were files there: copies of the checkpoint's, in `folder`."""
+    """Return replacements for a tokenizer and a model that were files elsewhere: copies from the checkpoint, in
+    `folder`."""
     changed: dict[str, str] = {}
     if _was_a_path(str(config.get("tokenizer", "auto")), str(record.get("tokenizer"))):
         (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
@@ -64,7 +67,7 @@ def names_here(config: Mapping[str, Any], record: dict[str, Any], checkpoint: Pa
 
 
 def _was_a_path(asked: str, recorded: str) -> bool:
-    """Whether a tokenizer was a folder or a file; a Hub id and `builtin` are the same everywhere."""
+    """Whether a tokenizer was a folder or a file. A Hub id and `builtin` are the same everywhere."""
     name = recorded if asked == "auto" else asked
     if name in ("builtin", "gpt2"):
         return False
@@ -72,9 +75,9 @@ def _was_a_path(asked: str, recorded: str) -> bool:
 
 
 def corpus_here(corpus: dict[str, Any], dataset: str | None, asked: str) -> dict[str, Any]:
-    """The corpus of its `run.json`, with the files of this machine. `asked`: what the user typed to go on with the run.
+    """Return the corpus of its `run.json` with the files of this machine. `asked`: what the user typed to go on.
 
-    Raises UserError where local files are not named again, and for urls that are not of the corpus' own repository.
+    Raises UserError if local files are not named again, and for urls outside the corpus' own repository.
     """
     try:
         entries = [[str(entry[0]), str(entry[1]), *entry[2:]] for entry in corpus["files"]]
@@ -86,7 +89,7 @@ def corpus_here(corpus: dict[str, Any], dataset: str | None, asked: str) -> dict
         files = [[name, here[name], *rest] for name, _, *rest in entries]
         return corpus | {"files": files, "name": dataset}
     if mirror == "embedded":
-        # A place where nothing lies: it is built again from this Python, and compared.
+        # The path does not exist, so the corpus is built again from this Python, and compared.
         return corpus | {"files": [[name, f"/nowhere/{name}", *rest] for name, _, *rest in entries]}
     repo = mirror.partition("@")[0]
     for _, url, *_ in entries:
@@ -99,7 +102,7 @@ def corpus_here(corpus: dict[str, Any], dataset: str | None, asked: str) -> dict
 
 
 def _find_local(names: list[str], dataset: str | None, asked: str) -> dict[str, str]:
-    """Shard name -> file on this machine, by the ends of their paths; that they are the same is checked when opened."""
+    """Shard name -> file on this machine, matched by the ends of their paths. Opening checks that they are the same."""
     found = local_files.find(dataset).paths if dataset else []
     here = {
         name: [path for path in found if Path(printable(path)).parts[-len(Path(name).parts) :] == Path(name).parts]

@@ -1,11 +1,12 @@
-"""Pushes go up from a process of their own: no step waits for the Hub, whatever it does.
+"""Pushes are made by a process of their own, so that no step waits for the Hub, whatever the Hub does.
 
-Run as `python -m slimpajama_hf.hub.upload_process RUN`. A JSON object per line comes in: first where to push (the
-fields of `account.Destination`: the token is neither in the command nor in the environment), then `{"wake": true}` when
-a checkpoint was laid into the outbox and `{"finish": true}` at the end of training. One goes out per event:
-`{"event": "begun", "step", "bytes"}`, `{"event": "pushed", "step", "commit", "url", "seconds", "bytes"}`,
-`{"event": "failed", "step", "why", "refused", "pause"}`, `{"event": "idle"}`. It ends when its input ends, so it never
-outlives its run; what was not pushed lies in the outbox.
+Run as `python -m slimpajama_hf.hub.upload_process RUN`. It reads one JSON object per line: first the destination (the
+fields of `account.Destination`, because the token must be neither in the command nor in the environment), then
+`{"wake": true}` when a checkpoint was put into the outbox, and `{"finish": true}` at the end of training. It writes
+one object per event: `{"event": "begun", "step", "bytes", "trouble"}`,
+`{"event": "pushed", "step", "commit", "url", "seconds", "bytes"}`,
+`{"event": "failed", "step", "why", "refused", "pause"}`, `{"event": "dropped", "step", "why"}`, `{"event": "idle"}`. It
+ends when its input ends, so it never outlives its run. What was not pushed stays in the outbox.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ from slimpajama_hf.hub.outbox import Gone, Outbox
 from slimpajama_hf.record import checkpoints, run_folder
 from slimpajama_hf.record.run_folder import RunFolder
 
-#: Between two tries: 1, 2, 4 ... s, with jitter, up to this.
+#: Longest pause between two tries: 1, 2, 4 ... s, with jitter, up to this.
 LONGEST_PAUSE_SECONDS = 300.0
 #: A server may ask for more (`Retry-After`), up to this.
 LONGEST_PAUSE_ASKED_SECONDS = 3600.0
 
-#: Seconds after which a request that moves no byte counts as failed; huggingface_hub's own client waits for ever.
+#: Seconds without progress after which a request has failed. The client of huggingface_hub would wait for ever.
 CONNECT_SECONDS, SILENCE_SECONDS = 10.0, 120.0
 
 Tell = Callable[[dict[str, Any]], None]
 
 
 class Pusher:
-    """Pushes what waits in an outbox, one checkpoint after the other; remembers how often it failed in a row."""
+    """Pushes what waits in an outbox, one checkpoint after the other, and counts its failures in a row."""
 
     def __init__(self, run: Path, destination: Destination, tell: Tell) -> None:
         self.run = RunFolder(run.resolve())
@@ -52,22 +53,22 @@ class Pusher:
         self.tell = tell
         self._repo: str | None = None
         self._failures = 0
-        # Its own: nothing else draws here, and nothing should depend on it.
+        # Its own generator: nothing else should depend on these draws.
         self._draw = random.Random()
         self.next_try = 0.0
-        """Not before this (`time.monotonic`)."""
+        """Time before which there is no further try (`time.monotonic`)."""
         self.left_alone = False
-        """Whether it was the server that asked for the pause."""
+        """Whether the server asked for the pause."""
 
     def knock(self) -> None:
-        """Ask for the repository, so that a Hub that refuses is known before the first checkpoint. Never raises."""
+        """Open the repository, so that a refusal of the Hub is known before the first checkpoint. Never raises."""
         try:
             self._open_repo()
         except Exception as error:
             self._failed(None, error)
 
     def push_next(self) -> bool:
-        """Push the next checkpoint that waits; False when none does. A failure is told, and `next_try` moves."""
+        """Push the next checkpoint that waits; False if none does. A failure is reported and moves `next_try`."""
         step = None
         try:
             claimed = self.outbox.claim()
@@ -78,7 +79,7 @@ class Pusher:
             self._push(step, folder)
             self._failures, self.next_try = 0, 0.0
         except Gone:
-            # Nothing was lost that anybody waits for: a newer checkpoint is there or coming.
+            # Nobody misses that checkpoint: a newer one is there or coming.
             pass
         except staging.NotOfThisRun as error:
             self.outbox.drop(step or 0)
@@ -91,7 +92,7 @@ class Pusher:
 
     def _push(self, step: int, folder: Path) -> None:
         began = time.monotonic()
-        # What waits may have been laid there by somebody else: only whole files of a checkpoint go up.
+        # Somebody else may have put this into the outbox: only whole files of a checkpoint are uploaded.
         wrong = checkpoints.problem(folder)
         if wrong is not None:
             raise staging.NotOfThisRun(f"checkpoint-{step}: {wrong}")
@@ -112,7 +113,7 @@ class Pusher:
         self.tell({"event": "pushed", "seconds": time.monotonic() - began, "bytes": push.bytes, **pushed})
 
     def _open_repo(self) -> str:
-        """`owner/name`, made if it is not there."""
+        """Return `owner/name` of the repository, which is made if it is missing."""
         if self._repo is None:
             from huggingface_hub import HfApi
 
@@ -137,7 +138,7 @@ class Pusher:
 
 
 def _commit(repo: str, push: staging.Push, destination: Destination) -> Any:
-    """One commit with all of it. Files that the Hub has already are not sent again (LFS, by their hash)."""
+    """Make one commit of everything. Files that the Hub already has are not sent again (LFS, by their hash)."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(token=destination.token)
@@ -161,7 +162,7 @@ def _is_ours(name: str) -> bool:
 
 
 def quiet_and_bounded() -> None:
-    """For a process that pushes: libraries draw no bars and no warnings, and no request waits for ever."""
+    """Set up a process that pushes: libraries show no bars and no warnings, and no request waits for ever."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import disable_progress_bars, logging
@@ -187,8 +188,8 @@ def serve(run: str, lines: Iterable[str], tell: Tell) -> None:
     def read() -> None:
         for line in lines:
             inbox.put(json.loads(line))
-        # Training is over or dead. In the middle of a push nothing is lost by this: the outbox still has it, and what
-        # the Hub already took of it is not sent again.
+        # Training is over or dead. A push that is cut short here loses nothing: the checkpoint is still in the outbox,
+        # and what the Hub already has of it is not sent again.
         os._exit(0)
 
     threading.Thread(target=read, name="inbox", daemon=True).start()
@@ -218,17 +219,17 @@ def _push_for_ever(pusher: Pusher, inbox: queue.Queue[dict[str, Any] | None]) ->
         except queue.Empty:
             continue
         if message.get("finish"):
-            # Training needs the processor no more.
+            # Training does not need the processor any more.
             priority.come_forward(os.getpid())
             if not pusher.outbox.waiting():
                 pusher.tell({"event": "idle"})
             elif not pusher.left_alone:
-                # Once more at once: somebody waits now.
+                # Try again now, because somebody is waiting.
                 pusher.next_try = 0.0
 
 
 def fields(destination: Destination) -> dict[str, Any]:
-    """A destination as the first line of the input."""
+    """The fields of a destination, for the first line of the input."""
     return dataclasses.asdict(destination)
 
 

@@ -13,12 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    pass
-
-
-from typing import TYPE_CHECKING
-
 from slimpajama_hf import terminal
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.lookback import reread

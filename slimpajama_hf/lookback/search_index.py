@@ -17,12 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    pass
-
-
-from typing import TYPE_CHECKING
-
 from slimpajama_hf.errors import UserError
 
 if TYPE_CHECKING:

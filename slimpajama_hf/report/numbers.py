@@ -168,13 +168,11 @@ def headline(rows: Columns) -> dict[str, Any]:
         "loss": mean_of(rows.loss[last]),
         "accuracy": mean_of(rows.accuracy[last]),
         "bits_per_byte": _bits_per_byte(rows, slice(None)),
-        "recent_bits_per_byte": _bits_per_byte(rows, slice(max(len(rows) - 1000, 0), None)),
         "tokens": int(rows.tokens.sum()),
         "text_bytes": int(rows.text_bytes.sum()),
         "seconds": seconds,
         "throughput": float(rows.tokens.sum()) / seconds if seconds else None,
         "documents": int((rows.part == 0).sum()),
-        "not_finite": int((~np.isfinite(rows.loss)).sum()),
         "noise_scale": noise.in_words(found) if found is not None else None,
     }
 

@@ -1,6 +1,6 @@
-"""Documents are cut into samples: truncate, window, pack.
+"""Cut documents into samples: truncate, window, pack.
 
-To add a way: a generator like `windows`, and its name in `arguments.SAMPLE_MODES`.
+To add a way, write a generator like `windows` and add its name to `arguments.SAMPLE_MODES`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from slimpajama_hf.samples.passes import Record
 
 
-#: Long documents are tokenized in pieces of so many characters, so that memory does not grow with them.
+#: Long documents are tokenized in pieces of this many characters, so that memory does not grow with their length.
 PIECE_CHARACTERS = 65_536
 
 
@@ -30,7 +30,7 @@ _OVERLAP_TOKENS = 32
 
 
 def truncate(example: dict[str, Any], encoder: Encoder, max_length: int) -> dict[str, Any]:
-    """{"record": Document} -> {"sample": Sample}: the document's first `max_length` tokens; a function for `map`."""
+    """{"record": Document} -> {"sample": Sample} of the document's first `max_length` tokens. A function for `map`."""
     record = example["record"]
     if not isinstance(record, Document):
         return {"sample": record}
@@ -42,7 +42,7 @@ def truncate(example: dict[str, Any], encoder: Encoder, max_length: int) -> dict
     if opening.total_tokens is not None:
         tokens_cut = opening.total_tokens - len(opening.ids)
     else:
-        # Not tokenized to its end: as many tokens per byte as its opening has.
+        # The rest was not tokenized: estimate its tokens by the bytes per token of the opening.
         tokens_cut = round((record.size - covered) * len(opening.ids) / max(covered, 1))
     return {
         "sample": Sample(
@@ -57,11 +57,11 @@ def truncate(example: dict[str, Any], encoder: Encoder, max_length: int) -> dict
 
 
 def tokens_in_pieces(encoder: Encoder, text: str) -> Iterator[tuple[list[int], list[int]]]:
-    """(ids, character ends) of a whole document, piece by piece; joined they equal `encoder.encode(text)`.
+    """Yield (ids, character ends) of a whole document, piece by piece. Joined they equal `encoder.encode(text)`.
 
-    A piece begins some words before the last one ended and goes on where its tokens, ids and ends alike, are those
-    that the last one ended with; the tokens near its own end are left to the next. Where no such place is found
-    (a tokenizer that looks further than words), the document is tokenized whole after all.
+    Pieces overlap. Each begins some words before the last one ended, and goes on after the tokens (ids and ends) that
+    the last one gave last. The tokens near the end of a piece are left to the next. If no such place is found, because
+    a tokenizer looks further than words, the document is tokenized whole after all.
     """
     if len(text) <= 4 * PIECE_CHARACTERS:
         yield encoder.encode(text)
@@ -92,7 +92,7 @@ def tokens_in_pieces(encoder: Encoder, text: str) -> Iterator[tuple[list[int], l
 
 
 def _place_after(tokens: list[tuple[int, int]], tail: list[tuple[int, int]]) -> int:
-    """Index of the token that follows `tail` in `tokens`, both (id, end); -1 when `tail` is not there."""
+    """Index in `tokens` of the token after `tail`; both are lists of (id, end). -1 when `tail` is not in `tokens`."""
     for place in range(len(tokens), len(tail) - 1, -1):
         if tokens[place - 1] == tail[-1] and tokens[place - len(tail) : place] == tail:
             return place
@@ -100,7 +100,7 @@ def _place_after(tokens: list[tuple[int, int]], tail: list[tuple[int, int]]) -> 
 
 
 def _word_start(text: str, near: int) -> int:
-    """The next place at or after `near` where white space follows a word; `near` itself if none is close."""
+    """The next place at or after `near` where white space follows a word, or `near` itself if none is close."""
     if near <= 0 or near >= len(text):
         return max(0, min(near, len(text)))
     for place in range(near, min(near + _OVERLAP_CHARACTERS // 2, len(text))):
@@ -110,12 +110,12 @@ def _word_start(text: str, near: int) -> int:
 
 
 def _slices(pieces: Iterable[tuple[list[int], list[int]]], size: int) -> Iterator[tuple[list[int], int, bool]]:
-    """(ids, character end, whether it is the last) of consecutive runs of `size` tokens."""
+    """Yield (ids, character end, whether it is the last) of consecutive runs of `size` tokens."""
     ids: list[int] = []
     ends: list[int] = []
     for new_ids, new_ends in pieces:
         ids, ends = ids + new_ids, ends + new_ends
-        # One token more than a run is kept back, so that the last run is known to be the last.
+        # One more token than a run is kept back. Otherwise the last run would not be known as the last.
         while len(ids) > size:
             yield ids[:size], ends[size - 1], False
             ids, ends = ids[size:], ends[size:]
@@ -124,14 +124,14 @@ def _slices(pieces: Iterable[tuple[list[int], list[int]]], size: int) -> Iterato
 
 
 def _tokens_used(record: Document, start: Cursor) -> int:
-    """Tokens of a document that were used before the stream was opened at `start`."""
+    """Number of tokens of a document that were used before the stream was opened at `start`."""
     return start.token if dataclasses.replace(record.here, token=start.token) == start else 0
 
 
 def windows(
     records: Iterable[Record], encoder: Encoder, max_length: int, start: Cursor
 ) -> Iterator[Sample | Unusable | Gap]:
-    """Consecutive windows of each document, nothing thrown away; a last one of one token borrows the one before."""
+    """Cut each document into consecutive windows; nothing is lost. A last one of one token borrows the one before."""
     for record in records:
         if not isinstance(record, Document):
             yield record
@@ -155,10 +155,10 @@ def windows(
 def packed(
     records: Iterable[Record], encoder: Encoder, max_length: int, start: Cursor
 ) -> Iterator[Sample | Unusable | Gap]:
-    """Documents joined by EOS, cut into blocks of `max_length`; a block is named after the document that begins it.
+    """Join documents by EOS and cut them into blocks of `max_length`. A block has the name of its first document.
 
-    The cursor after a block is the document that it stops in and the tokens of it (EOS counted) already used. A block
-    belongs to one pass over the corpus: the last one of a pass is as long as it comes, at least 2 tokens.
+    The cursor after a block holds the document in which the block stops, and how many of its tokens (with EOS) are
+    used. A block belongs to one pass over the corpus. The last block of a pass may be shorter, with at least 2 tokens.
     """
     eos = encoder.tokenizer.eos_token_id
     if eos is None:

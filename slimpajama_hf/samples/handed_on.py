@@ -1,7 +1,7 @@
-"""Samples that one process of a machine makes and hands on to the others there, over a socket of the machine.
+"""One process of a machine makes the samples of all processes there, and sends them over a local socket.
 
-In window and pack where one sample ends says where the next begins, so somebody has to tokenize all documents: one
-process of each machine, and not every one.
+In window and pack a sample begins where the one before it ends, so whoever makes samples has to tokenize all documents.
+One process of each machine does that, instead of every one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Ended(NamedTuple):
-    """What comes behind the last sample: what the stream knows then (`SampleStream`)."""
+    """Comes after the last sample: what the stream knows at its end (`SampleStream`)."""
 
     error: Exception | None
     gaps: list[dict[str, Any]]
@@ -30,15 +30,15 @@ class Ended(NamedTuple):
 
 
 class Machine:
-    """The processes `ranks` of this machine, of which the first makes the samples of all. `place`: that of its socket,
-    and the key to it; None in the first itself, which opens it."""
+    """The processes `ranks` of this machine. The first of them makes the samples of all. `place`: address and key of
+    its socket; None in the first process itself, which opens the socket."""
 
     def __init__(self, ranks: Sequence[int], place: tuple[str, bytes] | None = None) -> None:
         self.ranks = ranks
         self._listener: Listener | None = None
         if place is None:
             key = os.urandom(32)
-            # A folder that this user alone can enter. It is gone when all have come, or at the end of the program.
+            # Only this user can enter the folder. It is removed when all have connected, or at the end of the program.
             self._folder = tempfile.TemporaryDirectory(prefix="samples-")
             self._listener = Listener(os.path.join(self._folder.name, "socket"), backlog=len(ranks), authkey=key)
             place = str(self._listener.address), key
@@ -46,7 +46,7 @@ class Machine:
 
     @contextlib.contextmanager
     def others(self) -> Iterator[HandingOn]:
-        """For the first: a connection to each of the others, once all have come."""
+        """In the first process: connections to all others, once they have all connected."""
         assert self._listener is not None
         with contextlib.ExitStack() as open_ones:
             lines: dict[int, Connection] = {}
@@ -58,8 +58,8 @@ class Machine:
             yield HandingOn(lines)
 
     def taken(self, rank: int) -> Iterator[Sample | Ended]:
-        """For another one: its samples, and behind them how the stream ended. Raises UserError where the first process
-        of the machine is gone."""
+        """In another process: yield its samples, and after them how the stream ended. Raises UserError if the first
+        process of the machine is gone."""
         address, key = self.place
         try:
             with Client(address, authkey=key) as line:
@@ -77,30 +77,30 @@ class Machine:
 
 
 class HandingOn:
-    """The way to the other processes of the machine, by rank."""
+    """Connections to the other processes of the machine, by rank."""
 
     def __init__(self, lines: dict[int, Connection]) -> None:
         self._lines = lines
 
     def ranks(self) -> list[int]:
-        """Those that still take samples."""
+        """Ranks that still take samples."""
         return list(self._lines)
 
     def give(self, rank: int, samples: list[Sample] | list[Ended]) -> None:
-        """Hand samples on; waits while that process has some in stock. One that has what it wants has hung up."""
+        """Send samples to `rank`. Waits while it has enough of them. A process that needs no more has hung up."""
         try:
             self._lines[rank].send(samples)
         except OSError:
             del self._lines[rank]
 
     def end(self, ended: Ended) -> None:
-        """Tell all that no more samples come."""
+        """Tell all processes that no more samples come."""
         for rank in self.ranks():
             self.give(rank, [ended._replace(error=_portable(ended.error))])
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """An error that another process can be given: the same, or its words where it cannot be taken apart."""
+    """Make an error fit for another process: the same, or a UserError with its words if it cannot be pickled."""
     if error is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The records of a corpus as training meets them: pass after pass, each shuffled block by block or in order.
+"""The records of a corpus in the order of training: pass after pass, each in order or shuffled block by block.
 
 The shuffle is our own because it must go on exactly after a stop: `datasets` refills its buffer with other records.
 """
@@ -10,15 +10,12 @@ import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import datasets
-
-from typing import TYPE_CHECKING
-
 from slimpajama_hf.corpus.documents import Cursor, Document, Gap, Unusable
 from slimpajama_hf.errors import UserError
 
 if TYPE_CHECKING:
+    import datasets
+
     from slimpajama_hf.corpus.corpus import Corpus
     from slimpajama_hf.corpus.patience import Patience
 
@@ -27,11 +24,11 @@ Record = Document | Unusable | Gap
 
 
 def permutation(size: int, seed: int, epoch: int, block: int) -> list[int]:
-    """The order in which the records of a shuffled block are used: their numbers sorted by SHA-256 of
+    """The order in which the records of a shuffled block are used: their numbers sorted by the SHA-256 of
     "seed epoch block number".
 
     Neither `random.shuffle` nor NumPy's Generator promises the same order in every version (Python's documentation of
-    `random`, "Notes on Reproducibility"; NumPy's NEP 19); a hash of text is the same on every machine for ever.
+    `random`, "Notes on Reproducibility"; NumPy's NEP 19). A hash of text is the same everywhere and always.
     """
     return sorted(range(size), key=lambda number: hashlib.sha256(f"{seed} {epoch} {block} {number}".encode()).digest())
 
@@ -43,12 +40,12 @@ class Passes:
     corpus: Corpus
     epochs: int = 1
     shuffle_buffer: int = 0
-    """Records in a block that is shuffled as a whole; below 2: the corpus' own order."""
+    """Records in a block, which is shuffled as a whole. Below 2: the order of the corpus."""
     seed: int = 0
     skip_broken_shards: bool = False
 
     def records(self, start: Cursor, patience: Patience) -> Iterator[Record]:
-        """Records from `start` to the end of the last pass."""
+        """Yield records from `start` to the end of the last pass."""
         while start.epoch < self.epochs:
             yield from self._one_pass(start, patience)
             start = Cursor(epoch=start.epoch + 1)
@@ -64,7 +61,7 @@ class Passes:
         records = self._read(start, patience)
         block = start.block
         if start.size:
-            # A block is finished as it was begun, whatever --shuffle_buffer says now.
+            # A block that was begun is finished with its old size, whatever --shuffle_buffer says now.
             found, gap = _take(records, start.size)
             if len(found) < start.size:
                 why = f"{gap.shard} row {gap.row:,}: {gap.reason}" if gap else "the corpus ends inside it"
@@ -72,7 +69,7 @@ class Passes:
             yield from self._in_new_order(found, start)
             start, block = dataclasses.replace(found[-1].after, token=0), block + 1
         elif start.token and self.shuffle_buffer > 1:
-            # Stopped inside a document that was read in order: it comes first.
+            # The run stopped inside a document that was read in order, so that document comes first.
             for record in records:
                 start = record.after
                 yield record
@@ -87,7 +84,7 @@ class Passes:
                 yield from self._in_new_order(found, begin)
                 block += 1
             if gap is not None:
-                # A block ends where a shard breaks off: what can be read of it stays the same if that is mended.
+                # A block ends where a shard breaks off, so that it stays the same if the shard is repaired.
                 yield dataclasses.replace(
                     gap,
                     here=dataclasses.replace(gap.here, block=block),
@@ -97,7 +94,7 @@ class Passes:
                 return
 
     def _in_new_order(self, found: list[Record], begin: Cursor) -> Iterator[Record]:
-        """The records of one block; `begin` is its first place, and how many of it are used already."""
+        """Yield the records of one block, shuffled. `begin`: where the block starts, and how many are used already."""
         next_block = dataclasses.replace(found[-1].after, block=begin.block + 1)
         begin = dataclasses.replace(begin, token=0)
         order = permutation(len(found), self.seed, begin.epoch, begin.block)
@@ -110,7 +107,7 @@ class Passes:
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # `datasets` takes a fingerprint of what a generator is given; 59,166 files need no part in it.
+        # `datasets` hashes the arguments of a generator. The list of 59,166 files need not be in the hash.
         return Passes, (dataclasses.replace(self.corpus, files=()), *dataclasses.astuple(self)[1:])
 
     def __deepcopy__(self, memory: dict[int, Any]) -> Passes:
@@ -118,7 +115,7 @@ class Passes:
 
 
 def _take(records: Iterator[Record], count: int) -> tuple[list[Record], Gap | None]:
-    """Up to `count` records; fewer where a shard breaks off (its Gap is the second part) or the pass ends."""
+    """Take up to `count` records: fewer if a shard breaks off (its Gap is the second value) or the pass ends."""
     found: list[Record] = []
     while len(found) < count:
         record = next(records, None)
@@ -133,7 +130,7 @@ def _take(records: Iterator[Record], count: int) -> tuple[list[Record], Gap | No
 def stream(passes: Passes, start: Cursor, patience: Patience) -> datasets.IterableDataset:
     """The records as a streaming dataset of `datasets`, ready for `map`.
 
-    What `IterableDataset.from_generator` makes, without its builder, which wants a folder for its cache (HF_HOME).
+    It is the same as `IterableDataset.from_generator` without its builder, which needs a cache folder (HF_HOME).
     """
     import datasets
     from datasets.iterable_dataset import ExamplesIterable

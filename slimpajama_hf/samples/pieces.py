@@ -1,4 +1,4 @@
-"""The texts of single tokens as they stand inside a text."""
+"""The text of single tokens inside a text."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
 
 
 def pieces(encoder: Encoder, ids: Sequence[int]) -> list[str]:
-    """The text of each token of `ids`, so that together they are the text of all.
+    """The text of each token of `ids`. Joined they are the text of all.
 
-    A token that ends inside a character gives "", the one that ends the character gives it whole. Control tokens give
-    their names.
+    A token that ends inside a character gives "", and the token that completes the character gives it whole. Control
+    tokens give their names.
     """
     found: list[str] = []
-    begin = 0  # Decoding starts here: far enough back for the spaces, near enough to be cheap.
+    begin = 0  # Decoding starts here: far enough back to get the spaces right, near enough to be cheap.
     shown = ""
     for index, token in enumerate(ids):
         text = encoder.decode(ids[begin : index + 1])
@@ -25,7 +25,7 @@ def pieces(encoder: Encoder, ids: Sequence[int]) -> list[str]:
             continue
         new = text[len(shown) :] if text.startswith(shown) else text
         found.append(new or _control_name(encoder, token))
-        # The next one is decoded behind this one alone; a piece that is no whole character cannot be a beginning.
+        # The next token is decoded after this one alone. A piece that is no whole character cannot be the start.
         begin = index
         shown = encoder.decode(ids[begin : index + 1])
     return found
@@ -37,12 +37,12 @@ def _control_name(encoder: Encoder, token: int) -> str:
 
 
 class Guesses:
-    """The text of single tokens as they stand inside a text; each is decoded once in a run."""
+    """The text of single tokens inside a text, for guesses of a model. Each token is decoded once in a run."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
         self._known: dict[int, str] = {}
-        # SentencePiece drops the space of a token that begins a text.
+        # Decoded after "a", because SentencePiece drops the space of a token that begins a text.
         self._before = encoder.encode("a")[0][-1:]
         self._length = len(encoder.decode(self._before))
 

@@ -1,9 +1,8 @@
-"""The tokenizer of a saved model as every `transformers` loads it: 4.57, 5, and what stands on them.
+"""Save a model's tokenizer so that every `transformers` loads it: 4.57, 5, and what builds on them.
 
-A SentencePiece model is saved by transformers 5 under a class that 4.57 does not have, and that prints bytes as
-"<0x0A>" in 5. Its exact twin for the `tokenizers` library can be written wherever it is a BPE model that takes text as
-it is (as those made here do): same ids, same text back. It is written only after it was found the same on texts that
-are meant to break it.
+transformers 5 saves a SentencePiece model under a class that 4.57 does not have and that prints bytes as "<0x0A>" in 5.
+A BPE model that takes text as it is, like those made here, has an exact twin in the `tokenizers` library: same ids, and
+the same text back. The twin is written only after it gave the same results on texts that are meant to break it.
 """
 
 from __future__ import annotations
@@ -16,28 +15,28 @@ from typing import Any
 
 from slimpajama_hf.samples.tokenizer import AS_TRAINED, KEPT_AS_TRAINED
 
-#: The class name that both 4.57 and 5 know; the one that 5 writes, 4.57 does not.
+#: The class name that both 4.57 and 5 know; 5 writes one that 4.57 does not know.
 CLASS_NAME = "PreTrainedTokenizerFast"
 _NEW_CLASS_NAMES = ("TokenizersBackend",)
 
 _SPACE = "▁"
 
-#: Texts on which a twin that is only nearly right gives itself away.
+#: Texts on which a twin that is only nearly right differs.
 _HARD_TEXTS = (
     "", " ", "  two  spaces  ", *(" " * count + "x" for count in range(1, 80)), f"{_SPACE} a{_SPACE}b", "1234567 89",
     "\n\n\ttabs\r\n", "ünïcödé e\u0301 naïve", "日本語のテキスト 🎉🎉", "\x00\x01\x7f\u200b\u202e", "<unk><s></s>",
     "<0x0A>", "a" * 60, "ab" * 40, "def f(x):\n    return x**2\n",
 )  # fmt: skip
 
-#: Random texts of the model's own pieces beside them.
+#: How many random texts, made of the model's own pieces, are tried too.
 _RANDOM_TEXTS = 500
 
 
 def files_for(folder: Path, positions: int | None) -> dict[str, bytes]:
-    """Files to be put in place of those of `folder` (a saved model), by name; none where they are portable as they are.
+    """Return name -> content of the files that replace those of `folder` (a saved model); none if it is portable.
 
-    `positions`: the longest text that the model takes, in tokens; None where it has no such limit. `load_tokenizer`
-    reads from what is kept under `AS_TRAINED` the tokenizer that the model was trained with.
+    `positions`: the longest text that the model takes, in tokens; None if it has no limit. What is changed is also kept
+    under `AS_TRAINED`: from that, `load_tokenizer` makes the tokenizer that the model was trained with.
     """
     path = folder / "tokenizer_config.json"
     if not path.is_file():
@@ -50,24 +49,24 @@ def files_for(folder: Path, positions: int | None) -> dict[str, bytes]:
         twin = None if _has_tokens_beside(before, folder) else _twin((folder / "tokenizer.model").read_bytes())
         if twin is not None:
             changed["tokenizer.json"] = twin.encode()
-            # Others write "</s>" behind a text and mean the token: only in training it is letters.
+            # Other programs write "</s>" after a text and mean the token. Only training reads it as letters.
             of_ours = ("backend", "sp_model_kwargs", "split_special_tokens")
             config = {name: value for name, value in config.items() if name not in of_ours}
             config["tokenizer_class"] = CLASS_NAME
     elif before.get("tokenizer_class") in _NEW_CLASS_NAMES:
         config["tokenizer_class"] = CLASS_NAME
     if isinstance(config.get("extra_special_tokens"), list):
-        # 4.57 wants a mapping there, and has this name for the list.
+        # 4.57 wants a mapping under this name, and has another name for the list.
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    # What says where and how it was loaded for training is nothing to others.
+    # How it was loaded for training does not concern others.
     config = {name: value for name, value in config.items() if name not in ("is_local", "local_files_only")}
-    # GPT-2 adds token types to the text, if it is given any: without this 4.57 gives it some.
+    # GPT-2 adds embeddings for token types if it gets any. Without this line 4.57 passes some.
     config["model_input_names"] = ["input_ids", "attention_mask"]
     config["clean_up_tokenization_spaces"] = False
     if positions is not None:
         config["model_max_length"] = positions
     if config.get("pad_token") is None and (token := config.get("eos_token") or config.get("unk_token")) is not None:
-        # Batches need one. Attention never looks at it, and no loss counts it.
+        # Batches need a padding token. Attention never looks at it, and no loss counts it.
         config["pad_token"] = token
     config[AS_TRAINED] = {name: before.get(name) for name in KEPT_AS_TRAINED if before.get(name) != config.get(name)}
     changed["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
@@ -75,7 +74,7 @@ def files_for(folder: Path, positions: int | None) -> dict[str, bytes]:
 
 
 def why_not_everywhere(config: dict[str, Any]) -> str | None:
-    """Why transformers 4 does not load a saved tokenizer, by its tokenizer_config.json, in a few words; None where it
+    """Why transformers 4 does not load a saved tokenizer with this tokenizer_config.json, in a few words; None if it
     does."""
     if config.get("tokenizer_class") != "SentencePieceBackend":
         return None
@@ -83,16 +82,16 @@ def why_not_everywhere(config: dict[str, Any]) -> str | None:
 
 
 def _has_tokens_beside(config: dict[str, Any], folder: Path) -> bool:
-    """Whether tokens were added to those of a SentencePiece model."""
+    """Whether tokens were added to those of the SentencePiece model."""
     from sentencepiece import SentencePieceProcessor
 
     size = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
     return any(int(index) >= size for index in config.get("added_tokens_decoder", {}))
 
 
-@functools.lru_cache(maxsize=2)  # Every checkpoint of a run asks for the same, and its average asks again.
+@functools.lru_cache(maxsize=2)  # Every checkpoint of a run asks for the same twin, and so does its average.
 def _twin(model: bytes) -> str | None:
-    """`tokenizer.json` with the ids of a SentencePiece BPE model; None where there is none that is the same."""
+    """`tokenizer.json` that gives the same ids as a SentencePiece BPE model; None if there is no exact one."""
     from sentencepiece import SentencePieceProcessor
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
@@ -130,7 +129,7 @@ def _twin(model: bytes) -> str | None:
 
 
 def _merges(plain: dict[str, int], processor: Any) -> list[tuple[str, str]]:
-    """Pairs in the order in which SentencePiece joins them: the better piece first, by its score."""
+    """Pairs of pieces in the order in which SentencePiece merges them: by score, the best piece first."""
     ranked = []
     for piece, index in plain.items():
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
@@ -147,7 +146,7 @@ def _same(processor: Any, twin: Any, text: str) -> bool:
 
 
 def _random_texts(plain: dict[str, int]) -> list[str]:
-    """Of the model's own pieces, some of them many times over: then merges tie."""
+    """Texts made of the model's own pieces. Some pieces are repeated, which makes merges tie."""
     draw, pieces = random.Random(0), list(plain)
     return [
         "".join(

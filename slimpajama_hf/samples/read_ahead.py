@@ -1,4 +1,4 @@
-"""Samples made ready in a thread of their own while the model trains on the one before."""
+"""Samples are made in a thread of their own, while the model trains on the ones before."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from slimpajama_hf.screen import Waiting
 
 Item = TypeVar("Item")
 
-#: Seconds of waiting for the next item after which the screen shows it, and between two looks at `stop`.
+#: Seconds of waiting for the next item before the screen shows it, and between two looks at `stop`.
 _LOOK_SECONDS = 0.05
 
-#: Seconds of waiting after which the screen says what the thread that reads had of a processor.
+#: Seconds of waiting before the screen says how much processor time the reading thread had.
 LONG_WAIT_SECONDS = 2.0
 
 
 class _Shelf(Generic[Item]):
-    """What stands between the thread that makes items and the one that takes them."""
+    """What the thread that makes items and the one that takes them share."""
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
@@ -34,7 +34,7 @@ class _Shelf(Generic[Item]):
         self.change = threading.Condition()
         self.thread: threading.Thread | None = None
         self.clock: int | None = None
-        """Of the thread's processor time. The thread asks for it itself: one that is gone must not be asked about."""
+        """Clock of the thread's processor time. The thread sets it itself: a thread that has ended has no clock."""
 
     def close(self) -> None:
         with self.change:
@@ -42,7 +42,7 @@ class _Shelf(Generic[Item]):
             self.change.notify_all()
 
 
-#: Those that are open, for `_close_all`.
+#: All open shelves, for `_close_all`.
 _OPEN: weakref.WeakSet[_Shelf] = weakref.WeakSet()
 
 
@@ -53,11 +53,11 @@ def read_ahead(
     stop: Callable[[], bool],
     what: str = "waiting for the next document",
 ) -> Iterator[Item]:
-    """The items of `make(patience)`, up to `depth` of them made before they are asked for; its errors in their place.
+    """Yield the items of `make(patience)`, up to `depth` of them made in advance. Its errors are raised in their place.
 
-    The order is that of `make`: nothing depends on timing. While the next item is not ready the screen shows what is
-    being waited for, and `stop()` is asked 20 times a second: once it is true, StopRequested is raised. The thread
-    ends when this iterator is closed or forgotten (a request that is on ends by itself, within its time limit).
+    The order is that of `make`: nothing depends on timing. While the next item is not ready, the screen shows what is
+    waited for, and `stop()` is called 20 times a second. Once it is true, StopRequested is raised. The thread ends when
+    this iterator is closed or forgotten (a request in progress ends by itself, within its time limit).
     """
     shelf: _Shelf[Item] = _Shelf(depth)
     patience = Patience(patience_seconds, lambda: shelf.closed or stop())
@@ -98,9 +98,9 @@ def _wait(shelf: _Shelf, patience: Patience, stop: Callable[[], bool], what: str
 
 
 def _cpu_seconds(shelf: _Shelf[Item]) -> float:
-    """Processor time that the thread of `shelf` has had; NaN where the system does not say (it is Unix that does)."""
+    """Processor time that the thread of `shelf` has had; NaN if the system does not say (Unix does)."""
     if shelf.clock is None:
-        # It has hardly begun.
+        # The thread has hardly begun.
         return 0.0 if hasattr(time, "pthread_getcpuclockid") else math.nan
     try:
         return time.clock_gettime(shelf.clock)
@@ -110,7 +110,7 @@ def _cpu_seconds(shelf: _Shelf[Item]) -> float:
 
 
 def _why(waited: float, cpu: float) -> str:
-    """Of a long wait, what the thread that reads did meanwhile, as far as its processor time tells."""
+    """Say what the reading thread did during a long wait, judged by its processor time."""
     if waited < LONG_WAIT_SECONDS or math.isnan(cpu):
         return ""
     if cpu > waited / 2:
@@ -119,7 +119,7 @@ def _why(waited: float, cpu: float) -> str:
 
 
 def _fill(shelf: _Shelf[Item], make: Callable[[Patience], Iterator[Item]], patience: Patience) -> None:
-    """The thread: make items until there are no more, there is an error, or nobody wants them."""
+    """Run in the thread: make items until there are no more, an error comes, or nobody wants them."""
     try:
         if hasattr(time, "pthread_getcpuclockid"):
             shelf.clock = time.pthread_getcpuclockid(threading.get_ident())
@@ -141,8 +141,8 @@ def _fill(shelf: _Shelf[Item], make: Callable[[Patience], Iterator[Item]], patie
 
 @atexit.register
 def _close_all() -> None:
-    """Let the threads end before the interpreter does: one that is inside a library then may bring all down. One that
-    waits for a server cannot be hurried, and is left behind."""
+    """Let the threads end before the interpreter does: one that is inside a library then may crash it. A thread that
+    waits for a server cannot be hurried and is left behind."""
     shelves = list(_OPEN)
     for shelf in shelves:
         shelf.close()

@@ -1,4 +1,4 @@
-"""What one forward pass sees, and all that is known about it."""
+"""What one forward pass gets, and all that is known about it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Sample:
-    """One training example and everything that is known about it; `after` is where reading goes on."""
+    """One training example and all that is known about it. `after` is where reading goes on."""
 
     input_ids: list[int]
-    """Empty where it is another process's, which alone tokenizes it."""
+    """Empty if another process learns the sample: only that process tokenizes it."""
     document: Document
     """The document (in `pack`: the one that the sample begins with)."""
     after: Cursor
@@ -24,26 +24,26 @@ class Sample:
     tokens_cut: int = 0
     tokens_cut_exact: bool = True
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Unusable records since the sample before, by reason."""
+    """Reason -> number of unusable records since the sample before."""
     gaps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """Shards set aside since the sample before: {"shard", "row", "reason"}."""
+    """Shards that were skipped since the sample before: {"shard", "row", "reason"}."""
     documents: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """In `pack`, what the block is made of: {"shard", "row", "text_sha1", "first_token", "tokens"}, EOS counted."""
+    """In `pack`, the parts of the block: {"shard", "row", "text_sha1", "first_token", "tokens"}, EOS counted."""
     together: list[Sample] = dataclasses.field(default_factory=list)
-    """Where a step has several samples, of several processes or accumulated: in the first process, which has the
-    ledger, all of them, this one among them, without their texts; empty in the others."""
+    """If a step has several samples, from several processes or accumulated: all of them, with this one, without their
+    texts. Only the first process has them, because it writes the ledger; the list is empty in the others."""
     only_fills: bool = False
-    """Whether it stands for no document and has no weight: the stream has ended, or its owner found the document to
-    have fewer than 2 tokens when it had its place already."""
+    """Whether it stands for no document and has no weight. Either the stream has ended, or the document already had its
+    place when its process found that it has fewer than 2 tokens."""
     tokens: int = 0
-    """Those of `input_ids`; of another process's sample what that has told."""
+    """Length of `input_ids`; for a sample of another process, what that process reported."""
     rank: int = 0
-    """The process that learns it."""
+    """The process that learns the sample."""
 
     def __post_init__(self) -> None:
         self.tokens = len(self.input_ids) or self.tokens
 
     @property
     def predicted(self) -> int:
-        """Tokens that are predicted: all but the first."""
+        """Number of tokens that are predicted: all but the first."""
         return self.tokens - 1

@@ -1,4 +1,4 @@
-"""The stream of samples: documents in their order, cut, with what was passed over and why. It can go on anywhere."""
+"""The stream of samples: documents in order, cut, with what was passed over and why. It can go on from any place."""
 
 from __future__ import annotations
 
@@ -24,30 +24,33 @@ if TYPE_CHECKING:
     from slimpajama_hf.samples.handed_on import Machine
 
 
-#: So many unusable records in a row mean that the source itself is wrong.
+#: After so many unusable records in a row, the source itself must be wrong.
 MOST_UNUSABLE_IN_A_ROW = 1000
 
-#: Reason of documents that this run must not learn.
+#: Reason for documents that this run must not learn.
 LEFT_OUT = "left out"
 
-#: Of several processes each looks itself whether a text of so many characters has 2 tokens; a longer one is taken to
-#: have them by all but the process that learns it. The longest token of GPT-2 has 128.
+#: With several processes, each of them checks that a text of at most this many characters has 2 tokens. A longer text
+#: is assumed to have them, except by the process that learns it. The longest token of GPT-2 has 128 characters.
 SHORT_TEXT_CHARACTERS = 128
 
 
 class SampleStream:
     """The training samples of a corpus from a cursor on. Iterating opens the stream anew at `start`.
 
-    Yields `Sample`s of 2 to `max_length` tokens, made ready up to `read_ahead` at a time in a thread of its own (0:
-    when asked for). A step has `world_size * accumulated` samples: each process opens the same stream, in the one order
-    that a single process reads, and takes of every `world_size` samples in a row the one at its `rank`. `after` is then
-    that of the last sample of the step, equal on every rank, so that any number of processes goes on exactly from it;
-    so is what was passed over. In `truncate` a process tokenizes its own documents alone, and looks at the beginning of
-    the short ones (`SHORT_TEXT_CHARACTERS`) and of the first of each step, which therefore always has 2 tokens. Places
-    may stay empty (`Sample.only_fills`): at the end of the stream, and where a long text turns out to have fewer than
-    2 tokens. In `window` and `pack` one process of each `machine` reads and tokenizes, and hands on. Raises UserError
-    after 1,000 unusable records in a row, at a shard that is broken (unless `skip_broken_shards`) and when the Hub
-    failed for `patience_seconds`; patience.StopRequested when `stop()` is true while it waits.
+    Yields `Sample`s of 2 to `max_length` tokens. Up to `read_ahead` of them are made in advance in a thread.
+    A step has `world_size * accumulated` samples. All processes open the same stream, in the order in which a single
+    process reads. Of every `world_size` samples in a row, each process takes the one at its `rank`. `after` is that of
+    the last sample of the step on every rank, so that any number of processes can go on exactly from it. The same holds
+    for what was passed over.
+
+    In `truncate`, a process tokenizes only its own documents. All processes look at the beginning of short documents
+    (`SHORT_TEXT_CHARACTERS`) and of the first document of each step, which therefore always has 2 tokens. Places may
+    stay empty (`Sample.only_fills`): at the end of the stream, and where a long text turns out to have fewer than 2
+    tokens. In `window` and `pack`, one process of each `machine` reads and tokenizes for all its processes.
+
+    Raises UserError after 1,000 unusable records in a row, at a broken shard (unless `skip_broken_shards`) and when the
+    Hub failed for `patience_seconds`. Raises patience.StopRequested when `stop()` is true while it waits.
     """
 
     def __init__(
@@ -73,10 +76,10 @@ class SampleStream:
         in_worker: bool = False,
         machine: Machine | None = None,
     ) -> None:
-        """`stop`: whether the run is to stop; asked while waiting, from this thread and from another.
+        """`stop`: whether the run must stop; called while waiting, from this thread and from another.
         `short_text_characters`: None for a run of a version in which all processes looked at every document.
-        `in_worker`: one of the workers of a loader reads, to whom `datasets` would give nothing unless it is the
-        first. `machine`: the processes of this one, where one of them may read for all."""
+        `in_worker`: a worker of a DataLoader reads; `datasets` would give samples only to the first worker.
+        `machine`: the processes of this machine, if one of them may read for all."""
         self.corpus, self.encoder, self.mode, self.max_length = corpus, encoder, mode, max_length
         self.passes = Passes(corpus, epochs, shuffle_buffer, seed, skip_broken_shards)
         self.world_size, self.rank, self.accumulated = world_size, rank, accumulated
@@ -85,17 +88,17 @@ class SampleStream:
         self._short = short_text_characters
         self._machine = machine if machine is not None and len(machine.ranks) > 1 and mode != "truncate" else None
         self.leave_out = frozenset(leave_out)
-        """`shard#row`: documents that are never trained; `shard#row.part`: that sample of one alone."""
+        """`shard#row`: documents that are never trained on. `shard#row.part`: only that sample of a document."""
         self.start = start if start is not None else Cursor()
         self._stop, self._in_worker = stop, in_worker
         self.gaps_at_end: list[dict[str, Any]] = []
-        """Shards set aside after the last sample of the stream: no sample carries them."""
+        """Shards that were skipped after the last sample, so that no sample carries them."""
         self.skipped_at_end: dict[str, int] = {}
-        """Unusable records after the last sample, by reason, where the stream ended or broke."""
+        """Reason -> number of unusable records after the last sample, when the stream has ended or broken."""
         self.error: Exception | None = None
-        """What the stream broke with."""
+        """The error that broke the stream."""
         self.fields: Counter[str] = Counter()
-        """What records without a text have instead, and how many characters of it (-1 where it is no string)."""
+        """Fields of records without a text -> their characters in all (-1 for each value that is no string)."""
 
     def __iter__(self) -> Iterator[Sample]:
         start = self.start
@@ -118,7 +121,7 @@ class SampleStream:
             yield from self._handing_on(self._machine, start, patience)
 
     def _handing_on(self, machine: Machine, start: Cursor, patience: Patience) -> Iterator[Sample]:
-        """This process' samples; those of the others of the machine are made and sent to them."""
+        """Yield this process' samples. Make those of the machine's other processes too, and send them there."""
         with machine.others() as others:
             try:
                 for step in self._steps(self._with_what_was_passed_over(self._read(start, patience))):
@@ -131,7 +134,7 @@ class SampleStream:
             others.end(Ended(None, self.gaps_at_end, self.skipped_at_end, dict(self.fields)))
 
     def _handed_on(self, machine: Machine) -> Iterator[Sample]:
-        """This process' samples, as another one of the machine made them."""
+        """Yield this process' samples, which another process of the machine makes."""
         for told in machine.taken(self.rank):
             if isinstance(told, Ended):
                 self.error, self.gaps_at_end, self.skipped_at_end = told.error, told.gaps, told.skipped
@@ -142,13 +145,13 @@ class SampleStream:
                 yield told
 
     def _read(self, start: Cursor, patience: Patience) -> Iterator[Sample | Unusable | Gap]:
-        """Everything in the order of the corpus, what cannot be used too."""
+        """Yield everything in the order of the corpus, unusable records too."""
         samples: Iterable[Sample | Unusable | Gap]
         cut: dict[str, Any] = {"encoder": self.encoder, "max_length": self.max_length}
         of_datasets = None if self._in_worker else stream(self.passes, start, patience)
         if self.mode == "truncate" and of_datasets is not None:
-            # The streaming map of `datasets`: one record in, its first tokens out. Of several processes, who is to
-            # tokenize a record is known when it has its place.
+            # The streaming map of `datasets`: one record in, its first tokens out. With several processes, it is not
+            # known who tokenizes a record before it has its place.
             if self.world_size > 1:
                 mapped = of_datasets.map(untokenized, remove_columns=["record"])
             else:
@@ -172,7 +175,7 @@ class SampleStream:
                 yield from self._share(step, self.rank)
 
     def _steps(self, samples: Iterable[Sample]) -> Iterator[list[Sample]]:
-        """The samples of each step, of all processes; fewer at the end of the stream."""
+        """Yield the samples of each step, for all processes; fewer at the end of the stream."""
         step: list[Sample] = []
         for sample in samples:
             step.append(sample)
@@ -183,7 +186,7 @@ class SampleStream:
             yield step
 
     def _share(self, step: list[Sample], rank: int) -> Iterator[Sample]:
-        """Those of a step that `rank` learns."""
+        """Yield the samples of a step that `rank` learns."""
         skipped: Counter[str] = Counter()
         for sample in step:
             if sample.skipped:
@@ -198,7 +201,7 @@ class SampleStream:
 
     def _without_text(self, place: int, sample: Sample) -> Sample:
         of = sample.document
-        # Made, not copied: of a thousand processes the first would read a fifth slower.
+        # Built new instead of copied: with a thousand processes, copying would slow the first one's reading by a fifth.
         document = Document("", of.domain, of.mirror, of.shard, of.row, of.sha1, of.size)
         return Sample(
             sample.input_ids, document, sample.after, sample.text_bytes, sample.part, sample.tokens_cut,
@@ -206,20 +209,20 @@ class SampleStream:
         )  # fmt: skip
 
     def _tokenized(self, sample: Sample) -> Sample:
-        """The same with its tokens, where it has none yet."""
+        """The same sample with its tokens, if it has none yet."""
         if sample.input_ids:
             return sample
         found = truncate({"record": sample.document}, self.encoder, self.max_length)["sample"]
         return found if isinstance(found, Sample) else _filler(sample.document)
 
     def _is_too_short(self, sample: Sample, opens_step: bool) -> bool:
-        """Whether all processes know of a sample that is not tokenized that it has fewer than 2 tokens."""
+        """Whether all processes know that an untokenized sample has fewer than 2 tokens."""
         text = sample.document.text
         looked_at = opens_step or self._short is None or len(text) <= self._short
         return looked_at and len(self.encoder.opening(text, 2).ids) < 2
 
     def _with_what_was_passed_over(self, samples: Iterable[Sample | Unusable | Gap]) -> Iterator[Sample]:
-        """Pass usable samples on; what was passed over before one rides with it."""
+        """Yield usable samples. Each carries what was passed over before it."""
         skipped: Counter[str] = Counter()
         gaps: list[dict[str, Any]] = []
         in_a_row = passed_on = 0
@@ -236,7 +239,7 @@ class SampleStream:
                 elif isinstance(sample, Unusable):
                     skipped[sample.reason] += 1
                     self.fields.update(dict(sample.fields))
-                    # What is held or left out is no fault of the source.
+                    # Held-out and left-out documents are no fault of the source.
                     in_a_row += sample.reason not in (HELD_OUT, LEFT_OUT)
                     if in_a_row == MOST_UNUSABLE_IN_A_ROW:
                         raise UserError(
@@ -255,31 +258,31 @@ class SampleStream:
         self.gaps_at_end, self.skipped_at_end = gaps, dict(skipped)
 
     def in_words(self, passed_over: Mapping[str, int], read: int = 0) -> str:
-        """What was passed over, by reason, and what records without a text have instead (`documents.in_words`)."""
+        """What was passed over, by reason, and the fields of records without a text (`documents.in_words`)."""
         return documents.in_words(passed_over, self.fields, self.corpus.text_column, read)
 
     def why_nothing(self) -> str:
-        """Behind "no document": why a stream that has ended gave none; "" where nothing was passed over."""
+        """The end of a message "no document": why an ended stream gave none; "" if nothing was passed over."""
         return f": {self.in_words(self.skipped_at_end)}" if self.skipped_at_end else ""
 
 
 def _bare(sample: Sample) -> Sample:
-    """The same without its document's text, which only the first process shows."""
+    """The same sample without its document's text, which only the first process shows."""
     return dataclasses.replace(sample, document=dataclasses.replace(sample.document, text=""))
 
 
 def untokenized(example: dict[str, Any]) -> dict[str, Any]:
-    """{"record": Document} -> {"sample": Sample} without its tokens; a function for `map`."""
+    """{"record": Document} -> {"sample": Sample} without tokens. A function for `map`."""
     record = example["record"]
     return {"sample": Sample([], record, record.after, 0) if isinstance(record, Document) else record}
 
 
 def _filler(document: Document) -> Sample:
-    """What stands in a place without a document: any two tokens, which do not count."""
+    """A sample for a place without a document: any two tokens, which do not count."""
     return Sample([0, 0], document, document.after, 0, only_fills=True)
 
 
 def names_of(sample: Sample) -> tuple[str, str]:
-    """What `leave_out` calls the document of a sample, and the sample itself."""
+    """The names under which `leave_out` lists the document of a sample, and the sample itself."""
     document = f"{sample.document.shard}#{sample.document.row}"
     return document, f"{document}.{sample.part}"

@@ -1,7 +1,7 @@
-"""Tokenizers: one is loaded from anywhere.
+"""Load a tokenizer from anywhere.
 
-SentencePiece models stay SentencePiece: their ids come from the `sentencepiece` library itself. The conversions to
-`tokenizers` that transformers offers segment some texts differently, and then a model and its tokenizer disagree.
+SentencePiece models stay SentencePiece: their ids come from the `sentencepiece` library itself. The conversions of
+transformers to `tokenizers` segment some texts differently, and then a model and its tokenizer disagree.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ BUILTIN_MODEL = ROOT / "slimpajama_hf" / "assets" / "builtin.model"
 KINDS = ("sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe")
 END_OF_TEXT = "<|endoftext|>"
 _HUB_TIMEOUT_SECONDS = 10.0
-#: In the tokenizer_config.json of a saved model: what was changed there for other programs, as it was in training.
+#: Key in the tokenizer_config.json of a saved model: the original values of fields that were changed for others.
 AS_TRAINED = "as_trained"
-#: The fields that may stand there. The file may be a stranger's: others are passed over.
+#: Fields that may be under that key. The file may be a stranger's, so all others are ignored.
 KEPT_AS_TRAINED = ("tokenizer_class", "backend", "sp_model_kwargs", "split_special_tokens", "pad_token")
 
-# Any of these in a folder means that somebody saved a tokenizer there.
+# If a folder holds any of these, somebody saved a tokenizer there.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
-# Control tokens by the names that tokenizer.json files give them; the file itself does not say which is which.
+# Names that tokenizer.json files give to control tokens. The file itself does not say which is which.
 _EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", END_OF_TEXT)
 _UNK_NAMES = ("<unk>", "[UNK]", END_OF_TEXT)
 
-#: Texts on which a conversion of a SentencePiece model gives itself away, and how many made of its own pieces.
+#: Texts on which a conversion of a SentencePiece model differs, and how many more are made of its own pieces.
 _HARD_TEXTS = (
     "a",
     " ",
@@ -54,11 +54,11 @@ _RANDOM_TEXTS = 200
 
 
 def load_tokenizer(source: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that encodes text as its makers do and that AutoTokenizer can load again once saved.
+    """Load a tokenizer that encodes text as its makers do, and that AutoTokenizer can load again after saving.
 
     `source` is `builtin` (the model shipped with this package), a folder, a `tokenizer.json`, a SentencePiece `.model`
-    or the id of a Hub repository, whose `revision` (branch, tag or commit) may be given. Code from the Hub is never
-    run. Raises UserError when there is no tokenizer or when it cannot be read or reached.
+    or the id of a Hub repository. `revision` is a branch, tag or commit of that repository. Code from the Hub is never
+    run. Raises UserError when there is no tokenizer, or when it cannot be read or reached.
     """
     if source == BUILTIN:
         return from_sentencepiece(BUILTIN_MODEL)
@@ -85,14 +85,14 @@ def _from_hub(source: str, revision: str | None) -> PreTrainedTokenizerBase:
     from huggingface_hub.errors import HfHubHTTPError
     from transformers import AutoTokenizer
 
-    # Whatever the Hub, the network and the repository's files can do wrong comes out here, in the exceptions of six
-    # libraries (huggingface_hub, httpx, tokenizers raises bare Exception, ...): to the user it is one thing.
+    # All failures of the Hub, the network and the repository's files end here, as exceptions of six libraries
+    # (huggingface_hub, httpx, tokenizers raises bare Exception, ...). To the user they are one thing.
     refusal: Exception | None = None
     try:
-        # Asked first because transformers asks a Hub that is not there twelve times, which takes 46 s.
+        # Asked first, because transformers asks a Hub that is not there twelve times, which takes 46 s.
         HfApi().model_info(source, revision=revision, timeout=_HUB_TIMEOUT_SECONDS)
     except Exception as error:
-        # An overloaded Hub is worth the repeated asking; one that is not there or refuses leaves what is in the cache.
+        # transformers' retries are worth it for an overloaded Hub. If the Hub is missing or refuses, use the cache.
         status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
         refusal = None if status == 429 or status >= 500 else error
     try:
@@ -111,7 +111,7 @@ def _from_hub(source: str, revision: str | None) -> PreTrainedTokenizerBase:
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer_config.json").is_file() and not (folder / "tokenizer.json").is_file():
-        # AutoTokenizer would convert a bare .model to `tokenizers` and get other ids than sentencepiece.
+        # AutoTokenizer would convert a bare .model to `tokenizers`, whose ids differ from those of sentencepiece.
         models = {path.name: path for path in sorted(folder.glob("*.model"))}
         usual = [models[name] for name in ("tokenizer.model", "spiece.model") if name in models]
         if usual or len(models) == 1:
@@ -143,20 +143,20 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _as_trained(folder: Path) -> dict[str, Any]:
-    """What a run's checkpoint says of the tokenizer that it was trained with, where its files are for everybody."""
+    """If a checkpoint's tokenizer was changed for other programs: the fields with which it was trained."""
     path = folder / "tokenizer_config.json"
     was = json.loads(path.read_text(encoding="utf-8")).get(AS_TRAINED, {}) if path.is_file() else {}
     return {name: was[name] for name in KEPT_AS_TRAINED if name in was}
 
 
 def _refuse_other_ids(tokenizer: Any, folder: Path) -> None:
-    """Raise UserError where a folder holds a SentencePiece model and transformers made other ids of it than
-    `sentencepiece` does: its conversions split some texts in another way."""
+    """Raise UserError if a folder holds a SentencePiece model and the tokenizer of transformers gives other ids than
+    `sentencepiece` does: its conversions split some texts differently."""
     from sentencepiece import SentencePieceProcessor
 
     models = sorted(folder.glob("*.model"))
     if len(models) != 1 or not getattr(tokenizer, "is_fast", False):
-        # Any other class takes its ids from sentencepiece, or is refused (`samples/encoder.py`).
+        # Tokenizers of other classes take their ids from sentencepiece, or are refused (`samples/encoder.py`).
         return
     try:
         processor = SentencePieceProcessor(model_proto=models[0].read_bytes())
@@ -177,8 +177,8 @@ def _refuse_other_ids(tokenizer: Any, folder: Path) -> None:
 
 
 def _refuse_renumbered(tokenizer: Any, path: Path) -> None:
-    """Raise UserError where the `tokenizers` library gave an added token another id than its file says: where ids are
-    missing, it counts on from the number of tokens."""
+    """Raise UserError if the `tokenizers` library gave an added token another id than its file says. It numbers added
+    tokens on from the number of tokens, which is wrong if ids are missing."""
     try:
         added = json.loads(path.read_bytes()).get("added_tokens") or []
         wanted = {str(token["content"]): int(token["id"]) for token in added}
@@ -198,7 +198,7 @@ def _from_tokenizer_json(path: Path) -> PreTrainedTokenizerBase:
     from transformers import PreTrainedTokenizerFast
 
     if path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").is_file():
-        return _from_folder(path.parent)  # The file beside it says which control token is which.
+        return _from_folder(path.parent)  # tokenizer_config.json says which control token is which.
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
@@ -221,10 +221,10 @@ def _from_tokenizer_json(path: Path) -> PreTrainedTokenizerBase:
 
 
 def from_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a SentencePiece model. Raises UserError for a file that is none."""
+    """Load the tokenizer of a SentencePiece model. Raises UserError if the file is not one."""
     from sentencepiece import SentencePieceProcessor
 
-    # Looked at first: an empty file is no error to sentencepiece.
+    # Checked first, because sentencepiece accepts an empty file.
     reason = _not_a_model(path)
     processor: SentencePieceProcessor | None = None
     if reason is None:
@@ -248,47 +248,47 @@ def from_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
         vocab_file=str(path),
         # -1: the model has no such token.
         **{name: processor.id_to_piece(index) for name, index in ids.items() if index >= 0},
-        # "</s>" in a text is text; sentencepiece never reads its control pieces from one.
+        # "</s>" in a text is text. sentencepiece never makes control pieces from a text.
         split_special_tokens=True,
-        # transformers turns pieces into ids by name: without this an unknown piece is named by its letters, and the
+        # transformers maps pieces to ids by name. Without this, an unknown piece has its letters as its name, and the
         # letters "</s>" would be the control token in a model that has no piece for any of them.
         sp_model_kwargs={"emit_unk_piece": True},
-        # Nothing is put before or behind a text by itself.
+        # Nothing is added before or after a text.
         special_tokens_pattern="none",
     )
 
 
 @functools.cache
 def _sentencepiece_class() -> Any:
-    """A class for SentencePiece models: transformers' exact one with its decoding mended.
+    """Return a class for SentencePiece models: the exact one of transformers, with its decoding repaired.
 
     `transformers.SentencePieceBackend` takes ids from sentencepiece, but decodes by joining pieces: it strips spaces
-    and prints bytes as "<0x0A>". The class here has the same name, because save_pretrained() writes the name and
-    AutoTokenizer finds transformers' own by it, without this package: same ids, only the plainer decoding.
+    and prints bytes as "<0x0A>". Our class has the same name, because save_pretrained() writes that name. Without this
+    package AutoTokenizer then finds the class of transformers: the same ids, and only the plainer decoding.
     """
     from transformers.tokenization_utils_sentencepiece import SentencePieceBackend as TransformersBackend
 
     class SentencePieceBackend(TransformersBackend):
         def convert_tokens_to_string(self, tokens: list[str]) -> str:
-            """Text of pieces as sentencepiece gives it; control tokens are shown by name."""
+            """The text of pieces as sentencepiece gives it. Control tokens are shown by name."""
             control = set(self.all_special_tokens)
             runs = itertools.groupby(tokens, key=control.__contains__)
             return "".join("".join(run) if named else self.sp_model.decode(list(run)) for named, run in runs)
 
-    # Where pickle finds it: see __getattr__.
+    # pickle looks the class up here; see __getattr__.
     SentencePieceBackend.__module__, SentencePieceBackend.__qualname__ = __name__, "SentencePieceBackend"
     return SentencePieceBackend
 
 
 def __getattr__(name: str) -> Any:
-    """The class above as an attribute of this module, made when asked for: transformers takes seconds to import."""
+    """Make the class above an attribute of this module when asked for, because transformers takes seconds to import."""
     if name == "SentencePieceBackend":
         return _sentencepiece_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _checked(tokenizer: Any, source: str) -> PreTrainedTokenizerBase:
-    """Refuse what transformers returns without complaint when files are missing: nothing but control tokens."""
+    """Refuse a tokenizer of control tokens alone, which transformers returns silently when files are missing."""
     from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
@@ -298,20 +298,20 @@ def _checked(tokenizer: Any, source: str) -> PreTrainedTokenizerBase:
             f" --tokenizer {BUILTIN}"
         )
     if type(tokenizer) is SentencePieceBackend:
-        # Only the decoding differs (see _sentencepiece_class), the object holds the same.
+        # Only the decoding differs (see _sentencepiece_class). The object has the same contents.
         tokenizer.__class__ = _sentencepiece_class()
     return tokenizer
 
 
 def _reason(error: BaseException) -> str:
-    """First line of what a library said, short enough to stand inside a sentence."""
+    """The first line of a library's error, short enough for a sentence."""
     lines = str(error).strip().splitlines()
     line = lines[0].strip() if lines else type(error).__name__
     return line if len(line) <= 200 else line[:197] + "..."
 
 
 def _not_a_model(path: Path) -> str | None:
-    """What a file is that a failed download often leaves in place of a tokenizer; None when it is none of these."""
+    """What a failed download left in place of a tokenizer file; None if the file looks like neither."""
     try:
         with open(path, "rb") as file:
             start = file.read(200).lstrip()

@@ -1,4 +1,4 @@
-"""Tokenizers are trained on a stream of documents, in memory that does not grow with it."""
+"""Train a tokenizer on a stream of documents, in memory that does not grow with the stream."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from slimpajama_hf.errors import UserError
 from slimpajama_hf.files import sync_folder
 from slimpajama_hf.samples.tokenizer import END_OF_TEXT, KINDS, from_sentencepiece
 
-# Characters fed to a trainer at once: SentencePiece silently drops longer sentences than it was told to expect.
+# Pieces of text for a trainer. SentencePiece silently drops sentences that are longer than it was told to expect.
 _CHUNK = re.compile(r"(?s).{1,4000}(?=\s|\Z)|.{1,4000}")
 
 
 _CHUNK_BYTES = 4 * 4000 + 1
 
 
-# Printable ASCII, newline, tab and the punctuation of English type get pieces of their own even when the text lacks
-# them: as bytes they would be three tokens each, and transformers' own decoding prints byte pieces as "<0x0A>".
-# (Not the space: inside SentencePiece it is always U+2581.)
+# Printable ASCII, newline, tab and English punctuation get pieces of their own even if the text lacks them. As bytes
+# they would be up to three tokens each, and transformers' own decoding prints byte pieces as "<0x0A>". (Not the space:
+# inside SentencePiece it is always U+2581.)
 _REQUIRED_CHARACTERS = "\n\t" + "".join(chr(code) for code in range(0x21, 0x7F)) + "‘’“”–—…"
 
 
-# Fixed, not the machine's: unigram training adds up its counts by thread, and the model's bytes name the number.
+# Fixed, not the machine's number: unigram training adds its counts by thread, and the model's bytes hold the number.
 _THREADS = 4
 
 
-# The largest vocabularies in use have some 260,000; trainers reserve memory for the number before they read.
+# The largest vocabularies in use have some 260,000. Trainers reserve memory for the number before they read.
 _LARGEST_VOCABULARY = 1_000_000
 
 
@@ -49,14 +49,14 @@ def train_tokenizer(
 ) -> Path:
     """Train a tokenizer of `vocab_size` tokens on `texts` and save it as the folder `output`, which is returned.
 
-    `kind` is one of `KINDS`. All of them lose nothing: decode(encode(text)) == text (save that SentencePiece takes
-    U+2581 for a space). SentencePiece kinds have `<unk>` 0, `<s>` 1, `</s>` 2 and fall back to bytes; byte-bpe has
-    GPT-2's pre-tokenizer and `<|endoftext|>` 0. The same texts give the same model. `say` gets a line at least every
-    2 s, partly from another thread; in a terminal the documents read are a progress bar.
+    `kind` is one of `KINDS`. All of them lose nothing: decode(encode(text)) == text (except that SentencePiece takes
+    U+2581 for a space). SentencePiece kinds have `<unk>` 0, `<s>` 1, `</s>` 2 and fall back to bytes. byte-bpe has the
+    pre-tokenizer of GPT-2 and `<|endoftext|>` 0. The same texts give the same model. `say` gets a line at least every
+    2 s, partly from another thread. In a terminal, a progress bar counts the documents.
 
-    The folder appears whole or not at all and loads with load_tokenizer() and with AutoTokenizer. Raises UserError for
-    an unknown kind, too little text, a vocabulary the text cannot fill or that cannot hold its characters, and when
-    `output` already holds something.
+    The folder appears whole or not at all, and loads with load_tokenizer() and with AutoTokenizer. Raises UserError for
+    an unknown kind, for too little text, for a vocabulary that the text cannot fill or that cannot hold its characters,
+    and when `output` already holds something.
     """
     if kind not in KINDS:
         raise UserError(f"there is no tokenizer kind {kind!r}; expected one of {', '.join(KINDS)}")
@@ -91,7 +91,7 @@ def train_tokenizer(
 
 
 class _Feed:
-    """Documents on their way to a trainer: cut into chunks, counted, with a sign of life every 2 s."""
+    """Feeds documents to a trainer: cut into chunks, counted, with a sign of life every 2 s."""
 
     def __init__(self, texts: Iterable[str], say: Callable[[str], None]) -> None:
         self.documents = 0
@@ -116,10 +116,10 @@ class _Feed:
             self._bar.close()
 
     def chunks(self) -> Iterator[str]:
-        """Pieces of the documents, at most 4000 characters each, cut between words where there are words."""
+        """Yield pieces of the documents, at most 4000 characters each, cut between words if possible."""
         from tqdm import tqdm
 
-        # None: no bar where there is no terminal; then the heartbeat tells how far it is.
+        # None: no bar without a terminal. Then `_beat` reports the progress.
         self._bar = tqdm(self._texts, desc="Reading documents", unit=" documents", disable=None, mininterval=0.5)
         try:
             for text in self._bar:
@@ -128,7 +128,7 @@ class _Feed:
                 self.characters += len(text)
                 yield from _CHUNK.findall(text)
         except Exception as error:
-            self.error = error  # A trainer written in C++ may swallow it; it is raised again behind it.
+            self.error = error  # A trainer written in C++ may swallow it. It is raised again after training.
             raise
         finally:
             self._bar.close()
@@ -164,7 +164,7 @@ def _train_sentencepiece(feed: _Feed, kind: str, vocab_size: int, folder: Path) 
                 pad_id=-1,
                 byte_fallback=True,
                 required_chars=_REQUIRED_CHARACTERS,
-                # The text is kept as it is: no Unicode folding, every space counts, none is put before it.
+                # The text is kept as it is: no Unicode folding, every space counts, none is added before it.
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,
                 add_dummy_prefix=False,
@@ -182,7 +182,7 @@ def _train_sentencepiece(feed: _Feed, kind: str, vocab_size: int, folder: Path) 
 
 
 def _sentencepiece_refusal(message: str, vocab_size: int, feed: _Feed) -> Exception:
-    """What sentencepiece's message means to the user."""
+    """Turn sentencepiece's message into an error that says what it means to the user."""
     too_high = re.search(r"Vocabulary size too high.*?<= (\d+)", message)
     too_low = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
     if not feed.characters or "sentences_.empty()" in message:
@@ -209,7 +209,7 @@ def _train_byte_bpe(feed: _Feed, kind: str, vocab_size: int, folder: Path) -> No
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
-        # Sorted: alphabet() gives another order in every process, and the ids of the bytes follow it.
+        # Sorted, because alphabet() has another order in every process, and the ids of the bytes follow it.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -1,4 +1,4 @@
-"""The command line of a start: that of a resumed run goes on with what the run was begun with."""
+"""The command line of a start. A resumed run also gets the flags with which it was begun."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def parse(argv: Sequence[str]) -> Settings:
     """Resolve field defaults < configuration files in order < flags.
 
-    A resumed run goes on with its own configuration: what it was begun with stands below the files and flags given now.
-    Raises UsageError with one sentence for anything that cannot be understood, UserError for a resume that changes
-    what matters.
+    For a resumed run, the configuration with which it was begun counts less than the files and flags given now. Raises
+    UsageError with one sentence for anything that cannot be understood, and UserError for a resume that changes what
+    matters.
     """
     from slimpajama_hf.record import checkpoints, ownership, run_folder
     from slimpajama_hf.record.run_folder import RunFolder
@@ -51,7 +51,7 @@ def parse(argv: Sequence[str]) -> Settings:
     config: dict[str, Any] = read_config(str(folder.config))
     found: Stranger | None = None
     if not ownership.is_own(folder):
-        # Its own configuration is not the user's word where it is named in full either.
+        # Its configuration was not written by this user, even if the user names that very file.
         argv = without_config(argv, folder.config)
         typed = read_flags(argv)
         named = typed.data.dataset if "dataset" in typed.typed else None
@@ -67,9 +67,9 @@ def parse(argv: Sequence[str]) -> Settings:
 
 
 def gpu_asked(argv: Sequence[str]) -> tuple[int | None, bool]:
-    """What `--gpu` and `--use_cpu` say, read before all the rest: parsing that wakes CUDA, which then sees no other.
+    """Return `--gpu` and `--use_cpu`. They are read before all the rest, because parsing the rest initializes CUDA.
 
-    A value that cannot be understood is left to `parse`, which says so.
+    If a value cannot be understood, `parse` will say so.
     """
     flags, from_files, _ = all_tokens(argv)
     asked = _DeviceFlags(add_help=False, allow_abbrev=False)

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 
 def holds_out(settings: Settings, corpus: Corpus) -> bool:
-    """Whether a run that begins keeps `--eval_fraction` of its corpus from training: where scores are asked for and
-    there is no other held-out text."""
+    """Whether a run that begins keeps `--eval_fraction` of its corpus from training. It does if scores are asked for
+    and there is no other held-out text."""
     data = settings.data
     wants_some = settings.training.eval_steps is not None and data.eval_dataset is None and data.eval_fraction > 0
     return wants_some and own_validation_of(corpus) is None
 
 
 def held_out(settings: Settings, corpus: Corpus) -> Corpus:
-    """The held-out documents of a run: what `--eval_dataset` names, else the validation part of its corpus, else the
-    share of it that the run keeps from training.
+    """Return the held-out documents of a run: what `--eval_dataset` names, else the validation part of its corpus, else
+    the fraction that the run keeps from training.
 
     Raises UserError for a corpus that has none.
     """
@@ -50,10 +50,10 @@ def during_training(
     training: Any,
     waiting: Callable[[str], None] = lambda what: None,
 ) -> HeldOutScores | None:
-    """The held-out documents of `--eval_steps`, read now so that a corpus without any is refused before step 0.
+    """Read the held-out documents of `--eval_steps`. This comes before step 0, to refuse a corpus without any.
 
-    Where `--eval_fraction` is 0, or holds no document of a small corpus, that is said and `training` (the arguments of
-    the Trainer) asks for no scores.
+    If `--eval_fraction` is 0, or no document of a small corpus falls into it, that is said on screen, and scoring is
+    turned off in `training` (the arguments of the Trainer).
     """
     from slimpajama_hf.model.presets import vocabulary as size_of_vocabulary
     from slimpajama_hf.samples.stream import SampleStream

@@ -1,9 +1,9 @@
-"""The tokenizer of a run: one that is named, or with `--tokenizer corpus:N` one of N tokens trained on its own corpus.
+"""The tokenizer of a run: the one that is named, or with `--tokenizer corpus:N` one trained on the run's own corpus.
 
-Where none is named (`auto`): GPT-2's for a corpus of the Hub, one of its own for local files that have enough
-text, else the built-in one. One of its own is trained before the first step on the first documents of the corpus, which
-are read again as usual after that. It lies in every checkpoint, and in `tokenizer/` of the run: a run that goes on
-takes it from there and trains none.
+If none is named (`auto`), it is `gpt2` for a corpus on the Hub, `corpus:8192` for local files with enough text, else
+`builtin`. A tokenizer of the corpus has N tokens and is trained before the first step, on the first documents; the run
+then learns these documents too. It is saved in every checkpoint and in the run's `tokenizer/`. A resumed run takes it
+from there and trains none.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from slimpajama_hf.settings.settings import Settings
     from slimpajama_hf.training.processes import Processes
 
-#: What it is trained on at most: more text hardly changes its pieces, and takes longer (docs/recipe.md).
+#: The most text that a tokenizer is trained on. More hardly changes its pieces, and takes longer (docs/recipe.md).
 DOCUMENTS, CHARACTERS = 10_000, 8_000_000
 
 
@@ -43,9 +43,9 @@ def load(
     team: Processes,
     waiting: Callable[[str], None],
 ) -> tuple[str, Any]:
-    """(name, tokenizer) of a run that starts, or goes on from `checkpoint` (None: from nothing).
+    """Return (name, tokenizer) of a run that starts, or that goes on from `checkpoint` (None: from the very start).
 
-    Raises UserError where there is none, or too little text to train one.
+    Raises UserError if there is no such tokenizer, or too little text to train one.
     """
     goes_on = is_asked(settings.training.resume_from_checkpoint) and folder.record.is_file()
     begun_with = folder.read_record()["tokenizer"] if goes_on else None
@@ -59,7 +59,7 @@ def load(
     if size is None:
         return name, load_tokenizer(name)
     kept = [place for place in (checkpoint, folder.tokenizer) if place is not None and place.is_dir()]
-    # Another number, allowed by `--allow_changes tokenizer`, is another tokenizer.
+    # If `--allow_changes tokenizer` allowed another number, it is another tokenizer.
     if kept and begun_with is not None and corpus_vocabulary(begun_with) == size:
         return name, load_tokenizer(str(kept[0]))
     waiting(f"training a tokenizer of {size:,} tokens on the first documents of {corpus.name}")
@@ -71,14 +71,14 @@ def load(
 
 
 def keep(folder: RunFolder, name: str, tokenizer: Any) -> None:
-    """Write a tokenizer that was trained for the run into its folder, if it is not there."""
+    """Save a tokenizer that was trained for the run in its folder, if it is not there."""
     if corpus_vocabulary(name) is not None and not folder.tokenizer.exists():
         tokenizer.save_pretrained(folder.tokenizer)
 
 
 def _usual(corpus: Corpus, texts: _Texts, waiting: Callable[[str], None]) -> str:
-    """The name of the tokenizer of a run that names none. Local files have one of their own from as much text on as was
-    measured (docs/recipe.md): on less the built-in one has seen more."""
+    """The name of the tokenizer for `auto`. Local files get one of their own if they have as much text as in the
+    measurements (docs/recipe.md). If they have less, the built-in one has seen more text."""
     if corpus.comes_from_hub:
         return "gpt2"
     if corpus.is_on_this_machine:
@@ -89,7 +89,7 @@ def _usual(corpus: Corpus, texts: _Texts, waiting: Callable[[str], None]) -> str
 
 
 def _train(texts: _Texts, name: str, size: int) -> bytes:
-    """The SentencePiece model of `size` tokens, as bytes, of the texts of the corpus `name`."""
+    """Train a SentencePiece model of `size` tokens on the texts of the corpus `name`, and return its bytes."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="slimpajama_hf-tokenizer-") as place:
         try:
@@ -106,7 +106,7 @@ def _train(texts: _Texts, name: str, size: int) -> bytes:
 
 
 class _Texts:
-    """The first texts of a corpus in its own order, counted; held-out documents are not among them. Read once."""
+    """The first texts of a corpus, in order and counted, without held-out documents. The corpus is read only once."""
 
     def __init__(self, corpus: Corpus, skip_broken_shards: bool, patience: Patience) -> None:
         self._records = lambda: corpus.records(Cursor(), skip_broken_shards=skip_broken_shards, patience=patience)
@@ -114,9 +114,10 @@ class _Texts:
         self._kept: list[str] | None = None
 
     def fill(self) -> bool:
-        """Read them; whether they are as many characters as a tokenizer is trained on.
+        """Read the texts. Returns whether they have as many characters as a tokenizer is trained on.
 
-        What cannot be read ends them here. The stream says so when it comes there: a run learns what lies before it.
+        Reading ends where something cannot be read. The stream reports that when it comes there, so that the run learns
+        what lies before it.
         """
         kept: list[str] = []
         with contextlib.suppress(UserError, OSError):
@@ -133,7 +134,7 @@ class _Texts:
                 return
             if isinstance(record, Document):
                 self.documents += 1
-                # Of a long one its first part: a book is no more a text than a page is.
+                # Only the first part of a long text, so that a book does not count for more than many pages.
                 text = record.text[: CHARACTERS // 100]
                 self.characters += len(text)
                 yield text

@@ -1,4 +1,4 @@
-"""What is about to happen, said before step 0; and what has happened, said at the end."""
+"""The plan, shown before step 0, and the summary, shown at the end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SHARDED = "of one model, one in each process (FSDP): no samples, passports and 
 def show(
     settings: Settings, trainer: SlimPajamaTrainer, precision: str, tokenizer_name: str, folder: RunFolder
 ) -> None:
-    """The plan: corpus, tokenizer, model, memory, precision, steps, where things go."""
+    """Show the plan: corpus, tokenizer, model, memory, precision, steps, and where things go."""
     training, data = settings.training, settings.data
     corpus = trainer.stream.corpus
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -64,7 +64,7 @@ def show(
     for name, value in rows.items():
         screen.say(f"{name:>10}  {value}")
     if settings.stranger is not None:
-        # Whoever goes on with it sees whose word it is.
+        # Whoever goes on with the run sees what is taken from its folder.
         left = [name for name in settings.stranger.left if name not in settings.typed and name != "output_dir"]
         screen.say(f"{'begun':>10}  elsewhere, or before runs were marked; taken: {', '.join(settings.stranger.taken)}")
         if left:
@@ -77,7 +77,7 @@ def show(
 
 
 def _held_out(corpus: Corpus, trainer: SlimPajamaTrainer) -> str:
-    """What of the corpus is not trained on, and how many documents of it are scored."""
+    """The part of the corpus that is not trained on, and how many of its documents are scored."""
     scored = len(cast("list[Any]", trainer.eval_dataset or []))
     return f"about {corpus.held_out_fraction:.2%} of the documents, by a hash of their text: never trained on" + (
         f"; the first {scored:,} of them are scored" if scored else ""
@@ -85,7 +85,7 @@ def _held_out(corpus: Corpus, trainer: SlimPajamaTrainer) -> str:
 
 
 def _copied(settings: Settings, model: Any, trainer: SlimPajamaTrainer) -> str:
-    """What a checkpoint takes while it is written beside training."""
+    """Memory that a checkpoint takes while it is written beside training."""
     if trainer.args.save_strategy == "no" or trainer.args.save_only_model or devices.is_sharded():
         return ""
     copies = checkpoint_bytes(model, settings.model.average_weights > 0, trainer.hidden_optim)
@@ -93,12 +93,12 @@ def _copied(settings: Settings, model: Any, trainer: SlimPajamaTrainer) -> str:
 
 
 def _summed(settings: Settings, processes: int) -> str:
-    """What the gradients of several processes are summed in."""
+    """The dtype in which the gradients of several processes are summed."""
     return f", gradients summed over the processes in {settings.model.reduce_dtype}" if processes > 1 else ""
 
 
 def _needs(settings: Settings, trainer: SlimPajamaTrainer, precision: str) -> memory.Needs:
-    """Memory of this run in each of its processes."""
+    """Memory that each process of this run needs."""
     args, sharded = trainer.args, devices.is_sharded()
     written_out = trainer.why_autograd() is None
     return memory.needs(
@@ -116,7 +116,7 @@ def _needs(settings: Settings, trainer: SlimPajamaTrainer, precision: str) -> me
 
 
 def _rate(settings: Settings) -> str:
-    """The schedule in words."""
+    """The learning-rate schedule in words."""
     training = settings.training
     if settings.run.lr_find:
         return (
@@ -127,7 +127,7 @@ def _rate(settings: Settings) -> str:
 
 
 def _what_to_look_at(settings: Settings, folder: RunFolder) -> str:
-    """Where there is something to look at, and when."""
+    """Which files to look at, and when."""
     if settings.run.lr_find:
         return f"{folder.path / range_test_result.CHART}, at the end; no samples, checkpoints and held-out scores"
     if not settings.run.viz_interval:
@@ -143,7 +143,7 @@ def _when_drawn(settings: Settings) -> str:
 
 
 def _long_warm_up(settings: Settings) -> str | None:
-    """A warning where the rate rises for more than half of the run; None where it does not."""
+    """A warning if the rate rises for more than half of the run, else None."""
     training = settings.training
     steps, warmup = training.max_steps, training.get_warmup_steps(training.max_steps)
     if settings.run.lr_find or warmup <= steps / 2:
@@ -156,19 +156,19 @@ def _long_warm_up(settings: Settings) -> str | None:
 
 
 def _emulated(name: str, device: Any) -> str:
-    """A warning where the device has no arithmetic of its own for this precision."""
+    """A warning if the device emulates this precision."""
     return " (which it computes by way of float32: slow)" if precisions.emulated(name, device) else ""
 
 
 def _matrices(trainer: SlimPajamaTrainer) -> str:
-    """How the matrices in the blocks learn, where that is not how all the rest does."""
+    """How the matrices in the blocks learn, if they learn differently from the rest."""
     if trainer.hidden_optim == "muon":
         return f", matrices by Muon at {trainer.hidden_rate:g} of it"
     return f", matrices at {trainer.hidden_rate:g} of it" if trainer.hidden_rate != 1.0 else ""
 
 
 def _documents(trainer: SlimPajamaTrainer) -> str:
-    """What a step is made of, in words."""
+    """The documents of a step, in words."""
     processes, accumulated = trainer.args.world_size, trainer.args.gradient_accumulation_steps
     words = "one document each" if processes == 1 else f"{processes} documents each, one of every process"
     if accumulated > 1:
@@ -180,7 +180,7 @@ def _documents(trainer: SlimPajamaTrainer) -> str:
 
 
 def _held_out_scores(folder: RunFolder, steps: int) -> list[str]:
-    """The last held-out scores of a run, of its weights and of their average; nothing where there are none."""
+    """Lines with the last held-out scores of a run, for its weights and for their average; none if there are none."""
     entries = [entry for _, entry in files.json_lines(folder.evaluations) if entry["step"] <= steps]
     if not entries:
         return []
@@ -196,7 +196,7 @@ def _held_out_scores(folder: RunFolder, steps: int) -> list[str]:
 
 
 def _last_steps(values: Any) -> str:
-    """Of how many steps a `mean_of_last` is."""
+    """Say over how many steps `mean_of_last` is taken."""
     count = min(int(np.isfinite(values).sum()), LAST_STEPS)
     return f"mean of the last {count} steps" if count != 1 else "of a single step"
 
@@ -218,7 +218,7 @@ def summary(
         f" and {screen.format_time(seeing_seconds)} of seeing ({seeing:.1%} of the run){beside}",
     ]
     if is_range_test:
-        # At rates that are far too much no loss and no score says anything.
+        # At rates that are far too high, losses and scores say nothing.
         return [*lines, f"{'ledger':>15}  {folder.ledger}"]
     lines += [
         *_held_out_scores(folder, len(columns)),
@@ -249,6 +249,6 @@ def summary(
         "samples": folder.viz / "text_samples.json",
         "ledger": folder.ledger,
     }
-    # What could not be written was said; here stands what is there.
+    # If a file could not be written, that was said already. Only files that exist are listed.
     lines += [f"{name:>15}  {path}" for name, path in left.items() if path.is_file()]
     return [*lines, f"     checkpoint  {saved[-1] if saved else 'none'}"]

@@ -1,4 +1,4 @@
-"""What `--lr_find` found, in words and as a picture."""
+"""The result of `--lr_find`, in words and as a picture."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 CHART = "lr_find.png"
 
 SIZE = (12.0, 6.75)  # inches
-BOX = (0.075, 0.12, 0.89, 0.7)  # of the plot, in parts of the picture
-LABELS = 0.16  # part of the plot's height, at its bottom, that is kept for the names of the marked rates
+BOX = (0.075, 0.12, 0.89, 0.7)  # of the plot: left, bottom, width, height, as fractions of the picture
+LABELS = 0.16  # fraction of the plot's height, at its bottom, that is kept for the names of the marked rates
 
 
 def draw(found: range_test.Found, losses: np.ndarray) -> Figure:
-    """The curve: loss over rate, what was found marked. `losses`: of each step, nats per token, (steps,)."""
+    """Draw loss over rate and mark what was found. `losses`: nats per token of each step, (steps,)."""
     from slimpajama_hf import palette
     from slimpajama_hf.agg import Figure, FigureCanvasAgg, matplotlib
     from slimpajama_hf.views import drawing
@@ -51,7 +51,7 @@ def draw(found: range_test.Found, losses: np.ndarray) -> Figure:
         ax.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: _short(rate)))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xlabel("learning rate, the same number of steps in every decade")
-        # The suggested rate is the lower one: its name stands left of its line, the other right of its own.
+        # The suggested rate is the lower one. Its name stands left of its line, the other name right of its own.
         for rate, name, side in ((found.suggested, "suggested", -1), (found.lowest, "the falling ends", 1)):
             if rate is not None:
                 ax.axvline(rate, color=palette.INK, lw=1.2, ls=":" if side > 0 else "-", gid=name)
@@ -70,7 +70,7 @@ def _short(rate: float) -> str:
 
 
 def _limits(found: range_test.Found, losses: np.ndarray) -> tuple[float, float]:
-    """Bottom and top of the plot: all of the falling, the beginning of the rise, and room for names below."""
+    """Bottom and top of the plot: the whole fall, the beginning of the rise, and room for names below."""
     falling = losses[: int(np.nanargmin(found.smoothed)) + 1] if np.isfinite(found.smoothed).any() else losses
     known, anywhere = falling[np.isfinite(falling)], losses[np.isfinite(losses)]
     if not known.size:
@@ -81,7 +81,7 @@ def _limits(found: range_test.Found, losses: np.ndarray) -> tuple[float, float]:
 
 
 def conclude(folder: RunFolder, steps: int) -> list[str]:
-    """Read the ledger of a test in its run folder, draw the curve; the lines that say what was found."""
+    """Read the ledger of a test in its run folder and draw the curve. Returns the lines that say what was found."""
     from slimpajama_hf import palette
     from slimpajama_hf.agg import matplotlib
     from slimpajama_hf.views import drawing

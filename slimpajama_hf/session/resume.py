@@ -1,4 +1,4 @@
-"""From a run folder back to a running trainer: which checkpoint, and everything cut back to its step."""
+"""From a run folder back to a running trainer: find the checkpoint, and cut everything back to its step."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from slimpajama_hf.training.signals import StopSignals
 
 
-#: Rows that the policies on spikes and skipped updates look back on.
+#: Number of rows that the policies on spikes and skipped updates look back at.
 ROWS_REMEMBERED = 200
 
 
 @dataclasses.dataclass(frozen=True)
 class ResumePoint:
-    """Where a run goes on: `checkpoint` is None at the very start."""
+    """Where a run goes on. `checkpoint` is None at the very start."""
 
     checkpoint: Path | None = None
     step: int = 0
@@ -46,16 +46,16 @@ class ResumePoint:
     predicted: int = 0
     """Tokens predicted before `step`."""
     not_as_saved: tuple[str, ...] = ()
-    """Files beside the ledger that were changed since the checkpoint."""
+    """Files beside the ledger that were changed after the checkpoint was saved."""
 
 
 def is_asked(asked: str | bool | None) -> bool:
-    """Whether `--resume_from_checkpoint` asks for anything."""
+    """Whether `--resume_from_checkpoint` asks for a resume."""
     return asked is not None and str(asked).lower() != "false"
 
 
 def refuse_run_folder(asked: str) -> None:
-    """Raise UserError where `--resume_from_checkpoint` names the folder of a run instead of a checkpoint in it."""
+    """Raise UserError if `--resume_from_checkpoint` names the folder of a run instead of a checkpoint in it."""
     if asked.lower() != "true" and Path(asked).is_dir() and RunFolder(Path(asked)).holds_a_run():
         raise UserError(
             f"--resume_from_checkpoint {asked}: the folder of a run, not one of its checkpoints; to go on with it: "
@@ -64,10 +64,10 @@ def refuse_run_folder(asked: str) -> None:
 
 
 def checkpoint_of(asked: str | bool | None, output_dir: str) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means: `true` is the newest good one of the folder, if any.
+    """Return the checkpoint that `--resume_from_checkpoint` means. `true` is the newest good one of the folder, if any.
 
-    With `true`, checkpoints that do not verify are set aside under another name, and named. Raises UserError for a
-    path that is no good checkpoint.
+    With `true`, checkpoints that do not verify are renamed, and the screen says so. Raises UserError for a path that is
+    not a good checkpoint.
     """
     if not is_asked(asked):
         return None
@@ -91,7 +91,7 @@ def checkpoint_of(asked: str | bool | None, output_dir: str) -> Path | None:
 
 
 def _refuse_model_alone(folder: Path) -> None:
-    """Raise UserError for a checkpoint from which Adam and warm-up would begin anew without a word."""
+    """Raise UserError for a checkpoint without its optimizer or schedule, which would silently begin anew."""
     lacking = checkpoints.lacks(folder)
     if lacking:
         raise UserError(
@@ -116,7 +116,7 @@ def _newest_good(run: Path) -> Path | None:
 
 
 def _unloadable(folder: Path) -> str | None:
-    """What of a checkpoint whose bytes are as its manifest says is still no state of a run; None: nothing."""
+    """What is wrong with a checkpoint whose bytes match its manifest but which cannot be loaded; None: nothing."""
     import torch
 
     try:
@@ -126,7 +126,7 @@ def _unloadable(folder: Path) -> str | None:
     for name in ("optimizer.pt", "scheduler.pt"):
         if (folder / name).is_file():
             try:
-                # Nothing is run that it holds; mapped, so that nothing large is read.
+                # weights_only runs no code from the file; mmap reads nothing large.
                 torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
             except Exception as error:
                 return f"{name} cannot be loaded ({type(error).__name__})"
@@ -134,7 +134,7 @@ def _unloadable(folder: Path) -> str | None:
 
 
 def cursor_of(folder: Path) -> Cursor:
-    """Where reading goes on after a checkpoint. Raises OSError, ValueError, KeyError or TypeError."""
+    """Return where reading goes on after a checkpoint. Raises OSError, ValueError, KeyError or TypeError."""
     state = files.strict_json((folder / checkpoints.DATA_STATE).read_text(encoding="utf-8"))
     cursor = Cursor(**state["cursor"])
     numbers = (value for name, value in dataclasses.asdict(cursor).items() if name != "shard")
@@ -144,10 +144,10 @@ def cursor_of(folder: Path) -> Cursor:
 
 
 def flags_of_run(config: Mapping[str, Any], folder: RunFolder) -> list[str]:
-    """What a run was begun with, as flags, from what its `run_config.yaml` says.
+    """Turn a run's `run_config.yaml` into flags.
 
-    A run of an older version may say nothing of a flag that it had not yet; and whatever it says of `--hidden_optim`,
-    sharded matrices learned by AdamW.
+    Older versions lacked some flags, so their defaults of that time are added. Whatever an older run says of
+    `--hidden_optim`, its sharded matrices learned by AdamW.
     """
     from slimpajama_hf.settings.flags import config_to_argv
 
@@ -159,7 +159,7 @@ def flags_of_run(config: Mapping[str, Any], folder: RunFolder) -> list[str]:
 
 
 def refuse_changes(settings: Settings, recorded: Settings) -> None:
-    """Raise UserError when a resume changes what matters, by the name and both values of each."""
+    """Raise UserError if a resume changes what matters. The message has the name and both values of each change."""
     allowed = {name.strip() for name in (settings.run.allow_changes or "").split(",") if name.strip()}
     unknown = allowed - set(WHAT_MATTERS)
     if unknown:
@@ -184,13 +184,13 @@ def refuse_changes(settings: Settings, recorded: Settings) -> None:
 
 
 def corpus_of(settings: Settings, folder: RunFolder, waiting: Callable[[str], None]) -> Corpus:
-    """The corpus of a run that starts, or the one that a run which goes on has recorded, if it is still that."""
+    """Return the corpus of a run that starts, or the one that a resumed run recorded, if it is unchanged."""
     data = settings.data
     if is_asked(settings.training.resume_from_checkpoint) and folder.record.is_file():
         described = folder.read_record()["corpus"]
         if settings.stranger is not None:
             described = stranger.corpus_here(described, settings.stranger.dataset, str(folder.path))
-        # A change of what a run holds out or reads as a document is refused before, unless it was allowed by name.
+        # Changes of these two were refused already, unless they were allowed by name.
         allowed = {name.strip() for name in (settings.run.allow_changes or "").split(",")}
         if "txt_documents" in allowed:
             described = described | {"txt_documents": data.txt_documents}
@@ -221,7 +221,7 @@ def stream_of(
     point: ResumePoint,
     signals: StopSignals,
 ) -> SampleStream:
-    """The samples of a run from where it begins or goes on. `record`: its `run.json`."""
+    """Return the samples of a run from where it begins or goes on. `record`: its `run.json`."""
     return stream_as_asked(
         settings,
         corpus,
@@ -237,7 +237,7 @@ def stream_of(
 
 
 def stream_as_asked(settings: Settings, corpus: Corpus, encoder: Encoder, **more: Any) -> SampleStream:
-    """The samples of a corpus as the flags of a run say, for one process where `more` does not say otherwise."""
+    """Return the samples of a corpus as the flags of a run ask, for one process unless `more` says otherwise."""
     from slimpajama_hf.samples.stream import SampleStream
 
     data = settings.data
@@ -257,9 +257,9 @@ def stream_as_asked(settings: Settings, corpus: Corpus, encoder: Encoder, **more
 
 
 def precision_of(settings: Settings, folder: RunFolder, model: Any) -> str:
-    """The precision of a run that starts, or the one that a run which goes on has computed in.
+    """Return the precision of a run that starts, or the one in which a resumed run was computed so far.
 
-    `auto` is what the run began with, on whatever device it goes on.
+    In a resumed run `auto` means the precision that the run began with, on whatever device it goes on.
     """
     from slimpajama_hf import precision
     from slimpajama_hf.training.backward import why_autograd
@@ -269,7 +269,7 @@ def precision_of(settings: Settings, folder: RunFolder, model: Any) -> str:
     if not goes_on or "precision" in (run.allow_changes or "").split(","):
         return precision.choose(settings.model.precision, training.device)
     described = folder.read_record()["model"]
-    # Versions that did not look said bfloat16 and computed in float32 where autograd made the step.
+    # Older versions did not look: they recorded bfloat16, but autograd's steps were computed in float32.
     looked = "computed_in" in described
     if looked or described["precision"] == "float32" or why_autograd(training, model, settings.model.backward) is None:
         return described["precision"]
@@ -278,14 +278,14 @@ def precision_of(settings: Settings, folder: RunFolder, model: Any) -> str:
 
 
 def begin(folder: RunFolder) -> ResumePoint:
-    """The very start of a run in its folder; a run that was there makes room (`--overwrite_output_dir`)."""
+    """Begin a run in its folder. A run that is there already is put aside (`--overwrite_output_dir`)."""
     if folder.holds_a_run():
         put_aside(folder)
     return ResumePoint()
 
 
 def go_on(folder: RunFolder, checkpoint: Path | None) -> ResumePoint:
-    """Cut the records of a run back to a checkpoint (None: to nothing) and say where reading goes on."""
+    """Cut the records of a run back to a checkpoint (None: to nothing), and return where reading goes on."""
     point = ResumePoint()
     if checkpoint is not None:
         manifest = checkpoints.read_manifest(checkpoint)

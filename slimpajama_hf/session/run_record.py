@@ -1,5 +1,5 @@
-"""`run.json` and `run_config.yaml`: what a run is, written at each start; whether a resume still is that run; and
-what keeps its steps."""
+"""Write `run.json` and `run_config.yaml` at each start, check that a resume is still the same run, and make the
+recorder of its steps."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def recorder_of_run(folder: RunFolder, point: ResumePoint, vocab_size: int, team: Processes) -> StepRecorder:
-    """The recorder of a run that begins or goes on at `point`; of several processes the first has the files."""
+    """Make the recorder of a run that begins or goes on at `point`. Only the first process writes files."""
     if not team.is_first:
         return StepRecorder(None, vocab_size, point.rows)
     surprisals = Surprisals(folder.surprisals, point.predicted)
@@ -49,7 +49,7 @@ def recorder_of_run(folder: RunFolder, point: ResumePoint, vocab_size: int, team
 
 
 def new_record(corpus: dict[str, Any]) -> dict[str, Any]:
-    """`run.json` of a run that starts: what it is, and what it ran on."""
+    """The `run.json` of a run that starts: what it is, and the machine and libraries that it starts with."""
     from importlib.metadata import version
 
     return {
@@ -64,9 +64,9 @@ def new_record(corpus: dict[str, Any]) -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "corpus": corpus,
-        # Which documents of a step each process looks at (`SampleStream`).
+        # It decides which documents of a step each process looks at (`SampleStream`).
         "short_text_characters": SHORT_TEXT_CHARACTERS,
-        # Sharded matrices learn as `--hidden_optim` says.
+        # Sharded matrices learn as `--hidden_optim` says. In older runs they learned by AdamW.
         "muon_on_shards": True,
     }
 
@@ -85,9 +85,9 @@ def record_run(
     precision: str,
     point: ResumePoint,
 ) -> dict[str, Any]:
-    """Write `run.json` and `run_config.yaml`; returns the record. A run that goes on keeps its identity.
+    """Write `run.json` and `run_config.yaml`, and return the record. A resumed run keeps its identity.
 
-    Raises UserError when the tokenizer or the model's configuration is not what the run was begun with.
+    Raises UserError if the tokenizer or the model's configuration is not the one with which the run was begun.
     """
     described = _model(settings, model, precision)
     tokenizer_sha256 = vocabulary_sha256(tokenizer)
@@ -104,7 +104,7 @@ def record_run(
     else:
         project = settings.training.project if "project" in settings.typed else folder.path.resolve().name
         record = new_record(corpus.describe()) | {"tracker_project": project}
-    # What was done after the checkpoint is done again: so are the starts that lay there.
+    # Steps after the checkpoint are done again, so starts that lie there are dropped.
     earlier = [each for each in record.get("sessions", []) if each["step"] < point.step]
     started: dict[str, Any] = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": point.step}
     if point.not_as_saved:
@@ -114,13 +114,13 @@ def record_run(
         "max_steps": settings.training.max_steps,
         "tokenizer": tokenizer_name,
         "tokenizer_sha256": tokenizer_sha256,
-        # What the first token of a text is coded with; the model may be padded to more (`model.vocab_size`).
+        # The first token of a text is coded with this size. The model may be padded to more (`model.vocab_size`).
         "tokenizer_size": vocabulary(tokenizer),
         "model": described,
-        # Sums come out in another order with another number of threads: bit for bit needs the same.
+        # Another number of threads changes the order of sums, so bit-for-bit equality needs the same number.
         "torch_threads": torch.get_num_threads(),
         "processes": settings.training.world_size,
-        # What numbers mean that a step has beside the usual ones.
+        # What the additional numbers of each step mean.
         "numbers": StepNumbers.meanings(),
     }
     own_tokenizer.keep(folder, tokenizer_name, tokenizer)
@@ -133,14 +133,14 @@ def record_run(
 
 
 def _model(settings: Settings, model: Any, precision: str) -> dict[str, Any]:
-    """What `run.json` says of the model."""
+    """The part of `run.json` about the model."""
     return {
         "name": settings.model.model,
         "parameters": model.num_parameters(),
         "checkpoint_bytes": checkpoint_bytes(model, settings.model.average_weights > 0, settings.model.hidden_optim),
         "vocab_size": model.config.vocab_size,
         "precision": precision,
-        # Seen when training begins.
+        # Filled in when training begins.
         "computed_in": None,
         "max_seq_length": settings.data.max_seq_length,
         "sample_mode": settings.data.sample_mode,
@@ -149,8 +149,8 @@ def _model(settings: Settings, model: Any, precision: str) -> dict[str, Any]:
 
 
 def _config_sha256(model: Any, *left_out: str) -> str:
-    """Sum of a model's configuration. `n_ctx`, which a checkpoint has for converters to other formats, is the number of
-    positions by another name; older runs counted it where their config.json had it."""
+    """SHA-256 of a model's configuration. `n_ctx` is another name for the number of positions, which checkpoints have
+    for converters to other formats. Older runs included it if their config.json had it."""
     passed_over = {"transformers_version", "use_cache", *left_out}
     return _digest({name: value for name, value in model.config.to_dict().items() if name not in passed_over})
 
@@ -158,7 +158,7 @@ def _config_sha256(model: Any, *left_out: str) -> str:
 def _refuse_another(
     settings: Settings, record: dict[str, Any], tokenizer_name: str, tokenizer_sha256: str, model_sha256: set[str]
 ) -> None:
-    """Raise UserError when tokenizer or model are not those of the run, unless `--allow_changes` names them."""
+    """Raise UserError if tokenizer or model are not those of the run, unless `--allow_changes` names them."""
     allowed = set((settings.run.allow_changes or "").split(","))
     if record["tokenizer_sha256"] != tokenizer_sha256 and "tokenizer" not in allowed:
         raise UserError(
@@ -173,7 +173,7 @@ def _refuse_another(
 
 
 def _refuse_other_shapes(model: Any, checkpoint: Path) -> None:
-    """Raise UserError where the weights of a checkpoint do not fit into a model that a resume was allowed to change."""
+    """Raise UserError if the weights of a checkpoint do not fit a model that a resume was allowed to change."""
     from safetensors import safe_open
 
     saved: dict[str, list[int]] = {}
@@ -192,7 +192,7 @@ def _refuse_other_shapes(model: Any, checkpoint: Path) -> None:
 
 
 def _say_what_differs(settings: Settings, record: dict[str, Any]) -> None:
-    """Say that threads or processes are others than those of the run."""
+    """Say on screen if the number of threads or of processes is not that of the run."""
     threads, now = record.get("torch_threads"), torch.get_num_threads()
     if settings.training.device.type == "cpu" and threads not in (None, now):
         screen.say(

@@ -1,4 +1,4 @@
-"""One session of training from its plan to its summary, with an honest exit code at the end."""
+"""One session of training, from its plan to its summary and exit code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class _SayPrecision(TrainerCallback):
-    """Says and records, when training begins, the precision that was seen in the model."""
+    """When training begins, say and record the precision that was seen in the model."""
 
     def __init__(self, trainer: SlimPajamaTrainer, folder: RunFolder) -> None:
         self._trainer, self._folder = trainer, folder
@@ -63,10 +63,10 @@ class Session:
     tokenizer_name: str
     uploads: Uploads
     _together: bool = False
-    """Whether all processes have come to the end of training."""
+    """Whether all processes have reached the end of training."""
 
     def run(self) -> int:
-        """Train to the end, to a signal or to an error; leave checkpoint, views and summary; return the exit code."""
+        """Train to the end, to a signal or to an error. Leaves checkpoint, views and summary. Returns the exit code."""
         trainer = self.trainer
         refuse_reduce_dtype(trainer.args, trainer.why_autograd(), self.settings.model.reduce_dtype)
         if trainer.args.save_strategy != "no":
@@ -75,14 +75,14 @@ class Session:
             code = self._lead() if trainer.team.is_first else self._follow()
         except UserError:
             if self._together:
-                # A launcher ends all as soon as one ends badly: the first has to have said why.
+                # A launcher ends all processes as soon as one fails. Leave together, so that the first can say why.
                 trainer.team.leave()
             raise
         trainer.team.leave()
         return code
 
     def _on_first_row(self, row: dict[str, Any]) -> None:
-        """The run is on: from here on there is something in the place of the run that was here before."""
+        """The first row is written, so this run now takes the place of the run that was in the folder before."""
         self.trainer.recorder.listeners.remove(self._on_first_row)
         with self.trainer.clock.paused():
             run_folder.settle_replaced(self.folder)
@@ -91,7 +91,7 @@ class Session:
         run_folder.refuse_full_disk(self.folder, self.folder.read_record()["model"]["checkpoint_bytes"])
 
     def _lead(self) -> int:
-        """What the first process does, or the only one."""
+        """The part of the first or only process."""
         trainer, point = self.trainer, self.point
         self.watchers.listen_to(trainer.recorder)
         trainer.add_callback(_SayPrecision(trainer, self.folder))
@@ -111,18 +111,18 @@ class Session:
         return self._finish(failure)
 
     def _train(self) -> Exception | None:
-        """Train, and save where it ended; what went wrong, if anything did."""
+        """Train, and save where it ended. Returns what went wrong, or None."""
         trainer, point = self.trainer, self.point
         failure: Exception | None = None
         try:
             trainer.train(resume_from_checkpoint=str(point.checkpoint) if point.checkpoint else None)
         except StopRequested:
-            # The signal came while the stream was waiting for the network: between two steps.
+            # The signal came between two steps, while the stream was waiting for the network.
             pass
         except Exception as error:
             failure = error
         if failure is not None and trainer.team.world_size > 1:
-            # Where the others are is not known: the last checkpoint is the state that all of them have.
+            # It is not known where the others are. The last checkpoint is the state that all of them have.
             return OthersLost(lost(failure)) if is_about_others(failure) else failure
         trainer.recorder.flush()
         failed = trainer.team.most([float(trainer.failure is not None)])[0]
@@ -130,12 +130,12 @@ class Session:
         if failed:
             return failure or trainer.failure or SaidByTheFirst("the first process stops the run")
         if failure is None or isinstance(failure, UserError):
-            # A stream that broke did so between two steps: what was learned is whole, and is kept.
+            # A stream breaks between two steps, so what was learned is whole and is kept.
             trainer.save_now()
         return failure
 
     def _follow(self) -> int:
-        """What all processes but the first do: the same training, without a word."""
+        """The part of all other processes: the same training, without output."""
         if self.point.step < self.settings.training.max_steps:
             failure = self._train()
             if failure is not None:
@@ -143,7 +143,7 @@ class Session:
         return self.signals.exit_code
 
     def _finish(self, failure: Exception | None) -> int:
-        """Final views and summary; the exit code, or the failure again."""
+        """Make the last views and the summary. Returns the exit code, or raises the failure."""
         trainer, watchers, views = self.trainer, self.watchers, self.watchers.views
         trainer.recorder.close()
         unsaved = trainer.saving.failure or watchers.flush()
@@ -156,7 +156,7 @@ class Session:
         steps = trainer.state.global_step
         stream = trainer.stream
         ended = trainer.stream_ended or (failure is not None and failure is stream.error)
-        # No row of the ledger comes after them. A session that stops before the end has none.
+        # No row of the ledger comes after these records. A session that stops earlier has none.
         gaps, skipped = (stream.gaps_at_end, stream.skipped_at_end) if ended else ([], {})
         trainer.skipped_records.update(skipped)
         self._note_in_record({"gaps_after_last_step": gaps, "skipped_after_last_step": skipped})
@@ -170,7 +170,7 @@ class Session:
             if errors:
                 screen.say(f"{len(errors)} {what}s failed, the first at {errors[0]}")
         outcome = self._outcome(failure)
-        # Taken now: Ctrl-C while the last push is waited for is no Ctrl-C of the run.
+        # Read now: Ctrl-C while the last push is waited for is not a Ctrl-C of the run.
         code = self.signals.exit_code
         for line in plan.summary(self.folder, trainer, outcome, watchers.seconds, self.settings.run.lr_find):
             screen.say(line)
@@ -179,7 +179,7 @@ class Session:
 
             for line in range_test_result.conclude(self.folder, self.settings.training.max_steps):
                 screen.say(line)
-            # Rates that are far too much end in no number at all: that is what the test is for.
+            # This test ends at rates that are far too high, so a loss that is not a number is no failure.
             return code
         for line in self.uploads.finish(done=outcome in ("done", "the corpus ended")):
             screen.say(line)
@@ -195,7 +195,7 @@ class Session:
         return code
 
     def _note_in_record(self, at_end: dict[str, Any]) -> None:
-        """What only the end of a session knows, into `run.json`; a disk that is full does not take it."""
+        """Write what is known only at the end of a session into `run.json`, unless the disk is full."""
         found: dict[str, Any] = {"memory": devices.peak_memory(), **at_end}
         if self.trainer.args.should_save:
             with contextlib.suppress(OSError):

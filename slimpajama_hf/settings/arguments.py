@@ -1,7 +1,7 @@
-"""Every knob of ours, with its default and its one line of help. Imports nothing heavy: `--help` reads this file alone.
+"""Our own flags, with their defaults and their help. Imports nothing heavy, because `--help` reads this file alone.
 
-The other knobs are those of `transformers.TrainingArguments`; `TRAINING_DEFAULTS` lists the ones that we change or
-that a newcomer will type.
+The other flags are those of `transformers.TrainingArguments`. `TRAINING_DEFAULTS` lists those whose default we change
+and those that `--help` shows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-#: Steps of the test.
+#: Steps of the learning-rate test (`--lr_find`).
 STEPS = 400
 
 
@@ -18,15 +18,15 @@ TXT_DOCUMENTS = ("line", "paragraph", "file")
 SAMPLE_MODES = ("truncate", "window", "pack")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 BACKWARDS = ("auto", "autograd")
-#: What the matrices in the blocks learn with, and at which share of the rate by default (docs/recipe.md).
+#: `--hidden_optim` -> the default of `--hidden_rate` (docs/recipe.md).
 HIDDEN_RATES = {"muon": 0.2, "adamw": 0.1}
-#: Tokens of `--tokenizer corpus` (docs/recipe.md).
+#: Vocabulary size of `--tokenizer corpus` (docs/recipe.md).
 CORPUS_VOCABULARY = 8192
 
 
 def corpus_vocabulary(tokenizer: str) -> int | None:
-    """How many tokens a tokenizer of the name `corpus:N` has; None for any other name. Raises ValueError where N is no
-    number."""
+    """The vocabulary size that a tokenizer named `corpus:N` asks for; None for any other name. Raises ValueError if N
+    is not a number."""
     kind, colon, size = tokenizer.partition(":")
     if kind != "corpus":
         return None
@@ -68,9 +68,9 @@ class DataArguments:
     epochs: int = _knob(1, "passes over the corpus at most")
     skip_broken_shards: bool = _knob(False, "leave out the rest of a shard that cannot be read, instead of stopping")
     leave_out: list[str] | None = _knob(  # noqa: RUF009 - its default is None
-        None, "documents that are not trained, each as shard#row (the command `rewind` writes it)"
+        None, "documents that are not trained on, each as shard#row (the command `rewind` writes it)"
     )
-    stream_patience: float = _knob(600.0, "seconds that a Hub which fails is waited for before the run stops")
+    stream_patience: float = _knob(600.0, "seconds to wait for a Hub that fails, before the run stops")
     eval_dataset: str | None = _knob(
         None,
         "held-out documents for --eval_steps; default: the corpus' own validation part, else --eval_fraction of it",
@@ -118,7 +118,7 @@ class ModelArguments:
     )
     reduce_dtype: str = _knob(
         "float32",
-        "what gradients of several processes are summed in: float32, bfloat16 (half the bytes on the wire)",
+        "dtype in which gradients of several processes are summed: float32, bfloat16 (half the bytes on the wire)",
         choices=("float32", "bfloat16"),
     )
     beta2_half_life_tokens: float | None = _knob(
@@ -130,10 +130,11 @@ class ModelArguments:
         choices=tuple(HIDDEN_RATES),
     )
     hidden_rate: float | None = _knob(
-        None, "what their rate is of --learning_rate; default: 0.2 for muon, 0.1 for adamw; 1: the same rate for all"
+        None,
+        "rate of those matrices as a share of --learning_rate; default: 0.2 for muon, 0.1 for adamw; 1: the same rate",
     )
     average_weights: float = _knob(
-        0.06, "half-life of an average of the weights, saved beside them: steps, below 1 a share of the run; 0: none"
+        0.06, "half-life of an average of the weights that is saved too: steps, or below 1 a share of the run; 0: none"
     )
 
     def __post_init__(self) -> None:
@@ -156,19 +157,19 @@ class RunArguments:
 
     viz_interval: int = _knob(
         50,
-        "steps between charts; unless typed, the first at once, as many as 5 % of the run allow; 0: none, nor a report",
+        "steps between charts; unless typed, the first at once, as many as fit in 5 % of the run; 0: none, no report",
     )
-    display_samples: int = _knob(5, "steps between generated samples; unless typed, as many as the 5 % allow; 0: none")
+    display_samples: int = _knob(5, "steps between generated samples; unless typed, as many as fit in the 5 %; 0: none")
     no_checkpoint: bool = _knob(False, "save nothing but metrics")
     overwrite_output_dir: bool = _knob(False, "start anew in a folder that holds a run, deleting that run")
-    allow_changes: str | None = _knob(None, "what a resume may change, by name, as learning_rate,seed")
+    allow_changes: str | None = _knob(None, "names of flags that a resume may change, as learning_rate,seed")
     gpu: int | None = _knob(None, "the only GPU to use; default: GPU 0 if there is one")
     hub_license: str | None = _knob(None, "licence on the card of a pushed run, as apache-2.0; default: none is stated")
-    hub_patience: float = _knob(30.0, "seconds that the end of a run waits for a Hub which fails")
+    hub_patience: float = _knob(30.0, "seconds to wait, at the end of a run, for a Hub that fails")
     watch: bool = _knob(False, "serve the report on this machine while the run is on; the address is printed")
     lr_find: bool = _knob(
         False,
-        "instead of training: 400 steps while the rate rises from 1e-6 to 0.3, in a folder beside; suggests a rate",
+        "do not train: run 400 steps with a rate that rises from 1e-6 to 0.3, in a folder beside, and suggest a rate",
     )
     test: bool = _knob(
         False, "100 steps on the embedded corpus into runs/test-run, warm-up over 20 (configs/test.yaml)"
@@ -184,7 +185,7 @@ class RunArguments:
 
 OURS = (DataArguments, ModelArguments, RunArguments)
 
-#: Fields of `transformers.TrainingArguments`: our default, and a line for `--help` (None: not shown there).
+#: Field of `transformers.TrainingArguments` -> our default, and its help (None: `--help` does not show it).
 TRAINING_DEFAULTS: dict[str, tuple[Any, str | None]] = {
     "max_steps": (10_000, "optimizer steps; one document each"),
     "learning_rate": (1e-3, "the constant rate after warm-up"),
@@ -197,11 +198,11 @@ TRAINING_DEFAULTS: dict[str, tuple[Any, str | None]] = {
         "true (go on if there is something to go on from, else start), a checkpoint folder, or a pushed run as me/run",
     ),
     "eval_steps": (None, "steps between evaluations on held-out documents; default: none"),
-    "seed": (42, "of the initial weights and of every other random draw"),
+    "seed": (42, "for the initial weights and every other random draw"),
     "report_to": ("none", "tensorboard, trackio, wandb or others, as a,b: every row of the ledger goes there too"),
-    "push_to_hub": (False, "every checkpoint to the Hub, in the background (docs/hub.md)"),
-    "hub_model_id": (None, "where to, as owner/name; default: the name of the run's folder"),
-    "hub_private_repo": (None, "make a private repository, where there is none yet"),
+    "push_to_hub": (False, "push every checkpoint to the Hub, in the background (docs/hub.md)"),
+    "hub_model_id": (None, "repository to push to, as owner/name; default: the name of the run's folder"),
+    "hub_private_repo": (None, "if there is no repository yet, make a private one"),
     "hub_strategy": (
         "checkpoint",
         "checkpoint (the newest, with what resuming needs), every_save (the model alone), all_checkpoints, end",
@@ -211,7 +212,7 @@ TRAINING_DEFAULTS: dict[str, tuple[Any, str | None]] = {
     "logging_strategy": ("no", None),
     # The ledger keeps every loss; the filter would show a NaN as 0.
     "logging_nan_inf_filter": (False, None),
-    # The stream is resumed by its cursor; the Trainer would read everything again (`Trainer._run_epoch`).
+    # The stream goes on at its cursor; the Trainer would read all earlier documents again (`Trainer._run_epoch`).
     "ignore_data_skip": (True, None),
     "remove_unused_columns": (False, None),
     "disable_tqdm": (True, None),
@@ -220,7 +221,7 @@ TRAINING_DEFAULTS: dict[str, tuple[Any, str | None]] = {
 
 TRAINING_ARGUMENTS_PAGE = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 
-#: Flags that only commands write.
+#: Flags that only our commands write.
 NOT_IN_HELP = {"leave_out"}
 
 TRAINING_USAGE = "accelerate launch run_clm_slimpajama.py [--config FILE.yaml]... [--flag value]..."
@@ -230,7 +231,7 @@ def help_text(
     usage: str = TRAINING_USAGE,
     what: str = "Pre-train a GPT-2-style model on SlimPajama, one document per step.",
 ) -> str:
-    """The short, grouped `--help` of a program that takes the flags of training."""
+    """The short, grouped `--help` page of a program that takes the flags of training."""
     lines = [
         f"usage: {usage}",
         f"{what} Defaults < config files in order < flags.",

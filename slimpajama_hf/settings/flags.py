@@ -1,4 +1,4 @@
-"""argv and YAML files -> argument dataclasses. A YAML file is flags written down: one parser checks everything."""
+"""Turn argv and YAML files into argument dataclasses. YAML keys become flags, so that one parser checks everything."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEST_FOLDER = str(Path("runs") / "test-run")
 
 
 def config_to_argv(values: dict[str, Any], path: str) -> list[str]:
-    """Keys of a YAML file as flags. A null value leaves the default."""
+    """Turn the keys of a YAML file into flags. A null value leaves the default."""
     argv: list[str] = []
     for key, value in values.items():
         if value is None:
@@ -40,7 +40,7 @@ def config_to_argv(values: dict[str, Any], path: str) -> list[str]:
 
 
 def split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Configuration files named in `argv` (in order), and the other arguments."""
+    """Split `argv` into the configuration files that it names, in order, and the other arguments."""
     configs, rest, tokens = [], [], iter(argv)
     for token in tokens:
         if token == "--config":
@@ -56,8 +56,8 @@ def split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def rename(argv: Sequence[str], file: str = "") -> list[str]:
-    """Flags in today's names: underscores, old flags renamed. Raises UsageError for those that are gone, with the name
-    of the configuration `file` that has them."""
+    """Give flags their names of today: underscores, and new names for old flags. Raises UsageError for flags that are
+    gone, and names the configuration `file` that has them."""
     renamed = []
     for token in argv:
         # `-5` is a value; `--flag` and `--flag=value` are flags.
@@ -77,7 +77,7 @@ def _typed_names(argv: Sequence[str]) -> frozenset[str]:
 
 
 def _refuse_empty(tokens: Sequence[str], origin: dict[str, str]) -> None:
-    """A shell variable that is not set leaves an empty word; each flag would make something else of it."""
+    """Raise UsageError for an empty value. An unset shell variable leaves one, and flags would differ in reading it."""
     for before, token in itertools.pairwise(["", *tokens]):
         flag = before if token == "" else token[:-1] if token.endswith("=") else ""
         name = flag.removeprefix("--")
@@ -87,7 +87,7 @@ def _refuse_empty(tokens: Sequence[str], origin: dict[str, str]) -> None:
 
 
 def _refuse_not_utf8(tokens: Sequence[str]) -> None:
-    """A flag with bytes that are no UTF-8 could not be written into `run_config.yaml`."""
+    """Raise UsageError for bytes that are not UTF-8: they could not be written into `run_config.yaml`."""
     for token in tokens:
         if any("\ud800" <= character <= "\udfff" for character in token):
             raise UsageError(
@@ -112,7 +112,7 @@ def _refuse_unknown(unknown: Sequence[str], known: Sequence[str], origin: dict[s
 
 
 def all_tokens(argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, str]]:
-    """The flags typed, those of configuration files in their order, and of each of the latter the file."""
+    """The typed flags, the flags of all configuration files in order, and for each of these the file that has it."""
     configs, flags = split_config(argv)
     flags = rename(flags)
     if "--test" in flags or any(token.lower() in ("--test=true", "--test=1") for token in flags):
@@ -127,14 +127,14 @@ def all_tokens(argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, str
 
 
 def without_config(argv: Sequence[str], path: Path) -> list[str]:
-    """The command line without `--config` of this very file."""
+    """The command line without `--config path`."""
     configs, flags = split_config(argv)
     kept = [config for config in configs if Path(config).resolve() != path.resolve()]
     return [*(word for config in kept for word in ("--config", config)), *flags]
 
 
 def read_flags(argv: Sequence[str]) -> Settings:
-    """Field defaults < configuration files in order < flags, for a run that begins anew."""
+    """Settings of a run that starts anew: field defaults < configuration files in order < flags."""
     devices.refuse_launchers_wishes()
     flags, from_files, origin = all_tokens(argv)
     _refuse_empty([*from_files, *flags], origin)
@@ -149,7 +149,7 @@ def read_flags(argv: Sequence[str]) -> Settings:
     parser = make_parser([*OURS, SlimPajamaTrainingArguments])
     known = sorted({action[2:] for action in parser._option_string_actions if action.startswith("--")})
     try:
-        # The parser's own order is the whole rule of precedence: later wins.
+        # The parser lets later values win. That alone makes the order of precedence.
         *groups, unknown = parser.parse_args_into_dataclasses(
             args=[*from_files, *flags], return_remaining_strings=True, look_for_args_file=False
         )
@@ -175,7 +175,7 @@ def beta2_of_half_life(half_life_tokens: float, tokens_per_step: int) -> float:
 
 
 def complete(settings: Settings) -> Settings:
-    """What one argument says about another, and what the launcher says of them."""
+    """Fill in the values that follow from other arguments or from the launcher."""
     training: Any = settings.training
     flags = {name: value for name, value in training.precision_flags.items() if value or name in settings.typed}
     completed: dict[str, Any] = {}
@@ -191,14 +191,14 @@ def complete(settings: Settings) -> Settings:
             )
         completed["adam_beta2"] = beta2
     if training.output_dir is None:
-        # A test has a folder of its own: what is begun after it under a default name finds no run there.
+        # A test has a folder of its own, so that a later run without --output_dir does not find the test there.
         named = _folder_named_after(settings.data.dataset, settings.model.model)
         completed["output_dir"] = TEST_FOLDER if settings.run.test else named
     chosen = precision.asked(settings.model.precision, flags)
     settings = settings.changed(model={"precision": chosen}, training=completed)
     if settings.run.lr_find:
         settings = _range_test(settings)
-    # A share of the steps becomes a number now: more steps later are no reason to warm up again.
+    # A fraction of the steps becomes a number now: a resume with more steps must not warm up again.
     return settings.changed(training={"warmup_steps": settings.training.get_warmup_steps(settings.training.max_steps)})
 
 
@@ -210,13 +210,13 @@ def _folder_named_after(dataset: str, model: str) -> str:
 
 
 def _range_test(settings: Settings) -> Settings:
-    """`--lr_find`: a short run in a folder beside the run's, of which the curve stays."""
+    """Settings of `--lr_find`: a short run in a folder beside that of the run."""
     from slimpajama_hf.settings import arguments
 
     training: Any = settings.training
     if training.resume_from_checkpoint or training.push_to_hub:
         raise UsageError("--lr_find: a test of its own; leave --resume_from_checkpoint and --push_to_hub out")
-    # As if they had been typed: such intervals are obeyed.
+    # Marked as typed, because typed intervals are obeyed.
     settings = dataclasses.replace(settings, typed=settings.typed | {"viz_interval", "display_samples"})
     return settings.changed(
         training={

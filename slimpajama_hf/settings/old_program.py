@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-#: Flags with a new name, which are still understood; of each the new one. Names with underscores.
+#: Old flag -> new name. The old one still works. All names with underscores.
 RENAMED = {"steps": "max_steps", "checkpoint_interval": "save_steps", "gpu_device": "gpu"}
 
-#: Flags that are gone, with underscores; of each what comes after "--flag is gone: ".
+#: Flag that is gone, with underscores -> what is said after "--flag is gone: ".
 GONE = {
     "max_chunks": "a step is one document now, not a chunk of several; use --steps N",
     "tokens_per_chunk": "a step is one document's first --max_seq_length tokens; for how many steps, use --steps N",
@@ -40,5 +40,5 @@ GONE = {
 
 
 def refusal(flag: str) -> str:
-    """The sentence for a flag of `GONE`, as it was typed in the old program."""
+    """The error message for a flag of `GONE`, spelled as in the old program."""
     return f"--{flag.replace('_', '-')} is gone: {GONE[flag]}"

@@ -1,6 +1,6 @@
-"""Numbers of `TrainingArguments` that cannot work: libraries answer some by a traceback and others not at all.
+"""Refuse numbers of `TrainingArguments` that cannot work. Libraries answer some with a traceback, others not at all.
 
-To add one: a row of `RANGES`.
+To add a check, add a row to `RANGES`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _0_OR_MORE: _Range = (lambda value: 0 <= value < math.inf, "a number, 0 or more"
 _BETA: _Range = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
 _1_OR_MORE: _Range = (lambda value: value >= 1, "1 or more")
 
-#: Flag -> (what is right, in words); one that is None is left out.
+#: Flag -> (whether a value is right, what is expected in words). A flag that is None is not checked.
 RANGES: dict[str, _Range] = {
-    # NumPy's generator takes no other.
+    # NumPy's generator takes no other seed.
     "seed": (lambda value: 0 <= value < 2**32, f"a whole number from 0 to {2**32 - 1}"),
     "learning_rate": _ABOVE_0,
     "warmup_steps": (lambda value: 0 <= value < math.inf, "a number of steps, or below 1 a share of --max_steps"),
@@ -42,10 +42,10 @@ RANGES: dict[str, _Range] = {
 
 
 def refuse(arguments: Any) -> None:
-    """Raise ValueError for the first field of `arguments` that is outside its range, in the words of its flag."""
+    """Raise ValueError for the first field of `arguments` that is outside its range; the message names the flag."""
     for name, (is_right, expected) in RANGES.items():
         value = getattr(arguments, name, None)
-        # NaN is outside of every range.
+        # NaN is outside every range.
         if value is not None and not is_right(value):
             said = f"{value:g}" if isinstance(value, float) else value
             raise ValueError(f"--{name} {said}: expected {expected}")

@@ -1,4 +1,4 @@
-"""A JSON schema of configuration files, made from the flags themselves: editors complete and check with it."""
+"""A JSON schema of configuration files, made from the flags. Editors complete and check with it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from slimpajama_hf.settings.arguments import OURS, TRAINING_DEFAULTS
 from slimpajama_hf.settings.old_program import RENAMED
 from slimpajama_hf.settings.training_arguments import PASSED_ON, SlimPajamaTrainingArguments, make_parser
 
-#: Kinds of values by the type of a flag. What is none of these is written as text.
+#: Type of a flag -> JSON types of its values. Flags of other types are strings.
 _KINDS: dict[Any, list[str]] = {int: ["integer"], float: ["number"], string_to_bool: ["boolean"]}
 
 
 def schema() -> dict[str, Any]:
-    """The schema. Flags that would have no effect here are not in it, so that an editor marks them; null leaves a
+    """Return the schema. It leaves out flags that would have no effect here, so that an editor marks them. null keeps a
     default."""
     parser = make_parser([*OURS, SlimPajamaTrainingArguments])
     ours = {name for group in OURS for name in group.__dataclass_fields__}

@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Stranger:
-    """Of a run that goes on and was not begun by this user on this machine (`hub/stranger.py`)."""
+    """What is known of a resumed run that this user did not begin on this machine (`hub/stranger.py`)."""
 
     dataset: str | None
-    """Its corpus as the user named it now."""
+    """The corpus that the user named now, if any."""
     taken: tuple[str, ...]
-    """Arguments that its folder decides."""
+    """Arguments that are taken from the run's folder."""
     left: tuple[str, ...]
-    """Those that its folder names, and that are not taken from it."""
+    """Arguments that the run's folder has and that are not taken from it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that was asked for, resolved. Nothing of it changes: `changed` makes others, and the Trainer gets
+    """Everything that was asked for, resolved. Settings never change: `changed` makes a copy, and the Trainer gets
     arguments of its own (`for_trainer`)."""
 
     data: DataArguments
@@ -35,10 +35,10 @@ class Settings:
     typed: frozenset[str]
     """Names that a configuration file or a flag set, as opposed to defaults."""
     stranger: Stranger | None = None
-    """Where a run goes on that is somebody else's."""
+    """Set if the run that goes on is somebody else's."""
 
     def changed(self, **groups: dict[str, Any]) -> Settings:
-        """The same with other values, as `changed(model={"precision": "float32"})`."""
+        """Return a copy with other values, as `changed(model={"precision": "float32"})`."""
         kept = {name: dict(values) for name, values in groups.items()}
         training = kept.pop("training", None)
         found: dict[str, Any] = {name: dataclasses.replace(getattr(self, name), **kept[name]) for name in kept}
@@ -47,14 +47,14 @@ class Settings:
         return dataclasses.replace(self, **found)
 
     def for_trainer(self) -> SlimPajamaTrainingArguments:
-        """Arguments for the Trainer, which may be changed. What would make it log and push itself is off: both are done
-        here (`watching/trackers.py`, `hub/background.py`)."""
+        """Return arguments for the Trainer, which may be changed. Its own logging and pushing are off, because we do
+        both (`watching/trackers.py`, `hub/background.py`)."""
         arguments = self.training.with_values(report_to=[], push_to_hub=False)
         arguments.may_change()
         return arguments
 
     def value(self, name: str) -> Any:
-        """An argument by its flag's name, as it would be written down."""
+        """The value of a flag, as a configuration file has it; None for an unknown name."""
         for group in (self.data, self.model, self.run, self.training):
             if hasattr(group, name):
                 value = getattr(group, name)
@@ -67,7 +67,7 @@ class Settings:
         return str(self.training.output_dir)
 
     def to_yaml(self) -> str:
-        """The resolved configuration as flags written down; `--config` takes it back."""
+        """The resolved configuration as YAML, which `--config` can read."""
         from slimpajama_hf.settings.training_arguments import changed_fields
 
         values: dict[str, Any] = {}
@@ -75,9 +75,9 @@ class Settings:
             values |= dataclasses.asdict(group)
         values |= changed_fields(self.training)
         if self.model.beta2_half_life_tokens is not None:
-            # It follows from the half-life; both would look like two people's wishes.
+            # It follows from the half-life. A file with both would look as if both had been asked for.
             values.pop("adam_beta2", None)
-        # What belongs to one start and not to the run is not written down.
+        # These flags belong to one start, not to the run.
         for name in ("test", "overwrite_output_dir", "gpu", "watch", "resume_from_checkpoint", "allow_changes"):
             values.pop(name, None)
         lines = ["# The resolved configuration of this run; `--config` takes it back."]

@@ -28,13 +28,13 @@ def _with_our_defaults() -> type:
     return dataclasses.dataclass(type("_Defaults", (TrainingArguments,), namespace))
 
 
-#: Fields of transformers' that do here what its documentation says. A field that is neither here, nor in
-#: `TRAINING_DEFAULTS`, nor in `REFUSED` is new: tests/settings/test_training_arguments.py fails until somebody decides.
+#: Fields that do here what the documentation of transformers says. If a field is not here, not in `TRAINING_DEFAULTS`
+#: and not in `REFUSED`, it is new: tests/settings/test_training_arguments.py fails until somebody decides about it.
 PASSED_ON = frozenset(
     {
         "optim", "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
         "max_grad_norm", "gradient_accumulation_steps", "neftune_noise_alpha",
-        # `--precision` in transformers' words (precision.py).
+        # The same as `--precision` (precision.py).
         "bf16", "fp16",
         "tf32", "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
         "gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode",
@@ -42,7 +42,7 @@ PASSED_ON = frozenset(
         "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
         "eval_strategy", "eval_delay", "eval_on_start", "save_only_model", "hub_token", "hub_revision",
         "auto_find_batch_size", "do_train",
-        # Of several processes.
+        # For several processes.
         "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",
         "ddp_timeout", "local_rank",
     }
@@ -54,8 +54,8 @@ _SCORED = "held-out documents are scored one at a time, in float32, and every sc
 _SAVED = "a checkpoint is saved every --save_steps N, at the end, on Ctrl-C and on SIGTERM"
 _SHARDS = "use accelerate launch --config_file configs/accelerate/fsdp2.yaml"
 
-#: Fields that would have no effect here, or a wrong one, and what to use. They are refused unless at their default
-#: (ours, where `TRAINING_DEFAULTS` has one).
+#: Field that would have no effect here, or a wrong one -> what to use instead. It is refused unless it has its default
+#: (ours, if `TRAINING_DEFAULTS` has one).
 REFUSED: dict[str, str] = {
     "num_train_epochs": "a run learns --max_steps N documents; for several passes over the corpus add --epochs N",
     "lr_scheduler_kwargs": "the schedule is linear warm-up, then constant; choose --learning_rate and --warmup_steps",
@@ -88,7 +88,7 @@ REFUSED: dict[str, str] = {
     "greater_is_better": "every checkpoint is kept with its scores in evaluations.jsonl; load the one you want",
     "hub_always_push": "a push that finds another one under way waits for it, and none is left out",
     "ignore_data_skip": "a run goes on at the next document by itself",
-    "restore_callback_states_from_checkpoint": "what callbacks keep lies in files of the run and goes on by itself",
+    "restore_callback_states_from_checkpoint": "callbacks keep their state in files of the run and go on by themselves",
     "data_seed": "the order of --shuffle_buffer is drawn from --seed",
     "accelerator_config": _READ,
     "parallelism_config": "a model is copied (DDP) or sharded (FSDP2) by configs/accelerate/, in no other way",
@@ -106,8 +106,8 @@ REFUSED: dict[str, str] = {
     "fsdp": _SHARDS,
     "fsdp_config": _SHARDS,
     "deepspeed": f"DeepSpeed is not supported; to share out a model {_SHARDS}",
-    "debug": "a step whose loss or gradient is no number is named with its document without it",
-    "skip_memory_metrics": "the most memory of a run stands in its run.json",
+    "debug": "a step whose loss or gradient is not a number is always named, with its document",
+    "skip_memory_metrics": "the peak memory of a run is always in its run.json",
     "do_eval": "held-out scores come with --eval_steps N",
     "do_predict": "use python -m slimpajama_hf evaluate RUN",
 }
@@ -118,13 +118,13 @@ def _default_of(field: dataclasses.Field) -> Any:
 
 
 class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
-    """Training arguments of this project. Batch size 1: a step is a document of each process."""
+    """Our training arguments. The batch size is 1: a step is one document of each process."""
 
     def __post_init__(self) -> None:
         self._refuse()
         self.precision_flags = {name: bool(getattr(self, name)) for name in ("bf16", "fp16")}
-        """What `--bf16` and `--fp16` were set to. Which precision it is comes out when the device is known
-        (precision.py); transformers, which would fix it now, is told then."""
+        """What `--bf16` and `--fp16` were set to. The precision is decided when the device is known (precision.py).
+        Until then both are off, because transformers would decide now."""
         self.bf16 = self.fp16 = False
         if self.eval_steps is not None:
             self.eval_strategy = "steps"
@@ -132,24 +132,24 @@ class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
         if report_to not in (None, "none", ["none"], []):
             if isinstance(report_to, str):
                 report_to = [name.strip() for name in report_to.split(",")]
-            # Before anything is opened: one that is unknown or not installed is said now.
+            # Unknown or missing trackers are refused now, before anything is opened.
             self.report_to = asked(report_to)
-        # None stays None until corpus and model are known (flags.complete); transformers wants a name meanwhile.
+        # None stays None until corpus and model are known (flags.complete). transformers needs a name meanwhile.
         output_dir = self.output_dir  # type: ignore[has-type]
         super().__post_init__()
         if output_dir is None:
             self.output_dir = None
 
     def freeze(self) -> None:
-        """From here on a value that is set is an error of the program."""
+        """From here on, setting a value raises FrozenInstanceError."""
         self.__dict__["_is_frozen"] = True
 
     def may_change(self) -> None:
-        """Take `freeze` back."""
+        """Undo `freeze`."""
         self.__dict__["_is_frozen"] = False
 
     def with_values(self, **values: Any) -> SlimPajamaTrainingArguments:
-        """A frozen copy with other values."""
+        """Return a frozen copy with other values."""
         changed = copy.copy(self)
         changed.may_change()
         for name, value in values.items():
@@ -163,7 +163,7 @@ class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
         super().__setattr__(name, value)
 
     def _refuse(self) -> None:
-        """Raise ValueError for what would have no effect or a wrong one."""
+        """Raise ValueError for values that would have no effect or a wrong one."""
         for field in dataclasses.fields(self):
             if field.name in REFUSED and not _is_usual(getattr(self, field.name), _default_of(field)):
                 raise ValueError(_refusal(field.name, getattr(self, field.name)))
@@ -208,8 +208,8 @@ class SlimPajamaTrainingArguments(_with_our_defaults()):  # type: ignore[misc]
 
 
 def refuse_typed(typed: frozenset[str], arguments: TrainingArguments) -> None:
-    """Raise UsageError for a flag without effect that was typed with a number or a word, were it the default: who types
-    `--num_train_epochs 3` expects three epochs."""
+    """Raise UsageError for a typed flag without effect, even if it was typed with its default, if that is a number or a
+    word: whoever types `--num_train_epochs 3` expects three epochs."""
     fields = {field.name: field for field in dataclasses.fields(arguments)}
     for name in sorted(typed & REFUSED.keys() & fields.keys() - TRAINING_DEFAULTS.keys()):
         default = _default_of(fields[name])
@@ -222,7 +222,7 @@ def _refusal(name: str, value: Any) -> str:
 
 
 def _is_usual(value: Any, default: Any) -> bool:
-    """Whether a field is at its default. argparse turns some defaults that say "off" into others."""
+    """Whether a field has its default. Values that mean "off" count as equal: argparse turns some into others."""
     off: tuple[Any, ...] = (None, False, "", "no", "none", [], {})
     return value == default or (value in off and default in off)
 
@@ -235,12 +235,12 @@ def _is_json_object(text: str) -> bool:
 
 
 def _as_typed(value: Any) -> str:
-    """An enumeration as the word that is typed for it."""
+    """A value as a user types it: for an enumeration, its word."""
     return str(getattr(value, "value", value))
 
 
 def changed_fields(arguments: TrainingArguments) -> dict[str, Any]:
-    """Fields of transformers' that differ from our defaults, plus those shown in `--help`; secrets never."""
+    """Fields of transformers that differ from our defaults, plus those shown in `--help`. Never secrets."""
     defaults = {field.name: field for field in dataclasses.fields(SlimPajamaTrainingArguments)}
     plain = arguments.to_dict()
     changed = {}
@@ -260,7 +260,7 @@ def changed_fields(arguments: TrainingArguments) -> dict[str, Any]:
     return changed
 
 
-#: Filled in by transformers from the machine or from other fields: not part of what was asked for.
+#: Fields that transformers fills in from the machine or from other fields. The user did not ask for them.
 _DERIVED = frozenset(
     {
         "local_rank", "logging_dir", "run_name", "bf16", "fp16", "accelerator_config", "eval_strategy",
@@ -272,7 +272,7 @@ _DERIVED = frozenset(
 
 
 class _Parser(HfArgumentParser):
-    """argparse that says one sentence instead of a page of usage."""
+    """An argument parser whose errors are one sentence instead of a page of usage."""
 
     def __init__(self, dataclass_types: list[Any]) -> None:
         super().__init__(dataclass_types, add_help=False, allow_abbrev=False)
@@ -296,7 +296,7 @@ def make_parser(dataclass_types: list[Any]) -> _Parser:
 
 
 def asked(report_to: str | list[str] | None) -> list[str]:
-    """The trackers of `--report_to`. Raises UsageError for one that is unknown or not installed."""
+    """The trackers that `--report_to` names. Raises UsageError for one that is unknown or not installed."""
     names = [report_to] if isinstance(report_to, str) else list(report_to or [])
     names = [name for name in names if name != "none"]
     for name in names:

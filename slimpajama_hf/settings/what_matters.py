@@ -1,4 +1,4 @@
-"""Which arguments make a run the run that it is, and which are nobody's but the user's who types them."""
+"""Which arguments decide the numbers of a run, and which of those a resume may not change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WHAT_MATTERS = (
 
 _MAY_BE_PATHS = ("dataset", "tokenizer", "model")
 
-#: What decides the numbers of a run beside them.
+#: These decide the numbers of a run too, but a resume may change them.
 ALSO_DECIDES = (
     "epochs", "skip_broken_shards", "beta2_half_life_tokens", "average_weights", "max_steps", "neftune_noise_alpha",
     "optim_args", "optim_target_modules", "tf32", "full_determinism", "activation_checkpointing",
@@ -29,14 +29,14 @@ ALSO_DECIDES = (
 
 
 def what_decides(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a run's configuration what its numbers depend on: nothing of where it pushes, reports, writes or reads
-    held-out text, no intervals, no limits, no tokens."""
+    """The part of a run's configuration that its numbers depend on. Left out are where it pushes, reports, writes or
+    reads held-out text, intervals, limits and tokens."""
     return {name: value for name, value in config.items() if name in WHAT_MATTERS + ALSO_DECIDES}
 
 
 def digest(config: Mapping[str, Any]) -> str:
-    """SHA-256 of what decides a run's numbers, by which a configuration that was changed is known. Names of corpus,
-    tokenizer and model are left out: they may be paths, other ones elsewhere, and `run.json` knows what was in them."""
+    """SHA-256 of what decides a run's numbers. It shows whether a configuration was changed. Names of corpus, tokenizer
+    and model are left out: they may be paths, which differ elsewhere, and `run.json` records what was in them."""
     decides = {name: value for name, value in what_decides(config).items() if name not in _MAY_BE_PATHS}
     values = json.dumps(decides, sort_keys=True, default=str)
     return hashlib.sha256(values.encode("utf-8", "surrogatepass")).hexdigest()

@@ -28,7 +28,7 @@ def read_config(path: str) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # ValueError: not UTF-8, a date that is none, a number of too many digits.
+        # ValueError: not UTF-8, a date that does not exist, a number with too many digits.
         reason = " ".join(str(error).split())
         raise UsageError(f"--config {path}: not YAML ({reason}); expected lines such as `max_steps: 1000`") from None
     if values is None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slimpajama_hf.record.columns import LAST_STEPS, mean_of_last
 from slimpajama_hf.terminal import visible
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 
 #: How many of the newest samples are shown, and how many characters of each.
 SAMPLES, SAMPLE_LETTERS = 3, 600
-
-#: Loss and accuracy are means over so many last steps, as in the summary on screen.
-LAST_STEPS = 50
 
 _TASK = "text-generation"
 
@@ -147,12 +145,6 @@ def _loader_of(record: dict[str, Any]) -> str:
             if part in _LOADERS:
                 return _LOADERS[part]
     return "text"
-
-
-def mean_of_last(values: np.ndarray, window: int = LAST_STEPS) -> float:
-    """Mean of the last `window` finite values; NaN if there are none."""
-    finite = values[np.isfinite(values)][-window:]
-    return float(finite.mean()) if len(finite) else math.nan
 
 
 # ---- the text ------------------------------------------------------------------------------------------------------

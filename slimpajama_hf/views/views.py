@@ -1,6 +1,6 @@
 """What a run shows, made from its record: `metrics_history.json`, `text_samples.json`, charts.
 
-`python -m slimpajama_hf.views.views RUN` makes all of it again.
+`python -m slimpajama_hf views RUN` makes all of it again.
 """
 
 from __future__ import annotations
@@ -136,7 +136,3 @@ def main(run: str) -> int:
     chart = Views(folder).redraw(None, *caption_of(record), max_steps=record["max_steps"])
     sys.stderr.write(f"{chart}\n")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]))

@@ -277,9 +277,7 @@ const startingPlace = () => (run.meta.opens_at === null ? run.n - 1 : nearest(ru
 function showFigures() {
   const { headline: head, steps } = run.meta;
   for (const [id, value] of [["steps", count(steps)], ["loss", fixed(head.loss, 3)], ["accuracy", percent(head.accuracy ?? NaN)], ["bits-per-byte", fixed(head.bits_per_byte, 3)], ["tokens", thousands(head.tokens)], ["training-time", seconds(head.seconds)]]) $(`figure-${id}`).textContent = value;
-  const last = steps > 1 ? `last ${Math.min(head.recent_steps, steps)} steps` : "one step";
-  $("figure-loss").nextSibling.textContent = `nats per token, ${last}`;
-  $("figure-accuracy").nextSibling.textContent = `of next tokens, ${last}`;
+  showLast();
   $("figure-tokens").nextSibling.textContent = `${thousands(head.text_bytes)}B of text`;
   $("figure-training-time").nextSibling.textContent = `${fixed(head.throughput, 0)} tokens per second`;
 }
