@@ -9,7 +9,7 @@ CLIENTS ?= $(VENV)/clients
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: help install test-run test test-faults test-clients test-all check lint types wheel audit bench speedrun docs gpu-check train clean
+.PHONY: help install test-run test test-long test-faults test-clients test-all check lint types wheel audit bench speedrun docs gpu-check train clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,22 +30,25 @@ install: $(RUN_STAMP) ## make .venv and install what training needs
 test-run: $(RUN_STAMP) ## 100 real steps on the embedded corpus into runs/test-run; no network
 	@$(BIN)/python run_clm_slimpajama.py --test --output_dir runs/test-run --overwrite_output_dir
 
-test: $(DEV_STAMP) ## the whole test suite; no Hub, no GPU
+test: $(DEV_STAMP) ## the tests, in 6 minutes on 2 cores; no Hub, no GPU
 	@$(BIN)/python -m pytest
+
+test-long: $(DEV_STAMP) ## the tests that train for longer, another 8 minutes; CI runs both
+	@$(BIN)/python -m pytest -m "long and not slow"
 
 FAULT_TESTS := tests/test_faults.py tests/test_interruptions.py tests/test_limits.py tests/test_every_write.py tests/test_damage.py \
 	tests/corpus/test_stream_faults.py tests/corpus/test_odd_files.py tests/hub/test_hub_push.py tests/training/test_several_processes.py \
 	tests/anywhere/test_examples.py tests/anywhere/test_exact_stream.py tests/hub/test_strangers.py
 test-faults: $(DEV_STAMP) ## the long version of the faults (kills, full disks, broken streams), and their table
 	@rm -f $(VENV)/faults.jsonl
-	@FAULT_TABLE=$(VENV)/faults.jsonl $(BIN)/python -m pytest -m "slow or not slow" $(FAULT_TESTS)
+	@FAULT_TABLE=$(VENV)/faults.jsonl $(BIN)/python -m pytest -m "" $(FAULT_TESTS)
 	@$(BIN)/python -m tests.fault_table $(VENV)/faults.jsonl
 
 test-clients: $(DEV_STAMP) ## what a run leaves, in programs of others (transformers 4.57, llama.cpp, DuckDB, ...); minutes, needs the package index
 	@$(BIN)/python -m tests.clients $(CLIENTS)
 
 test-all: $(DEV_STAMP) ## every test, the minutes-long ones too
-	@$(BIN)/python -m pytest -m "slow or not slow"
+	@$(BIN)/python -m pytest -m ""
 
 lint: $(DEV_STAMP) ## style
 	@$(BIN)/ruff check .
@@ -60,7 +63,7 @@ wheel: $(DEV_STAMP) ## the wheel, installed outside of the repository, and every
 audit: $(DEV_STAMP) ## known vulnerabilities of the pinned dependencies, where the package index tells of them
 	@$(BIN)/pip-audit --no-deps --disable-pip --progress-spinner off -r requirements.txt
 
-check: lint types test ## lint, types and tests, as CI runs them
+check: lint types test ## lint, types and tests; CI runs this and test-long
 
 # A peer in an environment of its own, over the torch that is here already.
 $(VENV)/litgpt/bin/python: | $(DEV_STAMP)

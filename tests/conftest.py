@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.fork_server import ForkServer
+from tests.fork_server import Forked, ForkServer
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -214,6 +214,16 @@ def python(
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, timeout=timeout, env=env, cwd=cwd
     )
+
+
+def start_script(
+    *flags: str, stdout: Any = None, stderr: Any = None, **variables: str
+) -> subprocess.Popen[str] | Forked:
+    """`python run_clm_slimpajama.py FLAGS`, begun and not waited for."""
+    env, arguments = environment(**variables), [str(ROOT / "run_clm_slimpajama.py"), *flags]
+    if _FORK_SERVER.takes(env):
+        return _FORK_SERVER.start(arguments, env, ROOT, stdout, stderr)
+    return subprocess.Popen([sys.executable, *arguments], text=True, env=env, cwd=ROOT, stdout=stdout, stderr=stderr)
 
 
 def run_script(*flags: str, timeout: float = 200, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -33,6 +34,58 @@ def _early(variables: Any) -> dict[str, str]:
     return {k: v for k, v in variables.items() if k.startswith(READ_EARLY) and k != "PYTHONPATH"}
 
 
+class Forked:
+    """A command that was begun, as `subprocess.Popen` has it (those of its names that tests use)."""
+
+    def __init__(self, arguments: list[str], line: socket.socket, stdout: Any, stderr: Any) -> None:
+        self.args, self.stdout, self.stderr = arguments, stdout, stderr
+        self.returncode: int | None = None
+        self._line = line
+        self.pid = int.from_bytes(_exactly(line, 4), "big")
+
+    def poll(self) -> int | None:
+        """The exit code, below 0 for a signal; None while it runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0.0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code. Raises subprocess.TimeoutExpired."""
+        if self.returncode is None:
+            if timeout is not None and not select.select([self._line], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            self.returncode = int.from_bytes(_exactly(self._line, 4), "big", signed=True)
+            self._line.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it wrote to its pipes, and its end."""
+        texts = {}
+
+        def read(name: str, file: Any) -> None:
+            with file:
+                texts[name] = file.read()
+
+        pipes = {"stdout": self.stdout, "stderr": self.stderr}
+        readers = [threading.Thread(target=read, args=pipe) for pipe in pipes.items() if pipe[1] is not None]
+        for reader in readers:
+            reader.start()
+        self.wait(timeout)
+        for reader in readers:
+            reader.join()
+        return texts.get("stdout", ""), texts.get("stderr", "")
+
+
 class ForkServer:
     """Starts the server when it is first needed; `run` is `subprocess.run` of `python ARGUMENTS`."""
 
@@ -44,41 +97,51 @@ class ForkServer:
         self._address = ""
 
     def takes(self, environment: dict[str, str]) -> bool:
-        """Whether a command with these variables may be forked."""
-        return _early(environment) == self._early
+        """Whether a command with these variables may be forked: nothing differs that Python reads as it starts."""
+        places = environment.get("PYTHONPATH", "").split(os.pathsep)
+        return _early(environment) == self._early and not any(
+            Path(place, "sitecustomize.py").exists() for place in places
+        )
 
     def run(
         self, arguments: list[str], environment: dict[str, str], folder: Path, timeout: float
     ) -> subprocess.CompletedProcess[str]:
         """`python ARGUMENTS` in a folder; arguments are `script.py ...` or `-m module ...`."""
+        child = self.start(arguments, environment, folder, subprocess.PIPE, subprocess.PIPE)
+        try:
+            texts = child.communicate(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            raise
+        return subprocess.CompletedProcess([sys.executable, *arguments], child.returncode or 0, *texts)
+
+    def start(
+        self, arguments: list[str], environment: dict[str, str], folder: Path, stdout: Any = None, stderr: Any = None
+    ) -> Forked:
+        """The same begun; `stdout` and `stderr` as `subprocess.Popen` takes them."""
         self._start()
-        outputs = [os.pipe() for _ in range(2)]
-        with contextlib.closing(socket.socket(socket.AF_UNIX)) as line:
-            line.settimeout(timeout)
-            line.connect(self._address)
-            job = json.dumps({"arguments": arguments, "environment": environment, "folder": str(folder)}).encode()
-            socket.send_fds(line, [len(job).to_bytes(4, "big")], [write for _, write in outputs])
-            line.sendall(job)
-            for _, write in outputs:
-                os.close(write)
-            texts = ["", ""]
-
-            def read(place: int) -> None:
-                with open(outputs[place][0], encoding="utf-8", errors="strict") as file:
-                    texts[place] = file.read()
-
-            readers = [threading.Thread(target=read, args=(place,)) for place in range(2)]
-            for reader in readers:
-                reader.start()
-            child = int.from_bytes(_exactly(line, 4), "big")
-            try:
-                code = int.from_bytes(_exactly(line, 4), "big", signed=True)
-            except TimeoutError:
-                os.killpg(child, signal.SIGKILL)
-                raise subprocess.TimeoutExpired(arguments, timeout) from None
-            for reader in readers:
-                reader.join()
-        return subprocess.CompletedProcess([sys.executable, *arguments], code, *texts)
+        line = socket.socket(socket.AF_UNIX)
+        line.connect(self._address)
+        job = json.dumps({"arguments": arguments, "environment": environment, "folder": str(folder)}).encode()
+        reads: list[Any] = []
+        writes: list[int] = []
+        for number, wanted in enumerate((stdout, stderr), 1):
+            if wanted == subprocess.PIPE:
+                read, write = os.pipe()
+                reads.append(open(read, encoding="utf-8"))  # noqa: SIM115
+            else:
+                reads.append(None)
+                if wanted == subprocess.DEVNULL:
+                    write = os.open(os.devnull, os.O_WRONLY)
+                else:
+                    # A number, a file, or what this process has itself.
+                    write = os.dup(number if wanted is None else wanted if isinstance(wanted, int) else wanted.fileno())
+            writes.append(write)
+        socket.send_fds(line, [len(job).to_bytes(4, "big")], writes)
+        line.sendall(job)
+        for write in writes:
+            os.close(write)
+        return Forked(arguments, line, *reads)
 
     def _start(self) -> None:
         if self._server is None:

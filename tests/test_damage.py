@@ -1,6 +1,6 @@
 """Files of a run, damaged in every way that a disk or a stranger knows: no traceback, no hang, nothing silently wrong.
 
-`make test` makes a few dozen mutations, `make test-faults` as many as $MUTATIONS says (1,000), seeded.
+`make test-long` makes a few dozen mutations, `make test-faults` as many as $MUTATIONS says (1,000), seeded.
 """
 
 from __future__ import annotations
@@ -170,6 +170,7 @@ def pushed(half: Path, shards: Path) -> Iterator[Pushed]:
         pushed.programs.close()
 
 
+@pytest.mark.long
 def test_damaged_repositories(pushed, finished, tmp_path):
     for seed in range(2):
         pushed.go_on(seed, tmp_path / str(seed), finished)
@@ -198,6 +199,7 @@ def test_many_damaged_repositories(pushed, finished, tmp_path, fault_table):
 
 @pytest.mark.first(1)
 @pytest.mark.parametrize("part", range(4))
+@pytest.mark.long
 def test_some_mutations(part, half, finished, tmp_path):
     failures = []
     for seed in range(part, 20, 4):

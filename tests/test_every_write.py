@@ -1,8 +1,8 @@
 """The disk fails, or the process is killed, at any change to a file that a command makes: at each one in turn.
 
 A shim (`disk_faults.c`) that is loaded before the C library counts the changes of a command to the files of a run, and
-makes the K-th fail: no space, over quota, a broken disk, a kill -9. `make test` takes a few K of each command,
-`make test-faults` as many as $WRITES says.
+makes the K-th fail: no space, over quota, a broken disk, a kill -9. `make test-long` takes a few K of each
+command, `make test-faults` as many as $WRITES says.
 """
 
 from __future__ import annotations
@@ -183,6 +183,7 @@ def _assert_whole(run: Path, place: Path, where: str) -> None:
 
 # The others, and more faults of these, in the long version.
 @pytest.mark.parametrize("command", ["train", pytest.param("rewind", marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_a_fault_at_a_write_is_a_sentence_and_nothing_is_lost(disk, place, tmp_path, command):
     count_changes(disk, place, tmp_path, command)
     draw = random.Random(command)

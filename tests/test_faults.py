@@ -10,7 +10,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from slimpajama_hf.corpus import opening
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.record import checkpoints, ledger
-from tests.conftest import NANO, ROOT, environment, make_records, read_ledger, run_script, write_records
+from tests.conftest import NANO, make_records, read_ledger, run_script, start_script, write_records
 
 CLOCK = {"throughput", "step_seconds"}
 
@@ -39,9 +38,8 @@ def flags_of(corpus: Path, run: Path, steps: int, *more: str) -> list[str]:
             "--display_samples", "20", "--viz_interval", "1000000", "--warmup_steps", "30", "--save_steps", "25", *more]  # fmt: skip
 
 
-def start(*flags: str, **more: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "run_clm_slimpajama.py"), *flags]
-    return subprocess.Popen(command, text=True, env=environment(), cwd=ROOT, **({"stderr": subprocess.PIPE} | more))
+def start(*flags: str, stderr: Any = subprocess.PIPE) -> Any:
+    return start_script(*flags, stderr=stderr)
 
 
 def rows_without_times(run: Path) -> list[dict[str, Any]]:
@@ -138,6 +136,7 @@ def test_killed_fifty_times_it_is_the_run_that_was_never_stopped(corpus, unbroke
     "damage",
     ["torn weights", "flipped bit", "no optimizer", "no manifest", "empty state"],
 )
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(corpus, unbroken, tmp_path, damage, fault_table):
     run = tmp_path / "run"
     shutil.copytree(unbroken, run)
@@ -218,6 +217,7 @@ def _wait_for_rows(run: Path, count: int) -> None:
     raise AssertionError(f"{run} did not reach {count} rows")
 
 
+@pytest.mark.long
 def test_a_pipe_that_nobody_reads_does_not_stop_training(corpus, unbroken, tmp_path, fault_table):
     run = tmp_path / "run"
     reading, writing = os.pipe()
@@ -272,6 +272,7 @@ def small_disk(tmp_path, request):
 
 
 @pytest.mark.parametrize("small_disk", [40], indirect=True)
+@pytest.mark.long
 def test_a_full_disk_stops_the_saving_and_not_the_training(corpus, unbroken, small_disk, fault_table):
     run = small_disk / "run"
     screen = small_disk.parent / "stderr.txt"
@@ -353,6 +354,7 @@ def test_a_resume_that_changes_what_matters_is_refused_by_name(corpus, unbroken,
     assert (unbroken / "ledger.jsonl").read_bytes() == before
 
 
+@pytest.mark.long
 def test_a_change_that_is_allowed_and_more_steps_go_on(corpus, unbroken, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(unbroken, run)

@@ -51,6 +51,7 @@ def follow(folder: Path, steps: dict[str, str]) -> None:
     assert shutil.which("make"), "the first command of the page"
 
 
+@pytest.mark.long
 def test_the_first_hour_in_few_steps(folder):
     follow(folder, {"600": "12", "800": "16", "300": "6"})
     assert (folder / "runs/mine/checkpoint-16/model.safetensors").is_file()

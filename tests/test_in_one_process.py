@@ -51,6 +51,7 @@ def calls(*each: tuple[str, list[str]]) -> tuple[list[int | str], str]:
     return [answer[0] for answer in answers], done.stderr
 
 
+@pytest.mark.long
 def test_runs_one_after_the_other_in_one_process_and_in_a_thread(shards, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     base = [*SMALL, "--dataset", f"{shards}/*.jsonl.zst"]
@@ -91,6 +92,7 @@ def run(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
+@pytest.mark.long
 def test_a_run_is_not_deleted_by_one_that_makes_no_step(run, tmp_path):
     """Everything is there, corpus, model and Trainer, but no document that could be learned."""
     write_records(tmp_path / "empty.jsonl", [{"text": "a"}, {"text": ""}])

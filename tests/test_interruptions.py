@@ -13,11 +13,22 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from slimpajama_hf.record import checkpoints
-from tests.conftest import NANO, ROOT, environment, make_records, read_ledger, run_command, run_script, write_records
+from tests.conftest import (
+    NANO,
+    ROOT,
+    environment,
+    make_records,
+    read_ledger,
+    run_command,
+    run_script,
+    start_script,
+    write_records,
+)
 from tests.hub.loopback_hub import Fault, LoopbackHub
 from tests.test_faults import assert_the_same_run
 
@@ -38,9 +49,8 @@ def flags_of(dataset: str, run: Path, *more: str, steps: int = STEPS) -> list[st
             "--viz_interval", "1000000", "--warmup_steps", "20", "--save_steps", "10", "--precision", "float32", *more]  # fmt: skip
 
 
-def begin(flags: list[str], stderr: int | None = subprocess.DEVNULL, **variables: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "run_clm_slimpajama.py"), *flags, "--resume_from_checkpoint", "true"]
-    return subprocess.Popen(command, text=True, env=environment(**variables), cwd=ROOT, stderr=stderr)
+def begin(flags: list[str], stderr: int | None = subprocess.DEVNULL, **variables: str) -> Any:
+    return start_script(*flags, "--resume_from_checkpoint", "true", stderr=stderr, **variables)
 
 
 def rows_of(run: Path) -> int:
@@ -82,9 +92,10 @@ def corpus(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize(
     "way",
-    # `make test` takes most of them at once; `make test-faults` each by itself too.
+    # `make test-long` takes most of them at once; `make test-faults` each by itself too.
     [pytest.param(way, marks=[] if way == "window, shuffle and epochs" else pytest.mark.slow) for way in WAYS],
 )
+@pytest.mark.long
 def test_interrupted_three_times_it_is_the_run_that_was_never_stopped(corpus, tmp_path, fault_table, way):
     """A kill -9, a SIGTERM and a kill -9 again; the second and third around the end of the first pass (`epochs`)."""
     unbroken, run = tmp_path / "unbroken", tmp_path / "run"
@@ -203,6 +214,7 @@ def test_a_shard_that_is_gone_stops_the_run_and_can_be_left_out(hub, tmp_path, f
     fault_table("a shard gone from the Hub, left out and said", 1, lost=25, bit_equal=False)
 
 
+@pytest.mark.long
 def test_a_shard_that_breaks_at_the_very_end_stands_in_the_runs_record(tmp_path):
     write_records(tmp_path / "a.jsonl", make_records(12, seed=1))
     write_records(tmp_path / "b.jsonl.zst", make_records(50, seed=2))

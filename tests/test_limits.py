@@ -164,6 +164,7 @@ def test_the_process_that_uploads_is_killed_and_push_brings_the_rest(corpus, unb
     fault_table("the upload process killed (as when memory is short)", 1, bit_equal=True)
 
 
+@pytest.mark.long
 def test_two_resumes_at_once_are_one(corpus, unbroken, tmp_path, fault_table):  # noqa: F811
     run = tmp_path / "run"
     process = begin(flags_of(corpus, run, *MORE))

@@ -379,6 +379,7 @@ def test_weights_and_average_change_places_whole_or_not_at_all(monkeypatch):
     assert all(torch.equal(one, two) for one, two in zip(network.parameters(), own, strict=True))
 
 
+@pytest.mark.long
 def test_the_whole_program_says_it(corpus, tmp_path):
     """Evaluation, samples and passports without memory: left out, each with its word. Too little memory: a warning."""
     code = (

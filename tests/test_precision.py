@@ -68,6 +68,7 @@ def flags(model: list[str], shards: Path, run: Path, asked: str) -> list[str]:
         ("llama", []),
     ],
 )
+@pytest.mark.long
 def test_one_process_computes_in_what_was_asked_for(path, more, shards, tmp_path, llama, fast):
     model = llama if path == "llama" else GPT2
     runs = [[*flags(model, shards, tmp_path, asked), *more] for asked in ASKED]
@@ -113,6 +114,7 @@ def _check_two(shards: Path, tmp_path: Path, asked: str, fsdp: bool, wanted: str
 
 @pytest.mark.first(1)
 @pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
+@pytest.mark.long
 def test_two_processes_compute_in_bfloat16(fsdp, shards, tmp_path):
     _check_two(shards, tmp_path, "bfloat16", fsdp, "bfloat16")
 

@@ -19,7 +19,17 @@ from slimpajama_hf.corpus import opening
 from slimpajama_hf.corpus.documents import Cursor
 from slimpajama_hf.record import checkpoints, run_folder
 from slimpajama_hf.record.columns import read_columns
-from tests.conftest import NANO, ROOT, environment, make_records, read_ledger, run_command, run_script, write_records
+from tests.conftest import (
+    NANO,
+    ROOT,
+    environment,
+    make_records,
+    read_ledger,
+    run_command,
+    run_script,
+    start_script,
+    write_records,
+)
 
 
 def load(checkpoint: Path):
@@ -209,13 +219,13 @@ def flags_for(shards: Path, run: Path, steps: int, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
+@pytest.mark.long
 def test_a_signal_ends_the_run_with_everything_saved_and_it_goes_on(tmp_path, encoder, number, code):
     """Stopped in the middle, resumed: ledger, samples and weights are those of a run that was never stopped."""
     write_records(tmp_path / "data" / "a.jsonl.zst", make_records(400))
     flags = ["--display_samples", "25", "--viz_interval", "1000", "--save_steps", "1000", "--warmup_steps", "30"]
     run = tmp_path / "stopped"
-    command = [sys.executable, str(ROOT / "run_clm_slimpajama.py"), *flags_for(tmp_path / "data", run, 300, *flags)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT)
+    process = start_script(*flags_for(tmp_path / "data", run, 300, *flags), stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not _has_rows(run, 20):
         time.sleep(0.01)
@@ -253,6 +263,7 @@ def _has_rows(run: Path, count: int) -> bool:
     return path.exists() and path.read_bytes().count(b"\n") >= count
 
 
+@pytest.mark.long
 def test_a_corpus_that_ends_is_a_clear_stop(tmp_path):
     write_records(tmp_path / "a.jsonl", make_records(7))
     run = tmp_path / "run"
@@ -263,6 +274,7 @@ def test_a_corpus_that_ends_is_a_clear_stop(tmp_path):
     assert len(read_ledger(run)) == 7
 
 
+@pytest.mark.long
 def test_a_stream_that_breaks_saves_what_was_learned_and_exits_1(tmp_path):
     path = write_records(tmp_path / "a.jsonl.zst", make_records(300))
     path.write_bytes(path.read_bytes()[:-2000])
@@ -277,6 +289,7 @@ def test_a_stream_that_breaks_saves_what_was_learned_and_exits_1(tmp_path):
     assert (run / "training_viz" / "training_latest.png").exists()
 
 
+@pytest.mark.long
 def test_no_checkpoint_saves_nothing_but_metrics_and_nan_stays_visible(tmp_path):
     """A learning rate that blows the weights up: losses that are no number are kept as that, and end the run."""
     write_records(tmp_path / "a.jsonl", make_records(30))
@@ -352,6 +365,7 @@ def test_generate_writes_what_the_model_writes(finished, encoder, place):
     assert done.stdout == encoder.decode(written) + "\n"
 
 
+@pytest.mark.long
 def test_a_tokenizer_is_trained_by_one_command_and_used(shards, tmp_path):
     output = tmp_path / "mine"
     done = run_command(

@@ -11,6 +11,8 @@ import pytest
 
 from tests.conftest import ROOT, environment
 
+pytestmark = pytest.mark.long
+
 CHECKS = [
     line.removeprefix("def ").partition("(")[0]
     for before, line in zip(*[(ROOT / "tests/on_stand_in_device.py").read_text().splitlines()[at:] for at in (0, 1)], strict=False)

@@ -115,6 +115,7 @@ def test_a_number_per_step_is_one_place_and_appears_everywhere(house, corpus, tm
     assert (folder / "surprisals.f32").read_bytes() == (plain / "surprisals.f32").read_bytes()
 
 
+@pytest.mark.long
 def test_a_number_per_step_is_there_with_several_samples_in_a_step_too(house, corpus, tmp_path):
     add_weight_norm(house)
     folder = tmp_path / "run"
@@ -124,6 +125,7 @@ def test_a_number_per_step_is_there_with_several_samples_in_a_step_too(house, co
     run(house, "-m", "slimpajama_hf", "verify", str(folder))
 
 
+@pytest.mark.long
 def test_a_chart_panel(house, corpus, tmp_path):
     change(
         house, "views/charts.py",
@@ -145,6 +147,7 @@ def test_a_chart_panel(house, corpus, tmp_path):
     assert done.stdout.split() == ["Tokens", "by", "step", "6"]
 
 
+@pytest.mark.long
 def test_a_corpus(house, tmp_path):
     change(
         house, "corpus/opening.py",
@@ -162,6 +165,7 @@ def test_a_corpus(house, tmp_path):
     assert {row["mirror"] for row in read_ledger(folder)} == {f"me/mine@{'ab' * 6}"}
 
 
+@pytest.mark.long
 def test_a_kind_of_tokenizer(house, corpus, tmp_path):
     change(
         house, "samples/tokenizer.py",
@@ -181,6 +185,7 @@ def test_a_kind_of_tokenizer(house, corpus, tmp_path):
     assert json.loads((folder / "run.json").read_text())["tokenizer"] == "bytes"
 
 
+@pytest.mark.long
 def test_a_command(house, corpus, tmp_path):
     (house / "slimpajama_hf" / "commands" / "count.py").write_text(
         '"""`count`: counts the steps of a run."""\n\n'
@@ -197,6 +202,7 @@ def test_a_command(house, corpus, tmp_path):
     assert "count the steps of a run" in run(house, "-m", "slimpajama_hf", "--help").stdout
 
 
+@pytest.mark.long
 def test_a_callback_that_watches(house, corpus, tmp_path):
     (house / "slimpajama_hf" / "watching" / "shout.py").write_text(
         "from transformers import TrainerCallback\n\nfrom slimpajama_hf import screen\n\n\n"

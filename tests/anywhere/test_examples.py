@@ -54,6 +54,7 @@ def _killed(name: str, kills: int, seed: int, texts: str, tokenizer: Path, tmp_p
         for n in scripts.SCRIPTS
     ],
 )
+@pytest.mark.long
 def test_killed_twice_it_leaves_what_it_leaves_unbroken(name, texts, tokenizer, tmp_path, unbroken):
     if not scripts.is_there(name):
         pytest.skip("trl is not installed here; `make test-clients` runs it")
@@ -89,6 +90,7 @@ def test_the_commands_know_such_a_run(name, unbroken, tmp_path):
             again()
 
 
+@pytest.mark.long
 def test_the_command_line_says_it_without_a_traceback(unbroken):
     run = str(unbroken("pytorch_loop"))
     done = run_command("inspect", run, "--find", "river")

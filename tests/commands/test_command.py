@@ -27,6 +27,7 @@ COMMITTED = ROOT / "configs" / "schema.json"
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+@pytest.mark.long
 def test_bash_completes_commands_flags_choices_and_folders(tmp_path):
     done = run_command("completion", "bash")
     assert done.returncode == 0, done.stderr
@@ -55,6 +56,7 @@ def test_bash_completes_commands_flags_choices_and_folders(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="no fish here")
+@pytest.mark.long
 def test_fish_completes_the_same_and_says_what_each_is(tmp_path):
     (tmp_path / "runs").mkdir()
     done = run_command("completion", "fish")
@@ -77,6 +79,7 @@ def test_fish_completes_the_same_and_says_what_each_is(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh here")
+@pytest.mark.long
 def test_zsh_completes_the_same(tmp_path):
     """Typed into a real one, on a terminal."""
     done = run_command("completion", "zsh")

@@ -29,6 +29,7 @@ def test_time_and_memory_are_those_of_the_run(shards, tmp_path, monkeypatch):
     assert found.device_bytes == 0 and found.start_seconds > 0.5
 
 
+@pytest.mark.long
 def test_the_command_prints_a_plan_and_leaves_nothing_behind(shards, tmp_path):
     run = tmp_path / "run"
     done = run_command(

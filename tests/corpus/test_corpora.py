@@ -217,6 +217,7 @@ def run_with(server: LoopbackHub, *flags: str, tmp_path: Path):
     return run_script(*flags, HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "hf_home"))
 
 
+@pytest.mark.long
 def test_the_first_mirror_that_opens_is_used_named_and_recorded(hub, tmp_path):
     run = tmp_path / "run"
     # The corpus of a command that names none.
@@ -243,6 +244,7 @@ def test_the_first_mirror_that_opens_is_used_named_and_recorded(hub, tmp_path):
     assert json.loads((run / "run.json").read_text())["corpus"]["revision"].startswith("b5f90f419b74")
 
 
+@pytest.mark.long
 def test_a_mirror_of_59166_files_opens_with_one_page_of_names(tmp_path):
     with LoopbackHub() as server:
         folder = tmp_path / "hub"
@@ -264,6 +266,7 @@ def test_a_mirror_of_59166_files_opens_with_one_page_of_names(tmp_path):
         assert all("cursor" not in line for line in trees)
 
 
+@pytest.mark.long
 def test_any_hub_dataset_is_pinned_to_its_commit(tmp_path):
     with LoopbackHub() as server:
         folder = tmp_path / "hub"

@@ -107,6 +107,7 @@ def test_the_card_is_of_this_run(pushed):
     assert text.count("```") >= 4 and "pipeline(" in text and "run_clm_slimpajama.py" in text
 
 
+@pytest.mark.long
 def test_it_loads_as_any_model_does(pushed, tmp_path):
     server, _, _ = pushed
     code = (
@@ -262,6 +263,7 @@ def same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("revision", [pytest.param("", marks=pytest.mark.slow), "@commit"])
+@pytest.mark.long
 def test_a_run_goes_on_from_the_hub_in_another_folder_bit_for_bit(pushed, shards, tmp_path, revision):
     server, run, _ = pushed
     commit = server.models["me/run"].commits[-1][0]

@@ -66,6 +66,7 @@ def go_on(run: Path, *flags: str, **variables: str) -> Any:
 LOOT = '\npush_to_hub: true\nhub_model_id: mallory/loot\nhub_strategy: checkpoint\nreport_to: ["tensorboard"]\n'
 
 
+@pytest.mark.long
 def test_where_a_strangers_run_pushes_and_what_it_reads_is_not_its_to_say(evil, secret, hub, shards):
     config = evil / "run_config.yaml"
     config.write_text(config.read_text() + LOOT + f"eval_steps: 2\neval_dataset: {json.dumps(str(secret))}\n")
@@ -105,6 +106,7 @@ def test_a_corpus_of_the_hub_holds_files_of_its_own_repository_alone(evil, secre
     assert not hub.models
 
 
+@pytest.mark.long
 def test_what_goes_on_is_the_users_from_then_on(evil, shards):
     data = ["--dataset", f"{shards}/*.jsonl.zst"]
     done = go_on(evil, *data)
@@ -120,6 +122,7 @@ def test_what_goes_on_is_the_users_from_then_on(evil, shards):
     assert done.returncode == 1 and "--dataset" in done.stderr
 
 
+@pytest.mark.long
 def test_a_fetched_run_pushes_nowhere_by_itself(hub, shards, tmp_path, secret):
     flags = [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--max_steps", "6", "--save_steps", "6", "--output_dir",
              str(tmp_path / "run"), "--push_to_hub", "--hub_model_id", "me/run", "--hub_patience", "1"]  # fmt: skip
@@ -199,6 +202,7 @@ def test_files_that_no_run_of_ours_made_are_neither_deleted_nor_added_to(tmp_pat
     assert path.read_text() == "{}\n"
 
 
+@pytest.mark.long
 def test_what_is_shown_steers_no_terminal(finished, tmp_path):
     """OSC 52 writes the clipboard, and a carriage return hides what stands before it."""
     corpus, evil = tmp_path / "corpus.jsonl", "\x1b]52;c;ZXZpbA==\x07\rgood"
@@ -261,6 +265,7 @@ class _Payload:
 
 @pytest.mark.first(2)
 @pytest.mark.parametrize("damage", ["pickle", "types", "name", "cursor"])
+@pytest.mark.long
 def test_a_checkpoint_that_is_none_is_set_aside_and_the_one_before_is_used(finished, tmp_path, damage):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     folder = run / "checkpoint-40"
@@ -308,6 +313,7 @@ def test_a_damaged_line_is_left_out_and_said_and_the_run_goes_on(finished, tmp_p
 
 @pytest.mark.first(1)
 @pytest.mark.parametrize("damage", ["value", "row gone", "types", "chain"])
+@pytest.mark.long
 def test_a_damaged_ledger_is_no_ledger_to_go_on_with(finished, tmp_path, damage):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     lines = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)

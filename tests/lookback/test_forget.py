@@ -33,6 +33,7 @@ def forgotten(finished, tmp_path_factory):
     return folder / "run", done.stdout
 
 
+@pytest.mark.long
 def test_ledger_and_weights_are_those_of_a_run_that_has_never_read_them(finished, forgotten, shards, tmp_path):
     run, _ = forgotten
     names = list(json.loads((run / "forgotten.json").read_text())["documents"])

@@ -76,6 +76,7 @@ def forked(finished, tmp_path_factory):
     return json.loads(done.stdout), folder
 
 
+@pytest.mark.long
 def test_both_arms_learn_the_same_documents_and_only_what_was_changed_is_other(finished, forked):
     found, folder = forked
     whole = read_ledger(finished)
@@ -95,6 +96,7 @@ def test_both_arms_learn_the_same_documents_and_only_what_was_changed_is_other(f
     assert sum(each["documents"] for each in difference["by_domain"].values()) == 12
 
 
+@pytest.mark.long
 def test_both_ends_are_scored_on_documents_that_neither_has_learned(finished, forked, shards):
     found, folder = forked
     texts = {each.sha1: each.text for each in open_corpus(f"{shards}/*.jsonl.zst").records(Cursor())
@@ -113,6 +115,7 @@ def test_both_ends_are_scored_on_documents_that_neither_has_learned(finished, fo
         assert scored["mean"] == pytest.approx(means["a"] - means["b"], abs=1e-4) and scored["mean"] != 0
 
 
+@pytest.mark.long
 def test_both_are_runs_of_their_own_that_hold(finished, forked):
     _, folder = forked
     for name, flags in (("a", ""), ("b", "--learning_rate 1e-2 --average_weights 0.5")):
@@ -144,6 +147,7 @@ def test_what_would_leave_nothing_to_compare_is_refused_before_anything_is_train
     assert not (tmp_path / "arms").exists()
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_is_not_there_and_a_folder_that_is_taken_are_refused(finished, forked, tmp_path):
     with pytest.raises(UserError, match=r"no whole checkpoint of that step; there are: 0, "):
         fork.fork(finished, 25, {"a": "", "b": ""}, 5, tmp_path)

@@ -102,6 +102,7 @@ def test_every_sample_is_found_again(tmp_path, encoder, mode):
         assert [token.id for token in tokens] == sample.input_ids
 
 
+@pytest.mark.long
 def test_a_run_in_bfloat16_says_how_far_its_checkpoints_are_from_it(shards, tmp_path):
     run = tmp_path / "run"
     done = run_script(
@@ -302,6 +303,7 @@ def width(line: str) -> int:
     return len(plain) + wide
 
 
+@pytest.mark.long
 def test_in_colour_the_text_shows_what_surprised(finished):
     text = on_terminal(80, "inspect", str(finished), "--step", "3", "--checkpoint", "40")
     assert max(map(width, text.split("\n"))) <= 80

@@ -38,6 +38,7 @@ def contents(run: Path) -> dict[str, bytes]:
 # ---- nothing left out ----
 
 
+@pytest.mark.long
 def test_with_nothing_left_out_it_is_the_run_bit_for_bit(finished, tmp_path):
     before = contents(finished)
     done = run_command("rewind", str(finished), "--to", "25", "--output_dir", str(tmp_path / "again"))

@@ -248,6 +248,7 @@ def test_a_killed_run_with_older_views_and_one_more_sample_holds(copy):
     assert any("20 of 30 steps" in line for line in report.lines)
 
 
+@pytest.mark.long
 def test_a_resume_says_and_notes_that_a_file_beside_the_ledger_was_changed(copy):
     shutil.rmtree(copy / "checkpoint-40")
     change_lines(copy / "passports.jsonl", lambda lines: [lines[0].replace('"step": 0', '"step": 1'), *lines[1:]])
@@ -317,6 +318,7 @@ def test_steps_done_again_are_bit_equal_and_the_run_is_not_touched(finished):
     assert contents(finished) == before
 
 
+@pytest.mark.long
 def test_a_replay_names_the_step_and_the_field_that_was_edited(copy):
     flip_a_digit_of_the_loss(copy, 23)
     honest = read_ledger(copy)[22]["loss"]
@@ -429,6 +431,7 @@ def test_a_run_is_the_same_as_its_copy(finished, copy):
     assert report.data["configuration"] == {}
 
 
+@pytest.mark.long
 def test_a_shorter_run_with_the_same_seed_is_the_beginning_of_the_longer(finished, shorter):
     done = run_command("verify", str(finished), str(shorter(42)))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -438,6 +441,7 @@ def test_a_shorter_run_with_the_same_seed_is_the_beginning_of_the_longer(finishe
     assert "max_steps: 40 / 10" in others
 
 
+@pytest.mark.long
 def test_another_seed_parts_at_the_first_step(finished, shorter):
     done = run_command("verify", str(shorter(42)), str(shorter(7)), "--json")
     assert done.returncode == 1, done.stderr

@@ -103,6 +103,7 @@ def test_a_share_of_the_run_grows_with_it():
     assert model.weight.item() == pytest.approx(300**0.5)
 
 
+@pytest.mark.long
 def test_it_loads_with_no_code_of_ours_and_is_what_was_scored(every_step):
     lines = [json.loads(line) for line in (every_step / "evaluations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [15, 30]

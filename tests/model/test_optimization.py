@@ -239,6 +239,7 @@ def test_its_state_is_saved_and_goes_on_to_the_bit(tokenizer, tmp_path, monkeypa
     assert 4 * kept == optimization.moments_bytes(whole, "muon") < optimization.moments_bytes(whole, "adamw")
 
 
+@pytest.mark.long
 def test_matrices_learn_by_muon_in_a_real_run(tokenizer, shards, tmp_path):
     """Of four matrices with an update every 32 steps each its first within 32 steps: by the rate of that step."""
     run = tmp_path / "run"

@@ -59,6 +59,7 @@ def main(rank: int, world_size: int, kind: str, path: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "world_size"), [("copies", 2), pytest.param("sharded", 3, marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_processes_make_together_the_updates_that_one_makes(tmp_path, kind, world_size):
     command = [sys.executable, "-m", "tests.model.test_shared_turns"]
     started = [

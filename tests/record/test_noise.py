@@ -91,6 +91,7 @@ def square_and_agreement(gradients):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_ledger_has_what_the_gradients_of_the_next_documents_are(run, shards, encoder):
     """By hand, from the checkpoint of the step: its weights, and the eight documents from its cursor on."""
     rows = read_ledger(run)
@@ -100,6 +101,7 @@ def test_the_ledger_has_what_the_gradients_of_the_next_documents_are(run, shards
     assert rows[499]["grad_agreement"] == pytest.approx(agreement, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.long
 def test_every_layer_has_its_part_of_it(run, shards, encoder):
     """By hand again, and the parts are the whole."""
     rows, gradients, names = read_ledger(run), *gradients_at(run, 499, shards, encoder)
@@ -151,6 +153,7 @@ def test_old_ledgers_have_no_layers(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_training_does_not_know_of_it(run, shards, tmp_path):
     """The same steps from a checkpoint on, with autograd's backward, measure nothing and read the same documents."""
     rows = read_ledger(run)

@@ -226,6 +226,7 @@ def _unpacked(packed: bytes) -> tuple[Any, dict[str, Any]]:
 
 
 @needs_browser
+@pytest.mark.long
 def test_a_row_appears_within_two_seconds_and_the_slider_stays(young, whole, tmp_path):
     folder, coming = young
     (folder / lock.FILE_NAME).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
@@ -326,6 +327,7 @@ def test_the_page_is_there_before_the_run_and_says_when_its_program_ends(whole, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends a child with its parent")
+@pytest.mark.long
 def test_a_run_with_watch_serves_its_page_from_its_start_and_the_page_ends_with_it(shards, tmp_path):
     run = tmp_path / "run"
     flags = [*NANO, "--dataset", f"{shards}/*.jsonl.zst", "--max_seq_length", "32", "--max_steps", "100000", "--epochs",

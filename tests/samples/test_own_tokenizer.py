@@ -52,6 +52,7 @@ def test_it_is_trained_said_recorded_and_in_every_checkpoint(whole):
     assert checks.verify(run).ok
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_trains_none_and_is_the_unbroken_run(whole, shards, tmp_path):
     run, _ = whole
     short = tmp_path / "short"
@@ -67,6 +68,7 @@ def test_a_run_that_goes_on_trains_none_and_is_the_unbroken_run(whole, shards, t
     ).read_bytes()
 
 
+@pytest.mark.long
 def test_without_a_checkpoint_it_is_taken_from_the_folder_of_the_run(whole, shards, tmp_path):
     run, _ = whole
     alone = tmp_path / "alone"
@@ -95,6 +97,7 @@ def large(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_local_files_with_enough_text_have_a_tokenizer_of_their_own_unasked(large, tmp_path):
     run = tmp_path / "run"
     nano = [word for word in NANO_UNSEEN if word not in ("--tokenizer", "builtin")]
@@ -118,6 +121,7 @@ def test_local_files_with_less_have_the_built_in_one(shards, tmp_path):
     assert json.loads((run / "run.json").read_text())["tokenizer"] == "builtin"
 
 
+@pytest.mark.long
 def test_two_processes_have_the_one_tokenizer(whole, shards, tmp_path):
     from tests.conftest import python
 
@@ -150,6 +154,7 @@ def test_a_number_that_cannot_be_is_a_sentence_that_says_what_to_type(shards, tm
     assert words in done.stderr and "--vocab_size" not in done.stderr and "corpus:" in done.stderr
 
 
+@pytest.mark.long
 def test_another_number_that_a_resume_allows_is_another_tokenizer(whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)
@@ -186,6 +191,7 @@ def test_a_layer_more_that_a_resume_allows_has_no_weights_to_go_on_with(whole, t
     assert "its transformer.h.1.ln_1.weight is not there, and that of the model is [32]" in done.stderr
 
 
+@pytest.mark.long
 def test_a_record_that_cannot_be_read_is_met_by_the_stream_and_not_by_the_search_for_text(tmp_path):
     """What lies before it is learned, as with a tokenizer that is named."""
     records = [json.dumps({"text": f"document {number} of some words"}) for number in range(6)]

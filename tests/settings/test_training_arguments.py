@@ -119,6 +119,7 @@ def test_a_run_of_an_older_version_goes_on_and_what_is_not_taken_is_said(tmp_pat
     assert len(read_ledger(run)) == 7
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_the_model_alone_is_refused_by_name(tmp_path, shards):
     run = tmp_path / "run"
     flags = [*NANO_UNSEEN, "--dataset", f"{shards}/*.jsonl.zst", "--output_dir", str(run), "--precision", "float32"]

@@ -48,6 +48,7 @@ def test_scores_equal_a_recomputation_by_domain(finished, tmp_path, encoder):
         assert scores["bits_per_byte"] == pytest.approx(bits, abs=1e-5)
 
 
+@pytest.mark.long
 def test_whole_texts_are_scored_in_windows_and_each_token_once(finished, tmp_path, encoder):
     """Tokens are predicted from half a window or more of what stands before them; a text that fits is one window."""
     from transformers import AutoModelForCausalLM
@@ -90,6 +91,7 @@ def test_accuracy_is_an_evaluate_metric_that_needs_no_network():
     assert metric.compute() == {"accuracy": 0.5}
 
 
+@pytest.mark.long
 def test_eval_steps_scores_the_held_out_part_of_the_embedded_corpus(tmp_path, cache):
     run = tmp_path / "run"
     done = run_script(

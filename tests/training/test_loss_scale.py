@@ -140,6 +140,7 @@ def runs(shards, tmp_path_factory):
 
 
 @pytest.mark.parametrize("backward", ["auto", "autograd"])
+@pytest.mark.long
 def test_a_run_in_float16_learns_as_in_float32_and_what_it_skips_is_counted(runs, backward):
     """What the first scale is too high for is skipped, and the run goes on at the rate of its step."""
     low, exact = runs[backward][1], runs["float32"][1]
@@ -155,6 +156,7 @@ def test_a_run_in_float16_learns_as_in_float32_and_what_it_skips_is_counted(runs
     assert low[-1]["loss"] < low[0]["loss"] - 0.2
 
 
+@pytest.mark.long
 def test_noise_and_teaching_are_those_of_unscaled_gradients(runs):
     low, exact = runs["auto"][1], runs["float32"][1]
     for mine, theirs in zip(low, exact, strict=True):
@@ -168,6 +170,7 @@ def test_noise_and_teaching_are_those_of_unscaled_gradients(runs):
 
 @pytest.mark.first(1)
 @pytest.mark.parametrize("backward", ["auto", "autograd"])
+@pytest.mark.long
 def test_it_goes_on_to_the_bit_with_its_scale(runs, tmp_path, backward):
     whole, rows = runs[backward]
     kept = torch.load(whole / "checkpoint-12/scaler.pt", weights_only=True)

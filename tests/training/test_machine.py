@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT, environment
 
 ASK = """
@@ -36,6 +38,7 @@ def asked(folders):
     return [each.communicate(timeout=120)[0].strip() for each in started]
 
 
+@pytest.mark.long
 def test_those_of_one_folder_are_together_whatever_their_ranks(tmp_path):
     one, other, alone = (tmp_path / name for name in ("one", "other", "alone"))
     for folder in (one, other, alone):

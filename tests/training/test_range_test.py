@@ -39,6 +39,7 @@ def test_a_loss_that_does_not_fall_suggests_nothing():
     assert range_test.read(rates, np.full(len(rates), np.nan)).suggested is None
 
 
+@pytest.mark.long
 def test_the_real_thing(shards, tmp_path):
     flags = [
         *NANO,

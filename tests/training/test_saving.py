@@ -29,6 +29,7 @@ def sums(run: Path, step: int) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in manifest["files"].items()}
 
 
+@pytest.mark.long
 def test_written_behind_it_has_the_same_bytes_and_without_memory_training_waits(shards, tmp_path, monkeypatch, capsys):
     threads = []
     for name, free in (("behind", 2**40), ("waited", 0)):

@@ -122,6 +122,7 @@ def assert_verified(run: Path) -> None:
         pytest.param("torchrun", 3, "pack", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.long
 def test_every_document_is_learned_once_by_one_of_them(corpus, encoder, tmp_path, launcher, processes, mode):
     run = tmp_path / "run"
     said = launch(LAUNCHERS[launcher](processes), flags_of(corpus, run, 500, "--sample_mode", mode))
@@ -397,6 +398,7 @@ def test_a_run_of_two_processes_is_replayed_by_two(two):
     assert "bit-equal" in done.stdout
 
 
+@pytest.mark.long
 def test_a_sharded_model_trains_saves_whole_and_goes_on(corpus, two, tmp_path):
     """FSDP2 over two processes computes what copies compute, and its checkpoints load anywhere."""
     from transformers import AutoModelForCausalLM

@@ -43,6 +43,7 @@ def test_what_is_shown_was_written_by_then():
     assert animation.written_at(entries[1:], 5) is None
 
 
+@pytest.mark.long
 def test_hostile_texts_and_missing_files(finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     (run / "samples.jsonl").unlink()

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 from slimpajama_hf.lookback.run import Run
 from tests.conftest import NANO, ROOT
 
 
+@pytest.mark.long
 def test_bar_and_chart_are_redrawn_in_place_and_a_run_shows_itself(shards, tmp_path, monkeypatch):
     for name, value in {
         "PYTHONPATH": str(ROOT),

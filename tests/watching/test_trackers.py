@@ -40,6 +40,7 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_tensorboard_has_every_number_of_the_ledger_once(run):
     rows, found = read_ledger(run), scalars(run)
     assert json.loads((run / "run.json").read_text())["tracker_project"] == "run"
@@ -55,6 +56,7 @@ def test_tensorboard_has_every_number_of_the_ledger_once(run):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_its_files_are_deleted_with_the_run(run, shards):
     flags = [
         *NANO,
