@@ -43,8 +43,8 @@ def test_the_summary_leads_with_both_held_out_scores_and_counts_what_they_took(l
     entry = json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])
     summary = shown.partition("\ndone: ")[2].splitlines()
     assert re.search(r"of scoring", summary[0]) and "of saving" in summary[0]
-    assert summary[1].startswith(f"       held out  {entry['scores']['all']['loss']:.4f} nats per token")
-    assert summary[2].startswith(f"       averaged  {entry['averaged']['all']['loss']:.4f} nats per token")
+    assert summary[1].startswith(f"       held out  {entry['scores']['all']['bits_per_byte']:.4f} bits per byte")
+    assert summary[2].startswith(f"       averaged  {entry['averaged']['all']['bits_per_byte']:.4f} bits per byte")
     mean = sum(row["loss"] for row in read_ledger(run)) / 12
     assert summary[3] == f"     final loss  {mean:.4f} nats per token (mean of the last 12 steps)"
 

@@ -54,17 +54,18 @@ def main(options: argparse.Namespace) -> int:
     whole = f"; whole: bits per byte of all of it, in windows of {length} that overlap by half" if options.whole else ""
     lines = [
         f"{result['checkpoint']} on {result['corpus']}, first {length} tokens of each document{whole}",
-        f"{'domain':<23}{'documents':>10}{'loss':>8}{'perplexity':>12}{'accuracy':>9}{'bits/byte':>10}"
-        + f"{'whole':>8}" * options.whole,
+        f"{'domain':<23}{'documents':>10}{'bits/byte':>10}"
+        + f"{'whole':>8}" * options.whole
+        + f"{'loss':>8}{'perplexity':>12}{'accuracy':>9}",
     ]
     averaged = {
         f"{domain}, averaged": scores for domain, scores in (result["averaged"] or {}).items() if domain == "all"
     }
     for domain, scores in (result["scores"] | averaged).items():
         lines.append(
-            f"{domain:<23}{scores['samples']:>10,}{scores['loss']:>8.4f}{scores['perplexity']:>12,.1f}"
-            f"{scores['accuracy']:>9.1%}{scores['bits_per_byte']:>10.4f}"
+            f"{domain:<23}{scores['samples']:>10,}{scores['bits_per_byte']:>10.4f}"
             + (f"{scores['whole_bits_per_byte']:>8.4f}" if options.whole else "")
+            + f"{scores['loss']:>8.4f}{scores['perplexity']:>12,.1f}{scores['accuracy']:>9.1%}"
         )
     sys.stdout.write("\n".join(lines) + "\n")
     return 0

@@ -187,10 +187,10 @@ def _held_out_scores(folder: RunFolder, steps: int) -> list[str]:
     entry = entries[-1]
     raw, averaged = entry["scores"]["all"], (entry.get("averaged") or {}).get("all")
     when = "" if entry["step"] == steps else f" at step {entry['step']:,}"
-    words = f"{raw['loss']:.4f} nats per token, {raw['bits_per_byte']:.4f} bits per byte, {raw['accuracy']:.1%} right"
+    words = f"{raw['bits_per_byte']:.4f} bits per byte, {raw['loss']:.4f} nats per token, {raw['accuracy']:.1%} right"
     lines = [f"       held out  {words} ({raw['samples']:,} documents{when})"]
     if averaged is not None:
-        words = f"{averaged['loss']:.4f} nats per token, {averaged['bits_per_byte']:.4f} bits per byte"
+        words = f"{averaged['bits_per_byte']:.4f} bits per byte, {averaged['loss']:.4f} nats per token"
         lines.append(f"       averaged  {words}, {averaged['accuracy']:.1%} right (the average of the weights)")
     return lines
 
