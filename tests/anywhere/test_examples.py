@@ -72,6 +72,7 @@ def test_killed_twenty_times_it_leaves_what_it_leaves_unbroken(name, texts, toke
 
 
 @pytest.mark.parametrize("name", ["trainer_two_lines", pytest.param("pytorch_loop", marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_the_commands_know_such_a_run(name, unbroken, tmp_path):
     """What reads ledgers reads these; what would train again says in a sentence why it does not."""
     run = unbroken(name)

@@ -67,6 +67,7 @@ def other_modes(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[
 
 
 @pytest.mark.parametrize("mode", ["truncate", "window", "pack"])
+@pytest.mark.long
 def test_the_tokens_of_a_step_are_those_that_were_trained(finished, other_modes, mode):
     """Put before the checkpoint that was saved just before the step, they give the step's own loss."""
     run = finished if mode == "truncate" else other_modes[mode]
@@ -126,6 +127,7 @@ def test_tokens_joined_are_the_text(finished, shards):
     assert "".join(map(found.text_of, found.tokens)) == found.documents[0].text[:end]
 
 
+@pytest.mark.long
 def test_a_packed_step_has_all_its_documents(other_modes):
     run = other_modes["pack"]
     step = next(row["step"] for row in read_ledger(run) if len(row["documents"]) > 1 and row["part"])
@@ -137,6 +139,7 @@ def test_a_packed_step_has_all_its_documents(other_modes):
         assert part in document.text
 
 
+@pytest.mark.long
 def test_packed_rows_of_older_versions_are_refused_by_name(other_modes):
     row = read_ledger(other_modes["pack"])[3] | {"documents": []}
     with pytest.raises(UserError, match="step 3: its row does not say which documents"):

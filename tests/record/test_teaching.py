@@ -140,6 +140,7 @@ def test_where_autograd_computes_nobody_looks(corpus, tmp_path):
 
 @pytest.mark.first(1)
 @pytest.mark.parametrize("mode", ["window", "pack"])
+@pytest.mark.long
 def test_a_later_part_of_the_same_document_is_not_held_out(corpus, tmp_path, monkeypatch, mode):
     trainer = make_trainer(corpus, tmp_path / "run", 70)
     trainer.stream.mode = mode
