@@ -1,7 +1,7 @@
 """How torch and transformers are imported: without Python's garbage collector, which finds nothing there.
 
-They make about a million objects that stay until the process ends. To walk over them again and again took a fifth of
-the import, and a second or more between the import and the first step.
+They make 700,000 objects that stay until the process ends. Walking over them again and again took a third of the time
+to the first step: 5.2 s instead of 3.3 (a small model, 2 cores of an Intel Xeon).
 """
 
 from __future__ import annotations

@@ -167,11 +167,10 @@ def a_token_for_each_word() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="<|endoftext|>")
 
 
-def pytest_collection_finish() -> None:
-    """What the tests loaded stays: each `gc.collect()` of a Trainer would walk over all of it, for a second."""
-    from transformers import Trainer  # noqa: F401
-
-    gc.freeze()
+def pytest_runtest_setup() -> None:
+    """Libraries stay once they are loaded: each `gc.collect()` of a Trainer would walk over them, for a second."""
+    if "transformers.trainer" in sys.modules and not gc.get_freeze_count():
+        gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

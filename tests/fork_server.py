@@ -77,7 +77,9 @@ class Forked:
                 texts[name] = file.read()
 
         pipes = {"stdout": self.stdout, "stderr": self.stderr}
-        readers = [threading.Thread(target=read, args=pipe) for pipe in pipes.items() if pipe[1] is not None]
+        readers = [
+            threading.Thread(target=read, args=pipe, daemon=True) for pipe in pipes.items() if pipe[1] is not None
+        ]
         for reader in readers:
             reader.start()
         self.wait(timeout)
