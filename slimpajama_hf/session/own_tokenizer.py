@@ -63,7 +63,11 @@ def load(
     if kept and begun_with is not None and corpus_vocabulary(begun_with) == size:
         return name, load_tokenizer(str(kept[0]))
     waiting(f"training a tokenizer of {size:,} tokens on the first documents of {corpus.name}")
-    model = team.first_does(lambda: _train(texts, corpus.name, size))
+    # Nobody named a size: the text of a run that starts may be too monotonous for ours.
+    train = _train_if_possible if asked == "auto" and begun_with is None else _train
+    model = team.first_does(lambda: train(texts, corpus.name, size))
+    if model is None:
+        return BUILTIN, load_tokenizer(BUILTIN)
     with tempfile.TemporaryDirectory(prefix="slimpajama_hf-tokenizer-") as place:
         path = Path(place) / "tokenizer.model"
         path.write_bytes(model)
@@ -77,8 +81,8 @@ def keep(folder: RunFolder, name: str, tokenizer: Any) -> None:
 
 
 def _usual(corpus: Corpus, texts: _Texts, waiting: Callable[[str], None]) -> str:
-    """The name of the tokenizer for `auto`. Local files get one of their own if they have as much text as in the
-    measurements (docs/recipe.md). If they have less, the built-in one has seen more text."""
+    """The name of the tokenizer for `auto`. Local files get one of their own if they have about as much text as the
+    measurements had (docs/recipe.md). If they have less, the built-in one has seen more text."""
     if corpus.comes_from_hub:
         return "gpt2"
     if corpus.is_on_this_machine:
@@ -103,6 +107,16 @@ def _train(texts: _Texts, name: str, size: int) -> bytes:
         f"({texts.characters / 1e6:.1f} million characters, {time.monotonic() - began:.0f} s)"
     )
     return model
+
+
+def _train_if_possible(texts: _Texts, name: str, size: int) -> bytes | None:
+    """The same; None, and a sentence on the screen, if the texts have too few different pieces."""
+    try:
+        return _train(texts, name, size)
+    except UserError as error:
+        reason = str(error).partition(": ")[2].partition(";")[0]
+        screen.say(f"no tokenizer of its own for {name}: {reason}; the built-in one is used")
+        return None
 
 
 class _Texts:

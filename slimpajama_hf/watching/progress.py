@@ -30,12 +30,13 @@ class ShowProgress(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if metrics:
             line = (
-                f"held out @ {state.global_step}: loss {metrics['eval_loss']:.4f}, perplexity "
-                f"{_perplexity(metrics['eval_perplexity'])}, accuracy {metrics['eval_accuracy']:.1%}, "
-                f"{metrics['eval_bits_per_byte']:.4f} bits per byte"
+                f"held out @ {state.global_step}: {metrics['eval_bits_per_byte']:.4f} bits per byte, loss "
+                f"{metrics['eval_loss']:.4f}, perplexity {_perplexity(metrics['eval_perplexity'])}, accuracy "
+                f"{metrics['eval_accuracy']:.1%}"
             )
             if "eval_averaged_loss" in metrics:
-                line += f"; averaged weights: loss {metrics['eval_averaged_loss']:.4f}"
+                bits, loss = metrics["eval_averaged_bits_per_byte"], metrics["eval_averaged_loss"]
+                line += f"; averaged weights: {bits:.4f} bits per byte, loss {loss:.4f}"
             screen.say(line)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sysconfig
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from slimpajama_hf.lookback import checks
 from slimpajama_hf.record import ledger
 from slimpajama_hf.samples.tokenizer import load_tokenizer
-from tests.conftest import NANO_UNSEEN, read_ledger, run_command, run_script
+from tests.conftest import NANO_UNSEEN, read_ledger, run_command, run_script, write_records
 
 SIZE = 500
 
@@ -119,6 +120,22 @@ def test_local_files_with_less_have_the_built_in_one(shards, tmp_path):
     done = run_script(*nano, "--dataset", f"{shards}/*.jsonl.zst", "--max_steps", "2", "--output_dir", str(run))
     assert done.returncode == 0, done.stderr
     assert json.loads((run / "run.json").read_text())["tokenizer"] == "builtin"
+
+
+def test_text_too_monotonous_for_so_many_tokens_has_the_built_in_one_and_says_so(tmp_path):
+    nano = [word for word in NANO_UNSEEN if word not in ("--tokenizer", "builtin")]
+    words = "the same few words again and again " * 2200
+    write_records(tmp_path / "a.jsonl", [{"text": f"{number} {words}"} for number in range(120)])
+    asked = [*nano, "--dataset", str(tmp_path / "a.jsonl"), "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
+    done = run_script(*asked)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/run.json").read_text())["tokenizer"] == "builtin"
+    assert re.search(
+        r"no tokenizer of its own for .*a.jsonl: a vocabulary of 8192 .* the built-in one is used", done.stderr
+    )
+    # A number that was named is no wish that another may take the place of.
+    named = run_script(*asked, "--tokenizer", "corpus:8192", "--overwrite_output_dir")
+    assert named.returncode == 1 and "more than" in named.stderr
 
 
 @pytest.mark.long
