@@ -167,10 +167,15 @@ def a_token_for_each_word() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="<|endoftext|>")
 
 
-def pytest_runtest_setup() -> None:
-    """Libraries stay once they are loaded: each `gc.collect()` of a Trainer would walk over them, for a second."""
-    if "transformers.trainer" in sys.modules and not gc.get_freeze_count():
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Load what nearly every file needs, as the program does (`loading.py`): each `gc.collect()` of a Trainer would walk
+    over it for a second, a minute of the whole suite. A few tests alone are sooner done without."""
+    if len(session.items) > 200:
+        gc.disable()
+        from transformers import Trainer  # noqa: F401
+
         gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
