@@ -33,7 +33,7 @@ test-run: $(RUN_STAMP) ## 100 real steps on the embedded corpus into runs/test-r
 test: $(DEV_STAMP) ## the tests, in 6 minutes on 2 cores; no Hub, no GPU
 	@$(BIN)/python -m pytest
 
-test-long: $(DEV_STAMP) ## the tests that train for longer, another 8 minutes; CI runs both
+test-long: $(DEV_STAMP) ## the tests that train for longer, another 7 minutes; CI runs both
 	@$(BIN)/python -m pytest -m "long and not slow"
 
 FAULT_TESTS := tests/test_faults.py tests/test_interruptions.py tests/test_limits.py tests/test_every_write.py tests/test_damage.py \
