@@ -73,7 +73,8 @@ class GPT2Step:
     them behind autograd's back (`.data`).
     `scale`: float16's gradient scale, (), on the model's device, read at every step. `gradients` stay multiplied by it;
     no other result is. `weight`: the share of this sample in the gradient of a step of several samples, (), on the
-    device, read at every step. The loss does not include it.
+    device, read at every step. The loss does not include it. `gradients`: the row to keep them in, float32
+    (parameters,), on the device; by default a new one.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class GPT2Step:
         seldom_changed: Iterable[nn.Parameter] = (),
         scale: torch.Tensor | None = None,
         weight: torch.Tensor | None = None,
+        gradients: torch.Tensor | None = None,
     ) -> None:
         reason = unsupported(model)
         if reason is not None:
@@ -101,7 +103,8 @@ class GPT2Step:
         self._trouble = trouble
         self._width, self._heads = config.hidden_size, config.num_attention_heads
         self._epsilon = config.layer_norm_epsilon
-        self.gradients = torch.zeros(sum(p.numel() for p in self._parameters), device=self._device)
+        size = sum(p.numel() for p in self._parameters)
+        self.gradients = gradients if gradients is not None else torch.zeros(size, device=self._device)
         """All gradients in one row, in the order of `model.parameters()`, times `scale`."""
         self._views = [
             piece.view_as(p)
@@ -167,9 +170,11 @@ class GPT2Step:
             raise ValueError("the parameters of a block do not follow one another")
         return begins[places[0]], begins[places[-1] + 1]
 
-    def were_changed(self) -> None:
-        """Tell this step that something changed `gradients` after the backward."""
-        self._squares_version = -1
+    def were_changed(self, squares: torch.Tensor | None = None) -> None:
+        """Tell this step that something changed `gradients` after the backward. `squares`: the squared L2 norm of each
+        parameter's gradient as it is now, (parameters,), if known."""
+        self._squares_version = self.gradients._version if squares is not None else -1
+        self._squares = {} if squares is None else dict(enumerate(squares))
 
     def _padded(self, tokens: int) -> int:
         """The length at which a sample of `tokens` is computed. Padding has no share in the loss, and causal attention

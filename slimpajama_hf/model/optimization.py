@@ -13,7 +13,7 @@ Adam's second moment, which it does not need. docs/recipe.md has the figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -147,7 +147,9 @@ class AdamWWithMuon(torch.optim.AdamW):
         options = {name: value for name, value in adamw.defaults.items() if name != "decoupled_weight_decay"}
         optimizer = cls(adamw.param_groups, product_dtype, documents, processes, **options)
         hidden = hidden_matrices(model)
-        set_apart(optimizer, [each for each in hidden if each.ndim == 2], rate, muon=True, steps=0)
+        # Kept in checkpoints: a resumed run goes on with the turns that it had.
+        shared = {"together": processes} if processes > 1 else {}
+        set_apart(optimizer, [each for each in hidden if each.ndim == 2], rate, muon=True, steps=0, **shared)
         # Parameters that hold the matrices of several experts stay with AdamW.
         set_apart(optimizer, [each for each in hidden if each.ndim > 2], rate)
         return optimizer
@@ -199,9 +201,10 @@ class AdamWWithMuon(torch.optim.AdamW):
 
         due: list[tuple[torch.Tensor, ...]] = []
         lengths: list[float] = []
-        for place, (matrix, average) in enumerate(zip(matrices, averages, strict=True)):
+        turns = _turns([matrix.shape for matrix in matrices], group.get("together", 1))
+        for turn, matrix, average in zip(turns, matrices, averages, strict=True):
             between = steps_between(matrix, self._documents)
-            if (group["steps"] + place) % between:
+            if (group["steps"] + turn) % between:
                 continue
             if group["weight_decay"]:
                 _local(matrix).mul_(1.0 - made * (group["lr"] * group["weight_decay"] * between))
@@ -254,6 +257,18 @@ class AdamWWithMuon(torch.optim.AdamW):
 def steps_between(matrix: torch.Tensor, documents: int = 1) -> int:
     """Steps of `documents` each from one update of a matrix to its next, at least 1."""
     return max(1, max(DOCUMENTS_BETWEEN, min(matrix.shape) // 16) // documents)
+
+
+def _turns(shapes: Sequence[torch.Size], together: int) -> list[int]:
+    """How many steps before the first matrix the turn of each comes. `together`: how many of about the same cost have
+    it at once, so that each process makes one."""
+    if together == 1:
+        return list(range(len(shapes)))
+    by_cost = sorted(range(len(shapes)), key=lambda place: (-shared_turns.cost(shapes[place]), place))
+    turns = [0] * len(shapes)
+    for position, place in enumerate(by_cost):
+        turns[place] = position // together
+    return turns
 
 
 def _local(tensor: Any) -> torch.Tensor:

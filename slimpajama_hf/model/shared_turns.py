@@ -17,10 +17,14 @@ from torch.distributed.tensor import DTensor
 Make = Callable[[torch.Tensor], torch.Tensor]
 
 
+def cost(shape: torch.Size) -> int:
+    """What an update of a matrix costs: each product of (m, n), m below n, is m m n, and all need equally many."""
+    return min(shape) ** 2 * max(shape)
+
+
 def owners(shapes: Sequence[torch.Size], processes: int) -> list[int]:
     """The rank that computes the update of each matrix: costliest first, each to the rank with least work so far."""
-    # Each product of (m, n), m below n, costs m m n, and all matrices need equally many.
-    costs = [min(shape) ** 2 * max(shape) for shape in shapes]
+    costs = [cost(shape) for shape in shapes]
     found, busy = [0] * len(shapes), [0] * processes
     for place in sorted(range(len(shapes)), key=lambda place: (-costs[place], place)):
         found[place] = min(range(processes), key=lambda rank: (busy[rank], rank))

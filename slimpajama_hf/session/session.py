@@ -17,6 +17,7 @@ from slimpajama_hf.record import run_folder
 from slimpajama_hf.session import plan
 from slimpajama_hf.training.backward import refuse_reduce_dtype
 from slimpajama_hf.training.processes import OthersLost, is_about_others, lost
+from slimpajama_hf.training.shared_gradient import SharedGradient
 
 if TYPE_CHECKING:
     from slimpajama_hf.hub.background import Uploads
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class _SayPrecision(TrainerCallback):
-    """When training begins, say and record the precision that was seen in the model."""
+    """When training begins, say and record the precision that was seen in the model, and what sums gradients."""
 
     def __init__(self, trainer: SlimPajamaTrainer, folder: RunFolder) -> None:
         self._trainer, self._folder = trainer, folder
@@ -39,14 +40,25 @@ class _SayPrecision(TrainerCallback):
         by = "autograd's operators"
         if self._trainer.why_autograd() is None:
             by = products.library(self._trainer.args.device, getattr(torch, seen))
-        screen.say(f"{'computes':>10}  in {seen}, seen in the layers of the model; products by {by}")
+        sums = self._trainer.gradients_summed_by
+        summed = f"; gradients summed by {sums}" if sums else ""
+        screen.say(f"{'computes':>10}  in {seen}, seen in the layers of the model; products by {by}{summed}")
         record = self._folder.read_record()
-        record["model"] |= {"computed_in": seen, "products_by": by}
+        if sums and state.global_step:
+            self._say_if_summed_otherwise(record["model"].get("gradients_summed_by", SharedGradient.MESSAGES), sums)
+        record["model"] |= {"computed_in": seen, "products_by": by} | ({"gradients_summed_by": sums} if sums else {})
         try:
             files.write_json(self._folder.record, record, indent=1)
         except OSError as error:
             # A full disk stops the saving, not the training.
             screen.say(f"not saved: the precision in {self._folder.record} ({error.strerror})")
+
+    def _say_if_summed_otherwise(self, before: str, now: str) -> None:
+        # Two numbers have one sum; of more, the order of adding decides the last bits.
+        if before != now and self._trainer.team.world_size > 2:
+            screen.say(
+                f"gradients are summed by {now} where the run had {before}: it goes on exactly, but not bit for bit"
+            )
 
 
 @dataclasses.dataclass

@@ -12,6 +12,7 @@ from slimpajama_hf.model import memory, optimization
 from slimpajama_hf.model.gpt2_likeness import unsupported
 from slimpajama_hf.model.gpt2_step import GPT2Step
 from slimpajama_hf.training.shared_gradient import SharedGradient, begin_equal
+from slimpajama_hf.training.shared_rows import open_rows
 
 if TYPE_CHECKING:
     from slimpajama_hf.training.loss_scale import LossScale
@@ -51,6 +52,8 @@ def write_out(
     several = args.world_size > 1
     weight = torch.ones((), device=args.device) if several else None
     with memory.said("the buffer of the gradients was made"):
+        in_memory = several and args.device.type == "cpu" and reduce_dtype == "float32"
+        rows = open_rows([each.numel() for each in model.parameters()]) if in_memory else None
         step = GPT2Step(
             model,
             "float16" if args.fp16 else "bfloat16" if args.bf16 else "float32",
@@ -59,8 +62,9 @@ def write_out(
             optimizer.matrices if isinstance(optimizer, optimization.AdamWWithMuon) else (),
             loss_scale.factor if loss_scale is not None else None,
             weight,
+            rows.own if rows is not None else None,
         )
         if weight is None:
             return step, None
         begin_equal(model)
-        return step, SharedGradient(step, weight, reduce_dtype)
+        return step, SharedGradient(step, weight, reduce_dtype, rows)

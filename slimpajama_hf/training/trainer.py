@@ -122,6 +122,8 @@ class SlimPajamaTrainer(Checkpointing):
         """Why training stopped by itself, if it did."""
         self.computes_in = "unknown"
         """The dtype of the step's products, as seen when training began."""
+        self.gradients_summed_by = ""
+        """What sums the written-out gradients of several processes, in words; empty for one process, and for DDP."""
         after_each_step = AfterEachStep(
             self.clock, self._begin_training, self._record_step, self.tell_now, self._note_update
         )
@@ -263,7 +265,9 @@ class SlimPajamaTrainer(Checkpointing):
             self._written_out, self._shared = write_out(
                 model, self.args, self.stream.max_length, optimizer, self._loss_scale, self._reduce_dtype
             )
-            if self._shared is None:
+            if self._shared is not None:
+                self.gradients_summed_by = self._shared.summed_by
+            else:
                 whole = self.stream.mode != "pack"
                 self.measuring.begin(self._written_out, self.args.max_grad_norm, self._loss_scale, whole)
         self.update = Update(optimizer, self._written_out, self._loss_scale)

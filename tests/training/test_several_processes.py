@@ -215,6 +215,21 @@ def test_gradients_in_bfloat16_are_nearly_the_same_and_refused_where_none_are_se
         assert process.returncode == 1 and said.count(f"error: --reduce_dtype bfloat16: {why}") == 1
 
 
+def test_messages_sum_the_same_gradients_as_shared_memory(corpus, two, tmp_path):
+    """Where one process does not see the other's memory, the sums go over sockets; of two numbers there is one sum."""
+    assert json.loads((two / "run.json").read_text())["model"]["gradients_summed_by"].startswith("memory")
+    patch = tmp_path / "patch"
+    patch.mkdir()
+    (patch / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1':\n    del os.memfd_create\n")
+    run = tmp_path / "run"
+    said = launch(torchrun(2), flags_of(corpus, run, 30), PYTHONPATH=os.pathsep.join([str(patch), str(ROOT)]))
+    assert "gradients summed by messages" in said
+    weights = [load_file(checkpoints.path_of(each, 30) / "model.safetensors") for each in (run, two)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    losses = [[(row["loss"], row["grad_norm"]) for row in read_ledger(each)] for each in (run, two)]
+    assert [loss for loss, _ in losses[0]] == [loss for loss, _ in losses[1]]
+
+
 def test_the_gradient_of_a_step_is_that_of_the_mean_over_its_tokens(corpus, two, encoder):
     """By hand: one loss over all predicted tokens of the first step's two documents, at the weights it began with."""
     from slimpajama_hf.model import presets
