@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from slimpajama_hf.anywhere.noise_scale import noise_scale as noise_scale
     from slimpajama_hf.anywhere.run_record import RunRecord as RunRecord
     from slimpajama_hf.anywhere.step_charts import StepCharts as StepCharts
+    from slimpajama_hf.anywhere.training_run import TrainingRun as TrainingRun
     from slimpajama_hf.anywhere.turned_muon import TurnedMuon as TurnedMuon
     from slimpajama_hf.anywhere.weight_average import WeightAverage as WeightAverage
+    from slimpajama_hf.program import run_program as run_program
 
 __version__ = "0.1.0"
 
@@ -27,15 +29,17 @@ CONFIGS = next(path for path in (Path(__file__).parent / "configs", ROOT / "conf
 #: What to type after `accelerate launch` to train.
 TRAINING_PROGRAM = "run_clm_slimpajama.py" if CONFIGS.parent == ROOT else "-m run_clm_slimpajama"
 
-#: Public name -> its module in `anywhere/`, which is imported when the name is first used.
+#: Public name -> its module, which is imported when the name is first used.
 _PUBLIC = {
-    "ExactCheckpoints": "exact_checkpoints",
-    "ExactStream": "exact_stream",
-    "RunRecord": "run_record",
-    "StepCharts": "step_charts",
-    "TurnedMuon": "turned_muon",
-    "WeightAverage": "weight_average",
-    "noise_scale": "noise_scale",
+    "ExactCheckpoints": "anywhere.exact_checkpoints",
+    "ExactStream": "anywhere.exact_stream",
+    "RunRecord": "anywhere.run_record",
+    "StepCharts": "anywhere.step_charts",
+    "TrainingRun": "anywhere.training_run",
+    "TurnedMuon": "anywhere.turned_muon",
+    "WeightAverage": "anywhere.weight_average",
+    "noise_scale": "anywhere.noise_scale",
+    "run_program": "program",
 }
 
 __all__ = [
@@ -43,10 +47,12 @@ __all__ = [
     "ExactStream",
     "RunRecord",
     "StepCharts",
+    "TrainingRun",
     "TurnedMuon",
     "WeightAverage",
     "__version__",
     "noise_scale",
+    "run_program",
 ]
 
 
@@ -55,7 +61,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f"{__name__}.anywhere.{_PUBLIC[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import atexit
 import errno
-import functools
 import importlib.util
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any, NoReturn
 
 from slimpajama_hf import devices, loading, screen
@@ -20,20 +18,6 @@ from slimpajama_hf.settings.arguments import help_text
 
 #: Seconds that the other processes wait before they end, so that the first can say what is wrong.
 SECONDS_FOR_THE_FIRST = 10.0
-
-
-def with_an_end(main: Callable[[list[str], ExitStack], int]) -> Callable[[list[str]], int]:
-    """Make `main(argv)` from `main(argv, at_end)`. What it leaves to `at_end` is done when it ends, however it ends.
-
-    So a program or a notebook can call it again.
-    """
-
-    @functools.wraps(main)
-    def whole(argv: list[str]) -> int:
-        with ExitStack() as at_end:
-            return main(argv, at_end)
-
-    return whole
 
 
 def run(main: Any, if_stopped: str = "stopped before the first step; nothing to save") -> int:
@@ -106,6 +90,14 @@ def _of_the_machine(error: OSError | MemoryError) -> str | None:
         return None
     what = error.filename if isinstance(error, OSError) and error.filename else "a file or memory of this program"
     return f"{what}: {os.strerror(number)}; {_MACHINE[number]}, then type the same command again"
+
+
+def run_program(main: Callable[[list[str]], int]) -> NoReturn:
+    """Call `main(argv)` with the command line and leave the program with what it returns, the exit code.
+
+    An error that a user can fix is one sentence on stderr and a code other than 0; `--help` shows the flags.
+    """
+    end(run(main))
 
 
 def end(code: int) -> NoReturn:

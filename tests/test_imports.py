@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import slimpajama_hf
 from tests.conftest import ROOT, environment
 
 PACKAGE = ROOT / "slimpajama_hf"
@@ -163,8 +164,20 @@ def test_a_late_import_is_seen(tmp_path, late):
     assert [line.partition(": ")[2] for line in broken_laws(package)] == ["record.ledger imports training.trainer"]
 
 
+@pytest.mark.parametrize(
+    "path", [ROOT / "run_clm_slimpajama.py", *sorted((ROOT / "examples").glob("*.py"))], ids=lambda path: path.stem
+)
+def test_the_script_and_the_examples_use_public_names_alone(path):
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    whole = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    assert not [name for name in whole if name.startswith("slimpajama_hf")]
+    ours = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module.startswith("slimpajama_hf")]
+    assert all(node.module == "slimpajama_hf" for node in ours)
+    assert {alias.name for node in ours for alias in node.names} <= set(slimpajama_hf.__all__)
+
+
 def test_nothing_of_the_program_stands_on_its_public_face():
-    """`anywhere` gives what is there to scripts of others; the program itself needs none of it."""
+    """`anywhere` gives what is there to scripts, ours and those of others; no other wing needs it."""
     users = {name for name, others in graph().items() for other in others if other.startswith("anywhere")}
     assert all(name.startswith("anywhere") or name == "" for name in users), users
 

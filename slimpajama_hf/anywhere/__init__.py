@@ -1,1 +1,1 @@
-"""The stream, the record and other parts of this program for other people's training scripts."""
+"""The public face: this program part by part for its script and copies of it, and parts of it for any script."""

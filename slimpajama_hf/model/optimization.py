@@ -147,9 +147,13 @@ class AdamWWithMuon(torch.optim.AdamW):
         options = {name: value for name, value in adamw.defaults.items() if name != "decoupled_weight_decay"}
         optimizer = cls(adamw.param_groups, product_dtype, documents, processes, **options)
         hidden = hidden_matrices(model)
+        matrices = [each for each in hidden if each.ndim == 2]
         # Kept in checkpoints: a resumed run goes on with the turns that it had.
-        shared = {"together": processes} if processes > 1 else {}
-        set_apart(optimizer, [each for each in hidden if each.ndim == 2], rate, muon=True, steps=0, **shared)
+        together = {}
+        if documents > 1 and matrices:
+            between = min(steps_between(matrix, documents) for matrix in matrices)
+            together = {"together": -(-len(matrices) // between)}
+        set_apart(optimizer, matrices, rate, muon=True, steps=0, **together)
         # Parameters that hold the matrices of several experts stay with AdamW.
         set_apart(optimizer, [each for each in hidden if each.ndim > 2], rate)
         return optimizer
@@ -260,8 +264,8 @@ def steps_between(matrix: torch.Tensor, documents: int = 1) -> int:
 
 
 def _turns(shapes: Sequence[torch.Size], together: int) -> list[int]:
-    """How many steps before the first matrix the turn of each comes. `together`: how many of about the same cost have
-    it at once, so that each process makes one."""
+    """How many steps before the first matrix the turn of each comes. `together`: how many have it at once; these cost
+    about the same, so that several processes share their updates well."""
     if together == 1:
         return list(range(len(shapes)))
     by_cost = sorted(range(len(shapes)), key=lambda place: (-shared_turns.cost(shapes[place]), place))

@@ -315,14 +315,13 @@ def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
     Raises UserError for sizes that do not fit together, and for a model that sees the tokens that it is to predict.
     """
-    import torch
     from transformers import AutoModelForCausalLM, set_seed
 
     set_seed(seed)
     try:
-        model = AutoModelForCausalLM.from_config(config)
-        if any(weight.is_floating_point() and weight.dtype != torch.float32 for weight in model.parameters()):
-            model.float()
+        return prepare(AutoModelForCausalLM.from_config(config))
+    except UserError:
+        raise
     except Exception as error:
         # Sizes that do not fit together fail in some layer, with any exception.
         if memory.is_out(error):
@@ -332,6 +331,15 @@ def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
         raise UserError(
             f"--model, --config_overrides: the model cannot be built ({causality.in_one_line(error)})"
         ) from None
+
+
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a model that anybody built ready to be trained, and return it. Raises UserError for a model that sees the
+    tokens that it is to predict."""
+    import torch
+
+    if any(weight.is_floating_point() and weight.dtype != torch.float32 for weight in model.parameters()):
+        model.float()
     causality.refuse_what_sees_ahead(model)
     # For GPT-2's loss the Trainer divides by L although L-1 tokens are predicted, unless the loss has this name
     # (`_get_num_items_in_batch` and `get_batch_samples` of its trainer.py).

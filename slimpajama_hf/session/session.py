@@ -54,8 +54,7 @@ class _SayPrecision(TrainerCallback):
             screen.say(f"not saved: the precision in {self._folder.record} ({error.strerror})")
 
     def _say_if_summed_otherwise(self, before: str, now: str) -> None:
-        # Two numbers have one sum; of more, the order of adding decides the last bits.
-        if before != now and self._trainer.team.world_size > 2:
+        if before != now:
             screen.say(
                 f"gradients are summed by {now} where the run had {before}: it goes on exactly, but not bit for bit"
             )

@@ -29,6 +29,10 @@ SCRIPTS: dict[str, Callable[[str, str, str, int], list[str]]] = {
     "trl_sft": lambda texts, tokenizer, run, steps: [texts, run, str(steps)],
     "accelerate_loop": lambda texts, tokenizer, run, steps: [texts, run, str(steps)],
     "pytorch_loop": lambda texts, tokenizer, run, steps: [texts, run, str(steps)],
+    "own_model": lambda texts, tokenizer, run, steps: [
+        "--dataset", texts, "--tokenizer", tokenizer, "--output_dir", run, "--max_steps", str(steps), "--save_steps", "5",
+        "--max_seq_length", "64", "--precision", "float32", "--average_weights", "0", "--resume_from_checkpoint", "true",
+    ],
 }  # fmt: skip
 
 

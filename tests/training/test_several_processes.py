@@ -216,7 +216,7 @@ def test_gradients_in_bfloat16_are_nearly_the_same_and_refused_where_none_are_se
 
 
 def test_messages_sum_the_same_gradients_as_shared_memory(corpus, two, tmp_path):
-    """Where one process does not see the other's memory, the sums go over sockets; of two numbers there is one sum."""
+    """Where one process does not see the other's memory, the sums go over sockets. Their norms are added otherwise."""
     assert json.loads((two / "run.json").read_text())["model"]["gradients_summed_by"].startswith("memory")
     patch = tmp_path / "patch"
     patch.mkdir()
@@ -224,10 +224,14 @@ def test_messages_sum_the_same_gradients_as_shared_memory(corpus, two, tmp_path)
     run = tmp_path / "run"
     said = launch(torchrun(2), flags_of(corpus, run, 30), PYTHONPATH=os.pathsep.join([str(patch), str(ROOT)]))
     assert "gradients summed by messages" in said
-    weights = [load_file(checkpoints.path_of(each, 30) / "model.safetensors") for each in (run, two)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
-    losses = [[(row["loss"], row["grad_norm"]) for row in read_ledger(each)] for each in (run, two)]
-    assert [loss for loss, _ in losses[0]] == [loss for loss, _ in losses[1]]
+    for left, right in zip(read_ledger(run), read_ledger(two), strict=True):
+        near = 1e-6 if left["step"] == 0 else 2e-4
+        assert (left["loss"], left["grad_norm"]) == pytest.approx((right["loss"], right["grad_norm"]), rel=near)
+    # Goes on in the other way, and says so.
+    said = launch(torchrun(2), flags_of(corpus, run, 35, "--resume_from_checkpoint", "true"))
+    words = "gradients are summed by memory that the processes share where the run had messages"
+    assert f"{words}: it goes on exactly, but not bit for bit" in said
+    assert_verified(run)
 
 
 def test_the_gradient_of_a_step_is_that_of_the_mean_over_its_tokens(corpus, two, encoder):
