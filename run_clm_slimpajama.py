@@ -6,8 +6,8 @@
     python run_clm_slimpajama.py --help
 
 This file is the table of contents. Each part is a method of `TrainingRun`, which names the modules that do the work
-(slimpajama_hf/anywhere/training_run.py). All names are public, so a copy of this file with a model or a callback of your
-own is a program of your own (docs/python.md).
+(slimpajama_hf/anywhere/training_run.py). All names are public, so a copy of this file with a model or a callback of
+your own is a program of your own (docs/python.md).
 """
 
 from __future__ import annotations
