@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from slimpajama_hf.corpus.corpus import Corpus
     from slimpajama_hf.samples.stream import SampleStream
+    from slimpajama_hf.session.initial_embeddings import InitialEmbeddings
     from slimpajama_hf.training.trainer import SlimPajamaTrainer
 
 
@@ -42,6 +43,7 @@ class TrainingRun:
     def __init__(self, argv: Sequence[str]) -> None:
         self._argv = list(argv)
         self._built: Any = None
+        self._embeddings: InitialEmbeddings | None = None
         self._at_end = contextlib.ExitStack()
 
     def __enter__(self) -> TrainingRun:
@@ -91,7 +93,8 @@ class TrainingRun:
         """The corpus of `--dataset`; a resumed run reads the one that it recorded."""
         from slimpajama_hf.session import resume
 
-        return self._team.first_does(lambda: resume.corpus_of(self.settings, self._folder, self._waiting))
+        self._corpus = self._team.first_does(lambda: resume.corpus_of(self.settings, self._folder, self._waiting))
+        return self._corpus
 
     def load_tokenizer(self, corpus: Corpus) -> PreTrainedTokenizerBase:
         """The tokenizer of `--tokenizer`, which may be trained on `corpus`."""
@@ -106,13 +109,22 @@ class TrainingRun:
         return tokenizer
 
     def build_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """The model of `--model` and `--config_overrides`, fresh weights in float32, drawn from `--seed`."""
+        """The model of `--model` and `--config_overrides`, with fresh weights in float32: drawn from `--seed`, but the
+        embeddings as `--init_embeddings` says."""
         from slimpajama_hf.model import presets
+        from slimpajama_hf.session import initial_embeddings
 
         asked, data = self.settings.model, self.settings.data
         config = presets.model_config(asked.model, asked.config_overrides, tokenizer, data.max_seq_length)
-        self._built = presets.build(config, self.args.seed)
-        return self._built
+        self._built = model = presets.build(config, self.args.seed)
+        if self._checkpoint is None:
+            self._embeddings = initial_embeddings.of_run(
+                self.settings, self._corpus, self._encoder, self._tokenizer_name, self._folder, model, self._resuming,
+                self._team, self._waiting,
+            )  # fmt: skip
+            if self._embeddings is not None:
+                self._embeddings.put_into(model)
+        return model
 
     def open_stream(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> SampleStream:
         """The samples from where the run begins or goes on. From here on the files in the folder change: records are
@@ -126,7 +138,8 @@ class TrainingRun:
         if model is not self._built:
             presets.prepare(model)
             # What the screen and the record say of the model.
-            self.settings = self.settings.changed(model={"model": type(model).__name__, "config_overrides": None})
+            own = {"model": type(model).__name__, "config_overrides": None, "init_embeddings": "random"}
+            self.settings, self._embeddings = self.settings.changed(model=own), None
         settings, team, folder = self.settings, self._team, self._folder
         self._precision = team.first_does(lambda: resume.precision_of(settings, folder, model))
         precision.settle(self.args, self._precision)
@@ -139,9 +152,10 @@ class TrainingRun:
         )
         self._record = team.first_does(
             lambda: run_record.record_run(
-                settings, folder, corpus, self._tokenizer_name, tokenizer, model, self._precision, self._point
+                settings, folder, corpus, self._tokenizer_name, tokenizer, model, self._precision, self._point,
+                self._embeddings,
             )
-        )
+        )  # fmt: skip
         self._signals = StopSignals()
         self._recorder = run_record.recorder_of_run(folder, self._point, presets.vocabulary(tokenizer), team)
         stream = resume.stream_of(settings, self._record, corpus, self._encoder, team, self._point, self._signals)

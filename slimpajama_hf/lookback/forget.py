@@ -1,24 +1,28 @@
 """`forget RUN --documents FILE`: trains a run as if it had never read some documents, and certifies that.
 
-The run is trained again from the last checkpoint before the first of these documents, with all of them left out. Ledger
-and weights are bit for bit those of a run that was told from the start to leave them out: before the checkpoint none of
-them was read, and after it none is. `forgotten.json` in the new folder has the documents and the sums that prove this;
-`verify` compares it with the run.
+The run is trained again from the last checkpoint before the first of these documents, with all of them left out; from
+the very start if one of them was counted for its initial embeddings (`--init_embeddings`). Ledger and weights are bit
+for bit those of a run that was told from the start to leave them out: before the checkpoint none of them was read, and
+after it none is. `forgotten.json` in the new folder has the documents and the sums that prove this; `verify` compares
+it with the run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import re
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimpajama_hf import files, screen
+from slimpajama_hf.corpus.documents import Cursor, Document
 from slimpajama_hf.errors import UsageError, UserError
-from slimpajama_hf.lookback import replay, rewind
+from slimpajama_hf.lookback import replay, reread, rewind
 from slimpajama_hf.lookback.findings import Finding, Problems
 from slimpajama_hf.lookback.run import Run
 from slimpajama_hf.record import checkpoints, ledger
@@ -96,10 +100,17 @@ def forget(path: str | Path, wanted: list[str], output_dir: str | None = None) -
     start, notes = replay.nearest_checkpoint(
         run, min(step for document in found.values() for step in document["steps"])
     )
+    counted = _were_counted(run, found.keys())
+    if counted:
+        # All steps depend on the embeddings that they were counted for.
+        start = 0
+        notes.append(
+            f"{counted:,} of these documents were counted for the run's initial embeddings; these are made anew"
+        )
     end = rows - dropped
     again = Path(output_dir or run.folder.path.with_name(f"{run.folder.path.resolve().name}-forgotten")).expanduser()
     rewind.refuse_taken(again)
-    rewind.lay_out(run, start, again, {"forgotten_from": rewind.origin(run, start)})
+    rewind.lay_out(run, start, again, {"forgotten_from": rewind.origin(run, start)}, alike=not counted)
     screen.say(
         f"{len(found):,} documents, learned at {sum(len(each['steps']) for each in found.values()):,} steps, are left "
         f"out: training steps {start:,} to {end - 1:,} again, in {again}"
@@ -133,6 +144,18 @@ def _find(run: Run, wanted: set[str]) -> tuple[dict[str, dict[str, Any]], int, i
                 if row["step"] not in steps:
                     steps.append(row["step"])
     return found, rows, samples, dropped
+
+
+def _were_counted(run: Run, names: Collection[str]) -> int:
+    """How many of the documents were counted for the embeddings that the run began with (`--init_embeddings`)."""
+    counted = run.record.get("initial_embeddings")
+    if counted is None:
+        return 0
+    left_out = set(run.config().get("leave_out") or ())
+    records = reread.corpus_of(run.record).records(Cursor())
+    read = (f"{record.shard}#{record.row}" for record in records if isinstance(record, Document))
+    first = itertools.islice((name for name in read if name not in left_out), counted["documents"])
+    return sum(name in names for name in first)
 
 
 def _certify(again: Run, run: Run, start: int, end: int, found: dict[str, dict[str, Any]]) -> None:

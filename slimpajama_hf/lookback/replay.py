@@ -124,6 +124,7 @@ def _lay_out(run: Run, start: int, again: Path) -> None:
     if ownership.is_own(run.folder):
         ownership.sign(RunFolder(again))
     if not start:
+        run_folder.begin_alike(run.folder, RunFolder(again))
         return
     with open(run.folder.ledger, "rb") as source, open(RunFolder(again).ledger, "wb") as copy:
         copy.writelines(itertools.islice(source, start))

@@ -179,6 +179,8 @@ def _plan(run: Run, to: int | None, drop: int | None, steps: int | None) -> _Pla
         raise UserError(
             f"--drop {drop}: no step of {run.folder.path} follows it; name an earlier one, or go on with the run first"
         )
+    if (counted := run.record.get("initial_embeddings")) is not None:
+        notes.append(f"its initial embeddings were made from the first {counted['documents']:,} documents: they stay")
     if before := [step for step in same if step < start]:
         notes.append(
             f"parts of this document were learned before {begin} too (step {', '.join(map(str, before))}): that stays"
@@ -245,9 +247,9 @@ def origin(run: Run, start: int) -> dict[str, Any]:
     return {"run": str(run.folder.path.resolve()), "run_id": run.record.get("run_id"), "step": start}
 
 
-def lay_out(run: Run, start: int, again: Path, about: dict[str, Any]) -> None:
+def lay_out(run: Run, start: int, again: Path, about: dict[str, Any], alike: bool = True) -> None:
     """Make a folder at step `start` that is a run of its own, with `about` in its `run.json`. Does not write to the old
-    run."""
+    run. `alike`: at step 0, whether it begins with the same embeddings, or counts them anew."""
     old, new = run.folder, RunFolder(again)
     again.mkdir(parents=True, exist_ok=True)
     run_id = uuid.uuid4().hex
@@ -257,6 +259,8 @@ def lay_out(run: Run, start: int, again: Path, about: dict[str, Any]) -> None:
     if ownership.is_own(old):
         ownership.sign(new)
     if not start:
+        if alike:
+            run_folder.begin_alike(old, new)
         return
     run_folder.cut_to(old, new, start)
     target = checkpoints.path_of(again, start)

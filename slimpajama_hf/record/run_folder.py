@@ -77,6 +77,11 @@ class RunFolder:
         return self.path / "tokenizer"
 
     @property
+    def initial_embeddings(self) -> Path:
+        """The embeddings that the run began with, if they were not drawn at random."""
+        return self.path / "initial_embeddings.safetensors"
+
+    @property
     def forgotten(self) -> Path:
         """The certificate of `forget`, if documents were forgotten."""
         return self.path / "forgotten.json"
@@ -221,9 +226,15 @@ def _written(folder: RunFolder, links: bool = False) -> list[Path]:
     made += [
         folder.viz, folder.path / "_index", folder.path / "tensorboard", folder.ledger, folder.surprisals,
         *(folder.path / name for name in GROWING), folder.record, folder.config, folder.report,
-        folder.path / MARK, folder.tokenizer, folder.forgotten,
+        folder.path / MARK, folder.tokenizer, folder.initial_embeddings, folder.forgotten,
     ]  # fmt: skip
     return [path for path in made if path.exists() or (links and path.is_symlink())]
+
+
+def begin_alike(old: RunFolder, new: RunFolder) -> None:
+    """Let a run in `new` begin with the same embeddings as that in `old`."""
+    if old.initial_embeddings.is_file():
+        files.link_or_copy(str(old.initial_embeddings), str(new.initial_embeddings))
 
 
 def put_aside(folder: RunFolder) -> None:

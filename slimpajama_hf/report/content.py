@@ -36,6 +36,11 @@ def gather(folder: RunFolder, reader: Reader, most_passports: int = documents.MO
     rows = reader.update()
     notes = [_capital(reader.trouble)] if reader.trouble else []
     record = _record(folder, notes)
+    if isinstance(counted := record.get("initial_embeddings"), dict) and isinstance(counted.get("documents"), int):
+        notes.append(
+            f"Neighbours in the first {counted['documents']:,} documents were counted for the initial embeddings, "
+            "before these documents were scored."
+        )
     carried, every = numbers.carried_rows(rows, folder)
     domains, domain_of = numbers.domains_of(rows)
     nats, nats_note = numbers.surprisals_of(folder, rows)

@@ -28,6 +28,7 @@ from slimpajama_hf.settings.arguments import CORPUS_VOCABULARY, corpus_vocabular
 if TYPE_CHECKING:
     from slimpajama_hf.corpus.corpus import Corpus
     from slimpajama_hf.record.run_folder import RunFolder
+    from slimpajama_hf.settings.arguments import DataArguments
     from slimpajama_hf.settings.settings import Settings
     from slimpajama_hf.training.processes import Processes
 
@@ -51,7 +52,7 @@ def load(
     begun_with = folder.read_record()["tokenizer"] if goes_on else None
     asked = settings.model.tokenizer
     data = settings.data
-    texts = _Texts(corpus, data.skip_broken_shards, Patience(data.stream_patience, visible=True))
+    texts = FirstTexts(corpus, data)
     name = asked
     if asked == "auto":
         name = begun_with or team.first_does(lambda: _usual(corpus, texts, waiting))
@@ -80,7 +81,7 @@ def keep(folder: RunFolder, name: str, tokenizer: Any) -> None:
         tokenizer.save_pretrained(folder.tokenizer)
 
 
-def _usual(corpus: Corpus, texts: _Texts, waiting: Callable[[str], None]) -> str:
+def _usual(corpus: Corpus, texts: FirstTexts, waiting: Callable[[str], None]) -> str:
     """The name of the tokenizer for `auto`. Local files get one of their own if they have about as much text as the
     measurements had (docs/recipe.md). If they have less, the built-in one has seen more text."""
     if corpus.comes_from_hub:
@@ -92,7 +93,7 @@ def _usual(corpus: Corpus, texts: _Texts, waiting: Callable[[str], None]) -> str
     return BUILTIN
 
 
-def _train(texts: _Texts, name: str, size: int) -> bytes:
+def _train(texts: FirstTexts, name: str, size: int) -> bytes:
     """Train a SentencePiece model of `size` tokens on the texts of the corpus `name`, and return its bytes."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="slimpajama_hf-tokenizer-") as place:
@@ -109,7 +110,7 @@ def _train(texts: _Texts, name: str, size: int) -> bytes:
     return model
 
 
-def _train_if_possible(texts: _Texts, name: str, size: int) -> bytes | None:
+def _train_if_possible(texts: FirstTexts, name: str, size: int) -> bytes | None:
     """The same; None, and a sentence on the screen, if the texts have too few different pieces."""
     try:
         return _train(texts, name, size)
@@ -119,11 +120,14 @@ def _train_if_possible(texts: _Texts, name: str, size: int) -> bytes | None:
         return None
 
 
-class _Texts:
-    """The first texts of a corpus, in order and counted, without held-out documents. The corpus is read only once."""
+class FirstTexts:
+    """The first texts of a corpus, in order and counted, without held-out documents and those of `--leave_out`. The
+    corpus is read only once."""
 
-    def __init__(self, corpus: Corpus, skip_broken_shards: bool, patience: Patience) -> None:
-        self._records = lambda: corpus.records(Cursor(), skip_broken_shards=skip_broken_shards, patience=patience)
+    def __init__(self, corpus: Corpus, data: DataArguments) -> None:
+        patience = Patience(data.stream_patience, visible=True)
+        self._records = lambda: corpus.records(Cursor(), skip_broken_shards=data.skip_broken_shards, patience=patience)
+        self._left_out = frozenset(data.leave_out or ())
         self.documents, self.characters = 0, 0
         self._kept: list[str] | None = None
 
@@ -146,7 +150,7 @@ class _Texts:
         for record in self._records():
             if self.documents >= DOCUMENTS or self.characters >= CHARACTERS:
                 return
-            if isinstance(record, Document):
+            if isinstance(record, Document) and f"{record.shard}#{record.row}" not in self._left_out:
                 self.documents += 1
                 # Only the first part of a long text, so that a book does not count for more than many pages.
                 text = record.text[: CHARACTERS // 100]

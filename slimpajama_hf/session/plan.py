@@ -206,6 +206,7 @@ def summary(
 ) -> list[str]:
     """The lines at the end of a run: steps, time, throughput, held-out scores, loss, accuracy, where everything is."""
     columns = read_columns(folder.ledger)
+    counted = folder.read_record().get("initial_embeddings")
     clock = trainer.clock
     tokens = int(columns.tokens[-trainer.steps_of_session :].sum()) if trainer.steps_of_session else 0
     rate = tokens / clock.training_seconds if clock.training_seconds else 0.0
@@ -224,7 +225,8 @@ def summary(
         *_held_out_scores(folder, len(columns)),
         f"     final loss  {mean_of_last(columns.loss):.4f} nats per token ({_last_steps(columns.loss)})",
         f" final accuracy  {mean_of_last(columns.accuracy):.1%} of next tokens",
-        f"    prequential  {columns.prequential_bits_per_byte():.4f} bits per byte (documents scored before learned)",
+        f"    prequential  {columns.prequential_bits_per_byte():.4f} bits per byte (documents scored before learned"
+        + (f"; neighbours in the first {counted['documents']:,} were counted before)" if counted else ")"),
     ]
     found = noise.estimate(columns.grad_square, columns.grad_agreement)
     if found is not None:

@@ -152,6 +152,8 @@ def flags_of_run(config: Mapping[str, Any], folder: RunFolder) -> list[str]:
     from slimpajama_hf.settings.flags import config_to_argv
 
     flags = config_to_argv(dict(config), str(folder.config))
+    if "init_embeddings" not in config:
+        flags = ["--init_embeddings", "random", *flags]
     if "hidden_optim" in config:
         by_adamw = devices.is_sharded() and "muon_on_shards" not in folder.read_record()
         return [*flags, "--hidden_optim", "adamw"] if by_adamw else flags

@@ -35,6 +35,7 @@ from slimpajama_hf.training.step_numbers import StepNumbers
 if TYPE_CHECKING:
     from slimpajama_hf.corpus.corpus import Corpus
     from slimpajama_hf.record.run_folder import RunFolder
+    from slimpajama_hf.session.initial_embeddings import InitialEmbeddings
     from slimpajama_hf.session.resume import ResumePoint
     from slimpajama_hf.settings.settings import Settings
     from slimpajama_hf.training.processes import Processes
@@ -84,8 +85,10 @@ def record_run(
     model: Any,
     precision: str,
     point: ResumePoint,
+    embeddings: InitialEmbeddings | None = None,
 ) -> dict[str, Any]:
-    """Write `run.json` and `run_config.yaml`, and return the record. A resumed run keeps its identity.
+    """Write `run.json` and `run_config.yaml`, and return the record. A resumed run keeps its identity. `embeddings`:
+    those that a run begins with, if they were counted.
 
     Raises UserError if the tokenizer or the model's configuration is not the one with which the run was begun.
     """
@@ -124,6 +127,9 @@ def record_run(
         "numbers": StepNumbers.meanings(),
     }
     own_tokenizer.keep(folder, tokenizer_name, tokenizer)
+    if embeddings is not None and embeddings.described is not None:
+        embeddings.keep(folder)
+        record["initial_embeddings"] = embeddings.described
     config = settings.to_yaml()
     record["config_sha256"] = what_matters.digest(yaml.safe_load(config))
     files.write_json(folder.record, record, indent=1)

@@ -107,6 +107,12 @@ class ModelArguments:
         "the corpus before step 0); auto: gpt2 for a Hub corpus, corpus:8192 for local files with 8 million "
         "characters, else builtin",
     )
+    init_embeddings: str = _knob(
+        "auto",
+        "random, cooccurrence (tokens with like neighbours in the first documents begin alike); auto: cooccurrence "
+        "with --tokenizer corpus:N, else random",
+        choices=("auto", "random", "cooccurrence"),
+    )
     precision: str = _knob(
         "auto",
         "auto (bfloat16 where the processor or GPU has it, float16 on older GPUs that have that, else float32), "
@@ -235,7 +241,6 @@ def help_text(
     lines = [
         f"usage: {usage}",
         f"{what} Defaults < config files in order < flags.",
-        "",
         "  --config FILE.yaml           flags written down; may be given several times (see configs/)",
         "  --help                       this page",
     ]

@@ -13,7 +13,7 @@ WHAT_MATTERS = (
     "max_seq_length", "shuffle_buffer", "leave_out", "model", "config_overrides", "tokenizer", "precision",
     "learning_rate", "warmup_steps", "seed", "backward", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "optim", "gradient_accumulation_steps", "hidden_optim", "hidden_rate",
-    "txt_documents", "eval_fraction",
+    "txt_documents", "eval_fraction", "init_embeddings",
 )  # fmt: skip
 
 _MAY_BE_PATHS = ("dataset", "tokenizer", "model")

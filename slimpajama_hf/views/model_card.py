@@ -186,6 +186,12 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
+def _counted(record: dict[str, Any]) -> str:
+    """What was read of documents before they were scored, in words."""
+    counted = record.get("initial_embeddings")
+    return f"; neighbours in the first {counted['documents']:,} were counted before" if counted else ""
+
+
 def _numbers(about: About) -> str:
     columns, model = about.columns, about.record["model"]
     documents = int(columns.samples.sum())
@@ -196,7 +202,8 @@ def _numbers(about: About) -> str:
         ["tokens read", f"{int(columns.tokens.sum()):,}"],
         [f"loss, nats per token (mean of the last {LAST_STEPS} documents)", _number(mean_of_last(columns.loss), ".4f")],
         [f"next-token accuracy (the same {LAST_STEPS})", _number(mean_of_last(columns.accuracy), ".1%")],
-        ["bits per byte, prequential (all documents)", _number(columns.prequential_bits_per_byte(), ".4f")],
+        [f"bits per byte, prequential (all documents{_counted(about.record)})",
+         _number(columns.prequential_bits_per_byte(), ".4f")],
         ["tokens of a document", f"the first {model['max_seq_length']:,}" if model["sample_mode"] == "truncate"
          else f"{escaped(model['sample_mode'])}, {model['max_seq_length']:,}"],
         ["vocabulary", f"{about.record.get('tokenizer_size', model['vocab_size']):,} "
