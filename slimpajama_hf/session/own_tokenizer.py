@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 #: The most text that a tokenizer is trained on. More hardly changes its pieces, and takes longer (docs/recipe.md).
 DOCUMENTS, CHARACTERS = 10_000, 8_000_000
 
+#: From how much text on a corpus gets a tokenizer of its own unasked: about what the measurements had.
+ENOUGH_CHARACTERS = 7_000_000
+
 
 def load(
     settings: Settings,
@@ -132,7 +135,7 @@ class FirstTexts:
         self._kept: list[str] | None = None
 
     def fill(self) -> bool:
-        """Read the texts. Returns whether they have as many characters as a tokenizer is trained on.
+        """Read the texts. Returns whether they are enough for a tokenizer that nobody asked for.
 
         Reading ends where something cannot be read. The stream reports that when it comes there, so that the run learns
         what lies before it.
@@ -141,7 +144,7 @@ class FirstTexts:
         with contextlib.suppress(UserError, OSError):
             kept.extend(self)
         self._kept = kept
-        return self.characters >= CHARACTERS
+        return self.characters >= ENOUGH_CHARACTERS
 
     def __iter__(self) -> Iterator[str]:
         if self._kept is not None:

@@ -104,7 +104,7 @@ class ModelArguments:
     tokenizer: str = _knob(
         "auto",
         "builtin, a folder, tokenizer.json, SentencePiece .model, Hub id, or corpus:8192 (that many tokens, trained on "
-        "the corpus before step 0); auto: gpt2 for a Hub corpus, corpus:8192 for local files with 8 million "
+        "the corpus before step 0); auto: gpt2 for a Hub corpus, corpus:8192 for local files with 7 million "
         "characters, else builtin",
     )
     init_embeddings: str = _knob(
