@@ -20,3 +20,9 @@ class UsageError(UserError):
 
 class SaidByTheFirst(UserError):
     """An error of the first of several processes, which prints it. The others raise this to end without a word."""
+
+
+def one_line(error: BaseException) -> str:
+    """The words of an error in one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -51,8 +51,8 @@ _SAY_EVERY_SECONDS = 0.5
 _STALE_SECONDS = 3600.0
 
 
-class Document(NamedTuple):
-    """One document of the corpus: NFC text and the name of its domain (one of `DOMAINS`)."""
+class Text(NamedTuple):
+    """One document of the corpus: its text, NFC, and the name of its domain (one of `DOMAINS`)."""
 
     text: str
     domain: str
@@ -197,7 +197,7 @@ def _write_zst(path: Path, lines: list[str]) -> None:
         os.fsync(file.fileno())
 
 
-def _distinct(documents: Iterator[Document]) -> list[tuple[str, bool]]:
+def _distinct(documents: Iterator[Text]) -> list[tuple[str, bool]]:
     """Return (JSON line, whether it is for validation) of each distinct document, in the order of the corpus.
 
     Documents are sorted by the SHA-1 of their text: a shuffle that is the same everywhere. The part depends on the text
@@ -216,7 +216,7 @@ def _distinct(documents: Iterator[Document]) -> list[tuple[str, bool]]:
     return [records[digest] for digest in sorted(records)]
 
 
-def _documents(library: Path, sources: list[tuple[str, int]], say: Callable[[str], None]) -> Iterator[Document]:
+def _documents(library: Path, sources: list[tuple[str, int]], say: Callable[[str], None]) -> Iterator[Text]:
     """Yield every document, repeated ones too, in the order of the sources. Cleaned, not yet filtered by length."""
     said = time.monotonic()
     for number, (name, _) in enumerate(sources):
@@ -227,7 +227,7 @@ def _documents(library: Path, sources: list[tuple[str, int]], say: Callable[[str
         path = library / name
         pieces = _topics(path) if name == "pydoc_data/topics.py" else _module(path.read_bytes())
         for text, domain in pieces:
-            yield Document(_clean(text), domain)
+            yield Text(_clean(text), domain)
 
 
 def _clean(text: str) -> str:
@@ -238,7 +238,7 @@ def _clean(text: str) -> str:
     return text.strip("\n").rstrip()
 
 
-def _module(source: bytes) -> Iterator[Document]:
+def _module(source: bytes) -> Iterator[Text]:
     """Yield the documents of one module: its functions, classes and docstrings. None if the source cannot be parsed.
 
     A few sources of the library are broken on purpose (bad encodings, old syntax) and give nothing.
@@ -257,14 +257,14 @@ def _module(source: bytes) -> Iterator[Document]:
     yield from _definitions(tree.body, lines)
 
 
-def _definitions(body: list[ast.stmt], lines: list[str]) -> Iterator[Document]:
+def _definitions(body: list[ast.stmt], lines: list[str]) -> Iterator[Text]:
     """Yield documents of the functions and classes in `body`, also below `if` and `try`, but not inside functions."""
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield Document(_without_docstring(node, lines), "PythonFunction")
+            yield Text(_without_docstring(node, lines), "PythonFunction")
             yield from _docstring(node)
         elif isinstance(node, ast.ClassDef):
-            yield Document(_outline(node, lines), "PythonClass")
+            yield Text(_outline(node, lines), "PythonClass")
             yield from _definitions(node.body, lines)
         else:
             for block in ("body", "orelse", "finalbody"):
@@ -273,10 +273,10 @@ def _definitions(body: list[ast.stmt], lines: list[str]) -> Iterator[Document]:
                 yield from _definitions(handler.body, lines)
 
 
-def _docstring(node: ast.Module | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[Document]:
+def _docstring(node: ast.Module | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[Text]:
     docstring = ast.get_docstring(node)
     if docstring:
-        yield Document(docstring, "PythonDocstring")
+        yield Text(docstring, "PythonDocstring")
 
 
 def _first_line(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> int:
@@ -331,7 +331,7 @@ def _outline(node: ast.ClassDef, lines: list[str]) -> str:
     return textwrap.dedent("".join(kept))
 
 
-def _topics(path: Path) -> Iterator[Document]:
+def _topics(path: Path) -> Iterator[Text]:
     """Yield sections of the language reference that `help("topic")` shows: whole paragraphs, about 1000 characters.
 
     `path` is a file of the same library as everything else. It holds one dictionary literal.
@@ -341,7 +341,7 @@ def _topics(path: Path) -> Iterator[Document]:
             topics: dict[str, str] = ast.literal_eval(node.value)
             for title in sorted(topics):
                 for section in _sections(topics[title]):
-                    yield Document(section, "PythonTopic")
+                    yield Text(section, "PythonTopic")
 
 
 def _sections(topic: str) -> Iterator[str]:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from slimpajama_hf.corpus import sniffing
 from slimpajama_hf.corpus.formats import FORMATS, ending_of
-from slimpajama_hf.corpus.shards import Shard, one_line, printable, url_of
-from slimpajama_hf.errors import UserError
+from slimpajama_hf.corpus.shards import Shard, printable, url_of
+from slimpajama_hf.errors import UserError, one_line
 
 
 @dataclasses.dataclass(frozen=True)

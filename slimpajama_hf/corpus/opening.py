@@ -23,8 +23,8 @@ from slimpajama_hf.corpus.corpus import Corpus
 from slimpajama_hf.corpus.documents import Cursor, Gap
 from slimpajama_hf.corpus.formats import FORMATS, reader_of
 from slimpajama_hf.corpus.patience import OutOfPatience, Patience
-from slimpajama_hf.corpus.shards import Shard, one_line, printable
-from slimpajama_hf.errors import UserError
+from slimpajama_hf.corpus.shards import Shard, printable
+from slimpajama_hf.errors import UserError, one_line
 from slimpajama_hf.files import looks_local
 
 #: Seconds in which one of the mirrors must open, all tries together (the promise is 30 s on screen).

@@ -17,7 +17,7 @@ from slimpajama_hf.corpus import formats, sniffing
 from slimpajama_hf.corpus.formats import Reading
 from slimpajama_hf.corpus.patience import OutOfPatience
 from slimpajama_hf.corpus.unpacking import unpacked
-from slimpajama_hf.errors import UserError
+from slimpajama_hf.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from slimpajama_hf.corpus.patience import Patience
@@ -202,9 +202,3 @@ def _is_of_arrow(error: Exception) -> bool:
 def kind_of(name: str) -> str:
     """The last ending of a file name: `.zst`."""
     return "." + name.rpartition(".")[2]
-
-
-def one_line(error: BaseException) -> str:
-    """The words of an error in one line of at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

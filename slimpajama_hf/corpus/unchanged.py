@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from slimpajama_hf.corpus.corpus import Corpus
-from slimpajama_hf.corpus.shards import Shard, fingerprint, one_line
-from slimpajama_hf.errors import UserError
+from slimpajama_hf.corpus.shards import Shard, fingerprint
+from slimpajama_hf.errors import UserError, one_line
 
 
 def recorded(description: dict[str, Any]) -> Corpus:

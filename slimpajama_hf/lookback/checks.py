@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slimpajama_hf import files
+from slimpajama_hf.errors import one_line
 from slimpajama_hf.lookback import forget
 from slimpajama_hf.lookback.checkpoint_checks import (
     checkpoint_chain,
@@ -355,7 +356,7 @@ class _Checking:
             self.finding = end.value
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, OSError) as error:
             where = "" if row is None else f"step {row['step']}: "
-            words = f"{where}cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            words = f"{where}cannot be read ({type(error).__name__}: {one_line(error)})"
             self.finding = Finding(False, words, (words,))
         return self.finding is None
 

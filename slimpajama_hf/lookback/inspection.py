@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slimpajama_hf import terminal
-from slimpajama_hf.errors import UserError
+from slimpajama_hf.errors import UserError, one_line
 from slimpajama_hf.lookback import reread
 from slimpajama_hf.record import checkpoints, ledger, surprisals
 from slimpajama_hf.record.run_folder import RunFolder
@@ -160,7 +160,7 @@ def view_of(checkpoint: Path, step: int, ids: list[int], encoder: Encoder) -> Ch
         model: Any = AutoModelForCausalLM.from_pretrained(str(checkpoint), trust_remote_code=False).float().eval()
     except Exception as error:
         # torch, safetensors and transformers raise errors of their own for a damaged file.
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(
             f"{checkpoint}: cannot be loaded ({reason}); see python -m slimpajama_hf verify {checkpoint.parent}"
         ) from None

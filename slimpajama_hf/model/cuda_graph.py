@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.nn.functional as F
 
+from slimpajama_hf.errors import one_line
 from slimpajama_hf.model import transfers
 
 Made = TypeVar("Made")
@@ -47,7 +48,7 @@ class Recording(Generic[Made]):
             if short is not None:
                 raise short from None
             torch.cuda.synchronize()
-            raise Refused(" ".join(str(error).split())[:200]) from error
+            raise Refused(one_line(error)) from error
 
     def replay(self) -> None:
         self._graph.replay()

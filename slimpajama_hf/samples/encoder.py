@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slimpajama_hf import screen
-from slimpajama_hf.corpus.shards import one_line
-from slimpajama_hf.errors import UserError
+from slimpajama_hf.errors import UserError, one_line
 from slimpajama_hf.samples.tokenizer import BUILTIN
 
 if TYPE_CHECKING:

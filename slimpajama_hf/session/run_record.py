@@ -142,6 +142,7 @@ def _model(settings: Settings, model: Any, precision: str) -> dict[str, Any]:
     """The part of `run.json` about the model."""
     return {
         "name": settings.model.model,
+        "architecture": model.config.model_type,
         "parameters": model.num_parameters(),
         "checkpoint_bytes": checkpoint_bytes(model, settings.model.average_weights > 0, settings.model.hidden_optim),
         "vocab_size": model.config.vocab_size,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from slimpajama_hf import files, screen
-from slimpajama_hf.errors import SaidByTheFirst
+from slimpajama_hf.errors import SaidByTheFirst, one_line
 from slimpajama_hf.model import averaging
 from slimpajama_hf.record import checkpoints, run_folder
 from slimpajama_hf.record.run_folder import GROWING, RunFolder
@@ -120,7 +120,7 @@ class Saving:
         free = shutil.disk_usage(self._run).free
         if free < 12 * self._parameters:
             return f"{free / 1e6:.1f} MB are free on the disk, too few for a checkpoint"
-        return " ".join(str(error).split())[:200]
+        return one_line(error)
 
     def _stage(self, step: int, cursor: Cursor, write: Callable[[Path], None]) -> None:
         """The first process makes the folder and renames it. Each process writes its own part: random generators, and

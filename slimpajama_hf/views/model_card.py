@@ -79,11 +79,16 @@ def _metadata(about: About) -> Any:
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=_TASK,
-        tags=["gpt2", "pretraining", "slimpajama-hf"],
+        tags=[_architecture(record), "pretraining", "slimpajama-hf"],
         model_name=about.repo.rpartition("/")[2],
         eval_results=results(about) or None,
         **more,
     )
+
+
+def _architecture(record: dict[str, Any]) -> str:
+    """The `model_type` of the model's configuration. Older runs do not say it; nearly all of them trained a GPT-2."""
+    return str(record["model"].get("architecture", "gpt2"))
 
 
 def hub_corpus(record: dict[str, Any]) -> tuple[str, str] | None:
@@ -165,11 +170,13 @@ def _opening(about: About) -> str:
             record["corpus"]["mirror"], f"local files ({escaped(record['corpus']['name'])})"
         )
     )
+    architecture = _architecture(record)
+    kind = "GPT-2" if architecture == "gpt2" else f"model of the architecture `{_code(architecture)}`"
     of_several = " of each process" if len(columns) and columns.samples[0] > 1 else ""
     lines = [
         f"# {escaped(about.repo.rpartition('/')[2])}",
-        f"A GPT-2 of {model['parameters'] / 1e6:,.1f}M parameters, trained from nothing on {where}, **one document per "
-        f"optimizer step{of_several}**: {len(columns):,} of {record['max_steps']:,} steps, each with its row in "
+        f"A {kind} of {model['parameters'] / 1e6:,.1f}M parameters, trained from nothing on {where}, **one document "
+        f"per optimizer step{of_several}**: {len(columns):,} of {record['max_steps']:,} steps, each with its row in "
         "[`ledger.jsonl`](ledger.jsonl).",
     ]
     if about.has_chart:

@@ -24,7 +24,7 @@ PROMPTS_AHEAD_SECONDS = 0.5
 FIXED_PROMPTS = ("The most important thing about", "In the year 1815, the", "def main(")
 
 
-PROMPT_TOKENS = 32
+NEW_TOKENS = 32
 
 
 class FixedPrompts(Keeper):
@@ -72,7 +72,7 @@ class FixedPrompts(Keeper):
     def _write(self, step: int) -> None:
         texts = []
         for prompt, ids in zip(FIXED_PROMPTS, self._prompts, strict=True):
-            written = generation.write_after(self._model, ids, PROMPT_TOKENS)
+            written = generation.write_after(self._model, ids, NEW_TOKENS)
             opening = self._encoder.decode(ids)
             texts.append({"prompt": prompt, "output": self._encoder.decode(ids + written)[len(opening) :]})
         self._last = step

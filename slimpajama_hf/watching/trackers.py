@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from slimpajama_hf import screen
+from slimpajama_hf.errors import one_line
 from slimpajama_hf.record import ledger
 from slimpajama_hf.training import evaluation
 
@@ -178,5 +179,5 @@ class Trackers(TrainerCallback):
             yield
         except Exception as error:
             self._tools.pop(name, None)
-            why = " ".join(str(error).split())[:200]
-            screen.say(f"--report_to {name}: it is left alone from here on ({type(error).__name__}: {why})")
+            why = f"{type(error).__name__}: {one_line(error)}"
+            screen.say(f"--report_to {name}: it is left alone from here on ({why})")
