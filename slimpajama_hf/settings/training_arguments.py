@@ -86,8 +86,7 @@ REFUSED: dict[str, str] = {
     "load_best_model_at_end": "every checkpoint is kept with its scores in evaluations.jsonl; load the one you want",
     "metric_for_best_model": "every checkpoint is kept with its scores in evaluations.jsonl; load the one you want",
     "greater_is_better": "every checkpoint is kept with its scores in evaluations.jsonl; load the one you want",
-    "hub_always_push": "a push that finds another one under way waits for it; a newer one that comes meanwhile takes its "
-    "place",
+    "hub_always_push": "a push that finds another under way waits; a newer one that comes meanwhile takes its place",
     "ignore_data_skip": "a run goes on at the next document by itself",
     "restore_callback_states_from_checkpoint": "callbacks keep their state in files of the run and go on by themselves",
     "data_seed": "the order of --shuffle_buffer is drawn from --seed",
