@@ -134,7 +134,9 @@ class TrainingRun:
         from slimpajama_hf.model import presets
         from slimpajama_hf.session import held_out_documents, resume, run_record
         from slimpajama_hf.training.signals import StopSignals
+        from slimpajama_hf.training.trainer import SlimPajamaTrainer
 
+        self._trainer = SlimPajamaTrainer
         if model is not self._built:
             presets.prepare(model)
             # What the screen and the record say of the model.
@@ -167,10 +169,9 @@ class TrainingRun:
     ) -> SlimPajamaTrainer:
         """The `Trainer` that learns one sample a step and records it."""
         from slimpajama_hf.training import processes
-        from slimpajama_hf.training.trainer import SlimPajamaTrainer
 
         asked = self.settings.model
-        return SlimPajamaTrainer(
+        return self._trainer(
             model=model,
             args=self.args,
             processing_class=tokenizer,

@@ -174,6 +174,11 @@ def refuse_changes(settings: Settings, recorded: Settings) -> None:
                 f"--hidden_optim {now}: this run was begun with {before}, and what that has kept of the gradients is "
                 "of no use to another; leave it out to go on, or start a run in another --output_dir"
             )
+        if before != now and name == "init_embeddings":
+            raise UserError(
+                f"--init_embeddings {now}: this run has begun, with {before}; leave it out to go on, or start a run in "
+                "another --output_dir"
+            )
         if before != now and name not in allowed:
             changes.append((name, before, now))
     if changes:

@@ -83,7 +83,9 @@ def test_a_run_that_lost_its_checkpoints_and_a_replay_begin_with_the_same(shards
     replayed = run_command("verify", str(run), "--replay", "0:4")
     assert replayed.returncode == 0, replayed.stdout + replayed.stderr
     other = run_script("--output_dir", str(run), "--resume_from_checkpoint", "true", "--init_embeddings", "random")
-    assert other.returncode == 1 and "--init_embeddings" in other.stderr, other.stderr
+    assert (
+        other.returncode == 1 and "--init_embeddings random: this run has begun, with cooccurrence" in other.stderr
+    ), other.stderr
 
 
 @pytest.mark.long
