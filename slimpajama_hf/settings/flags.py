@@ -33,6 +33,8 @@ def config_to_argv(values: dict[str, Any], path: str) -> list[str]:
         if isinstance(value, list):
             if any(isinstance(item, list | dict) for item in value):
                 raise UsageError(f"{path}: {key} holds a nested list; expected plain values")
+            if not value:
+                raise UsageError(f"{path}: {key} is an empty list; expected values, or leave the line out")
             argv += [flag, *map(str, value)]
         else:
             argv.append(f"{flag}={value}")

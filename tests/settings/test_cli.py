@@ -129,6 +129,7 @@ def test_one_sentence_for_each_mistake(flags, words):
         ("a: [1\n", "not YAML"),
         ("seed: 1\n" * 20_000, "at most"),
         ("max_chunks: 5\n", "use --steps N"),
+        ("leave_out: []\n", "leave_out is an empty list"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path, text, words):
