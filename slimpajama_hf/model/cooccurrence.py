@@ -18,7 +18,7 @@ import torch
 SMOOTHING = 0.75
 
 #: Root mean square of the elements, at a width of 256. At other widths, the length of an embedding stays the same.
-RMS, WIDTH = 0.16, 256
+RMS, WIDTH = 0.04, 256
 
 #: Singular vectors that are computed beyond those needed, and rounds of multiplication: both make them more exact.
 _BEYOND, _ROUNDS = 16, 4
