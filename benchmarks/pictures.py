@@ -1,6 +1,7 @@
-"""The pictures of README and docs: benchmarks/pictures.py [--only speed|resume] [--find-in RUN] [--report-of RUN]
+"""The pictures of README and docs: benchmarks/pictures.py [--only NAME] [--find-in RUN] [--report-of RUN]
 
-`speed.png` is drawn from the newest `steps-tiny-bfloat16-cpu-*.json` of benchmarks/results/. For `resume.png` two runs
+`speed.png` is drawn from the newest `steps-tiny-bfloat16-cpu-*.json` of benchmarks/results/, `batch-one.png` from the
+held-out losses of `learning.py` and `comparison.py` there. For `resume.png` two runs
 are trained, one of them killed three times. `find.svg` is what `inspect --find` prints of a run. `--report-of` takes
 the chart, the animation and the report of a run; those of docs/ are of `--config configs/laptop.yaml --max_steps 6000`.
 It needs chromium and pdftoppm (Debian: chromium, poppler-utils).
@@ -33,7 +34,9 @@ STEPS, KILLS = 300, (70, 150, 240)
 SHOWN_ROWS = ("floor", "bare loop", "stock Trainer", "stock Trainer, plain callbacks", "ours, everything on")
 
 
-def _axes(width: float, height: float, rows: int = 1, ratios: tuple[int, ...] = (1,)) -> tuple[Any, Any]:
+def _axes(
+    width: float, height: float, rows: int = 1, ratios: tuple[int, ...] = (1,), columns: int = 1
+) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -41,10 +44,11 @@ def _axes(width: float, height: float, rows: int = 1, ratios: tuple[int, ...] = 
 
     matplotlib.rcParams.update({"font.size": 11, "axes.edgecolor": palette.GRID, "text.color": palette.INK})
     figure, axes = pyplot.subplots(
-        rows, 1, figsize=(width, height), sharex=True, layout="constrained", gridspec_kw={"height_ratios": ratios}
-    )
+        rows, columns, figsize=(width, height), sharex="col", layout="constrained",
+        gridspec_kw={"height_ratios": ratios},
+    )  # fmt: skip
     figure.set_facecolor(palette.PAPER)
-    for each in [axes] if rows == 1 else axes:
+    for each in [axes] if rows == columns == 1 else axes:
         each.set_facecolor(palette.PAPER)
         each.tick_params(colors=palette.MUTED, length=0)
         for side in ("top", "right", "left"):
@@ -76,6 +80,52 @@ def speed() -> None:
     title = f"one step of the 5M model, 256 tokens, bfloat16, 2 cores ({found['machine']['processor']})"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=palette.MUTED)
     figure.savefig(DOCS / "speed.png", dpi=160)
+
+
+def batch_one() -> None:
+    """Held-out loss by the rate of AdamW, next to ours, after 2,500 documents and after 10,000."""
+    rows, theirs = (
+        _lines(ROOT / f"benchmarks/results/{each}/a-redpajama-sample.jsonl") for each in ("learning", "comparison")
+    )
+    figure, axes = _axes(9, 3.6, columns=2)
+    for place, steps in zip(axes, (2_500, 10_000), strict=True):
+        of_steps = [row for row in rows if row["steps"] == steps]
+        for words, weights, colour in (
+            ("last weights", "last", palette.POINT),
+            ("averaged", "average 0.06", palette.MUTED),
+        ):
+            found = sorted(
+                (
+                    1e-3 if row["arm"] == "plain" else float(row["arm"].rpartition(" ")[2]),
+                    row["scores"][weights]["report"]["loss"],
+                )
+                for row in of_steps
+                if row["arm"].startswith("plain") and weights in row["scores"]
+            )
+            place.plot(*zip(*found, strict=True), "o-", color=colour, label=f"AdamW, a constant rate, {words}")
+        cosine = sorted(
+            (float(row["arm"].split(", ")[1]), row["marks"][-1]["scores"]["last"]["report"]["loss"])
+            for row in theirs
+            if "cosine" in row["arm"] and row["documents"] == steps
+        )
+        if cosine:
+            place.plot(*zip(*cosine, strict=True), "s--", color=palette.INK, label="AdamW, half-life 1M tokens, cosine")
+        for words, weights, style in (("last weights", "last", ":"), ("averaged", "average 0.06", "-")):
+            ours = [row["scores"][weights]["report"]["loss"] for row in of_steps if row["arm"] == "default"]
+            place.axhline(statistics.mean(ours), color=palette.ACCENT, linestyle=style, label=f"ours, {words}")
+        place.set_xscale("log")
+        place.set_xticks([1e-4, 3e-4, 1e-3, 3e-3], ["1e-4", "3e-4", "1e-3", "3e-3"])
+        place.minorticks_off()
+        place.set_xlim(4e-5, 4e-3)
+        place.set_title(f"{steps:,} documents", loc="left", fontsize=11, color=palette.INK)
+        place.set_xlabel("learning rate of AdamW", color=palette.MUTED)
+    axes[0].set_ylabel("held-out loss, nats per token", color=palette.MUTED)
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(DOCS / "batch-one.png", dpi=160)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _made(path: Path) -> tuple[str, float]:
@@ -208,7 +258,7 @@ def smaller(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["speed", "resume"])
+    parser.add_argument("--only", choices=["speed", "batch-one", "resume"])
     parser.add_argument("--find-in", type=Path, metavar="RUN", help="draw find.svg alone, of this run")
     parser.add_argument("--report-of", type=Path, metavar="RUN", help="take the pictures of its chart and report alone")
     options = parser.parse_args()
@@ -218,9 +268,11 @@ def main() -> None:
     if options.find_in is not None:
         find(options.find_in)
         return
-    if options.only != "resume":
+    if options.only in (None, "speed"):
         speed()
-    if options.only != "speed":
+    if options.only in (None, "batch-one"):
+        batch_one()
+    if options.only in (None, "resume"):
         with tempfile.TemporaryDirectory() as place:
             resume(*train(Path(place)))
 
