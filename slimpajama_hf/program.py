@@ -95,6 +95,9 @@ def _of_the_machine(error: OSError | MemoryError) -> str | None:
 def run_program(main: Callable[[list[str]], int]) -> NoReturn:
     """Call `main(argv)` with the command line and leave the program with what it returns, the exit code.
 
+        if __name__ == "__main__":
+            run_program(main)
+
     An error that a user can fix is one sentence on stderr and a code other than 0; `--help` shows the flags.
     """
     end(run(main))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from slimpajama_hf import devices, files, screen
 from slimpajama_hf import precision as precisions
+from slimpajama_hf.errors import UserError
 from slimpajama_hf.model import memory
 from slimpajama_hf.model.presets import checkpoint_bytes, vocabulary
 from slimpajama_hf.record import checkpoints, noise, teaching
@@ -206,7 +208,10 @@ def summary(
 ) -> list[str]:
     """The lines at the end of a run: steps, time, throughput, held-out scores, loss, accuracy, where everything is."""
     columns = read_columns(folder.ledger)
-    counted = folder.read_record().get("initial_embeddings")
+    counted = None
+    # Numbers are shown even if somebody has removed run.json meanwhile.
+    with contextlib.suppress(UserError):
+        counted = folder.read_record().get("initial_embeddings")
     clock = trainer.clock
     tokens = int(columns.tokens[-trainer.steps_of_session :].sum()) if trainer.steps_of_session else 0
     rate = tokens / clock.training_seconds if clock.training_seconds else 0.0
