@@ -113,7 +113,9 @@ def model_config(
             # No dropout, unless the file asks for it.
             values = NO_DROPOUT | values
     else:
-        raise UserError(f"--model {model}: unknown; expected {', '.join(PRESETS)} or a config.json")
+        # Such a name is in the record of a run whose script built the model (`TrainingRun`).
+        own = "; a run whose model its own script built goes on with that script" if model[:1].isupper() else ""
+        raise UserError(f"--model {model}: unknown; expected {', '.join(PRESETS)} or a config.json{own}")
     try:
         config = _of_values(kind, values)
     except Exception as error:
