@@ -136,7 +136,7 @@ class TrainingRun:
         from slimpajama_hf.training.signals import StopSignals
         from slimpajama_hf.training.trainer import SlimPajamaTrainer
 
-        self._trainer = SlimPajamaTrainer
+        self._trainer_class = SlimPajamaTrainer
         if model is not self._built:
             presets.prepare(model)
             # What the screen and the record say of the model.
@@ -171,7 +171,7 @@ class TrainingRun:
         from slimpajama_hf.training import processes
 
         asked = self.settings.model
-        return self._trainer(
+        return self._trainer_class(
             model=model,
             args=self.args,
             processing_class=tokenizer,

@@ -151,8 +151,9 @@ def _were_counted(run: Run, names: Collection[str]) -> int:
     counted = run.record.get("initial_embeddings")
     if counted is None:
         return 0
-    left_out = set(run.config().get("leave_out") or ())
-    records = reread.corpus_of(run.record).records(Cursor())
+    config = run.config()
+    left_out, skip = set(config.get("leave_out") or ()), bool(config.get("skip_broken_shards"))
+    records = reread.corpus_of(run.record).records(Cursor(), skip_broken_shards=skip)
     read = (f"{record.shard}#{record.row}" for record in records if isinstance(record, Document))
     first = itertools.islice((name for name in read if name not in left_out), counted["documents"])
     return sum(name in names for name in first)

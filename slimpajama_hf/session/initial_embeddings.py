@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
-from slimpajama_hf import screen
-from slimpajama_hf.errors import UserError
+from slimpajama_hf import files, screen
+from slimpajama_hf.errors import UserError, one_line
 from slimpajama_hf.model import cooccurrence
 from slimpajama_hf.session.own_tokenizer import FirstTexts
 from slimpajama_hf.settings.arguments import corpus_vocabulary
@@ -44,7 +45,7 @@ class InitialEmbeddings:
 
     def keep(self, folder: RunFolder) -> None:
         """Save them in the folder of the run."""
-        save_file({"rows": self.rows, "counted": self.counted}, folder.initial_embeddings)
+        files.write_whole(folder.initial_embeddings, save({"rows": self.rows, "counted": self.counted}))
 
 
 def are_counted(asked: str, tokenizer_name: str) -> bool:
@@ -69,12 +70,26 @@ def of_run(
     """
     if not are_counted(settings.model.init_embeddings, tokenizer_name):
         return None
-    if resuming and folder.initial_embeddings.is_file():
-        kept = load_file(folder.initial_embeddings)
-        return InitialEmbeddings(kept["rows"], kept["counted"])
     waiting(f"counting which tokens stand side by side in the first documents of {corpus.name}")
     width = model.get_input_embeddings().weight.shape[1]
-    return team.first_does(lambda: _counted(settings, FirstTexts(corpus, settings.data), encoder, width, corpus.name))
+
+    def made() -> InitialEmbeddings:
+        kept = _kept(folder) if resuming else None
+        return kept or _counted(settings, FirstTexts(corpus, settings.data), encoder, width, corpus.name)
+
+    return team.first_does(made)
+
+
+def _kept(folder: RunFolder) -> InitialEmbeddings | None:
+    """Those of the run in `folder`; None if it has none, or none that can be read."""
+    if not folder.record.is_file() or "initial_embeddings" not in folder.read_record():
+        return None
+    try:
+        kept = load_file(folder.initial_embeddings)
+        return InitialEmbeddings(kept["rows"], kept["counted"])
+    except (OSError, SafetensorError, KeyError) as error:
+        screen.say(f"{folder.initial_embeddings}: cannot be read ({one_line(error)}); it is counted anew")
+        return None
 
 
 def _counted(settings: Settings, texts: FirstTexts, encoder: Encoder, width: int, name: str) -> InitialEmbeddings:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
-from slimpajama_hf.model import optimization
+from slimpajama_hf.model import optimization, shared_turns
 from slimpajama_hf.model import presets as models
 from slimpajama_hf.model.optimization import AdamWWithMuon, hidden_matrices, orthogonal, set_apart
 from slimpajama_hf.samples.tokenizer import load_tokenizer
@@ -139,6 +139,23 @@ def test_steps_of_several_documents_average_and_update_as_often_by_documents(tok
     optimizer.step()
     share = 1 - optimization.MOMENTUM**2
     assert torch.allclose(optimizer.state[matrix]["momentum_buffer"], share * gradient, rtol=1e-5)
+
+
+@pytest.mark.parametrize("documents", [1, 2, 3, 8, 64])
+def test_every_matrix_has_one_turn_in_its_time_and_those_of_a_step_cost_alike(documents):
+    shapes = [torch.Size(each) for each in [(256, 768), (256, 256), (256, 1024), (1024, 256)] * 5]
+    matrices = [torch.zeros(shape) for shape in shapes]
+    between = optimization.steps_between(matrices[0], documents)
+    together = -(-len(shapes) // between) if documents > 1 else 1
+    turns = optimization._turns(shapes, together)
+    assert len({turn % between for turn in turns}) == len(set(turns)) <= between
+    at_once = [
+        [shared_turns.cost(shapes[place]) for place, at in enumerate(turns) if at == turn] for turn in set(turns)
+    ]
+    assert max(map(len, at_once)) == together
+    if documents == 2:
+        # 10 pairs: of like cost, but for the one between queries and projections.
+        assert sum(len(set(costs)) == 1 for costs in at_once) == 9
 
 
 def test_a_matrix_without_a_gradient_so_far_stays_as_it_is(tokenizer, monkeypatch):

@@ -89,6 +89,18 @@ def test_a_run_that_lost_its_checkpoints_and_a_replay_begin_with_the_same(shards
 
 
 @pytest.mark.long
+def test_a_damaged_file_is_said_and_counted_anew(whole, shards, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run, ignore=shutil.ignore_patterns("checkpoint-*"))
+    (run / FILE).write_bytes((run / FILE).read_bytes()[:1000])
+    again = run_script("--output_dir", str(run), "--resume_from_checkpoint", "true")
+    assert again.returncode == 0 and "Traceback" not in again.stderr, again.stderr
+    assert f"{run / FILE}: cannot be read" in again.stderr and "embeddings made from" in again.stderr
+    assert (run / FILE).read_bytes() == (whole[0] / FILE).read_bytes()
+    assert side_by_side.compare(run, whole[0]).ok
+
+
+@pytest.mark.long
 def test_two_processes_begin_with_those_of_one(whole, shards, tmp_path):
     run = tmp_path / "run"
     launcher = [
