@@ -173,6 +173,7 @@ def headline(rows: Columns) -> dict[str, Any]:
         "seconds": seconds,
         "throughput": float(rows.tokens.sum()) / seconds if seconds else None,
         "documents": int((rows.part == 0).sum()),
+        "samples": int(rows.samples.sum()),
         "noise_scale": noise.in_words(found) if found is not None else None,
     }
 

@@ -122,7 +122,9 @@ def _figures(meta: dict[str, Any]) -> str:
     """The headline numbers as HTML, so that they are there at once, and without a script."""
     head, steps = meta["headline"], meta["steps"]
     last = f"last {min(head['recent_steps'], steps)} steps" if steps > 1 else "one step"
-    goal = f"of {meta['max_steps']:,}" if meta["max_steps"] and meta["max_steps"] != steps else "one document each"
+    goal = "one document each" if head["samples"] == steps else f"{head['samples']:,} documents"
+    if meta["max_steps"] and meta["max_steps"] != steps:
+        goal = f"of {meta['max_steps']:,}"
     figures = [
         ("steps", f"{steps:,}", goal),
         ("loss", _shown(head["loss"], ".3f"), f"nats per token, {last}"),

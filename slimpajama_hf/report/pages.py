@@ -21,7 +21,8 @@ def waiting(name: str) -> dict[str, Any]:
         "subtitle": "the run has not begun yet",
         "steps": 0,
         "max_steps": None,
-        "headline": dict.fromkeys(nothing) | {"tokens": 0, "text_bytes": 0, "seconds": 0.0, "recent_steps": 0},
+        "headline": dict.fromkeys(nothing)
+        | {"samples": 0, "tokens": 0, "text_bytes": 0, "seconds": 0.0, "recent_steps": 0},
         "evaluations": [],
     }
 

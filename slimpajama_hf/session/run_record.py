@@ -123,6 +123,7 @@ def record_run(
         # Another number of threads changes the order of sums, so bit-for-bit equality needs the same number.
         "torch_threads": torch.get_num_threads(),
         "processes": settings.training.world_size,
+        "documents_a_step": settings.training.world_size * settings.training.gradient_accumulation_steps,
         # What the additional numbers of each step mean.
         "numbers": StepNumbers.meanings(),
     }

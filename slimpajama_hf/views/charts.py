@@ -327,7 +327,8 @@ def headline(columns: Columns, max_steps: int) -> list[tuple[str, str, str]]:
     done = len(columns)
     series = (columns.loss, 100 * columns.accuracy, columns.throughput)
     loss, accuracy, throughput = (last_mean(values, WINDOW) for values in series)
-    bits = columns.prequential_bits_per_byte()
+    bits, documents = columns.prequential_bits_per_byte(), int(columns.samples.sum())
+    each = "one document per step" if documents == done else f"{documents:,} documents"
     over = f"mean of the last {min(WINDOW, done)} steps" if done > 1 else ("no step yet", "of a single step")[done]
     share = f"{100 * done / max_steps:.3g} % of {max_steps:,}" if max_steps > 0 else "no end set"
 
@@ -340,7 +341,7 @@ def headline(columns: Columns, max_steps: int) -> list[tuple[str, str, str]]:
         (number(accuracy, ".1f", " %"), "next-token accuracy", over),
         (number(bits, ".3f"), "prequential bits per byte", "scored before learned"),
         (number(throughput, ",.0f"), "tokens per second", over),
-        (short_number(int(columns.tokens.sum())), "tokens seen", "one document per step"),
+        (short_number(int(columns.tokens.sum())), "tokens seen", each),
         *_noise(columns),
     ]
 

@@ -126,7 +126,11 @@ def caption_of(record: dict[str, Any]) -> tuple[str, str]:
     corpus_name = "/".join(Path(corpus["name"]).parts[-2:]) if corpus["mirror"] == "local" else corpus["name"]
     title = f"{model['name']} on {corpus_name}"
     subtitle = f"{model['parameters'] / 1e6:.1f}M parameters · {corpus['mirror']} · tokenizer {record['tokenizer']}"
-    how = "a script of its own (RunRecord)" if record.get("made_by") == OF_A_SCRIPT else "one document a step"
+    # Older runs do not say it; theirs is at least the number of processes.
+    documents = record.get("documents_a_step", record.get("processes", 1))
+    how = "one document a step" if documents == 1 else f"{documents} documents a step"
+    if record.get("made_by") == OF_A_SCRIPT:
+        how = "a script of its own (RunRecord)"
     return title, f"{subtitle} · {how}"
 
 

@@ -18,11 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from slimpajama_hf import report
 from slimpajama_hf.corpus import opening
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.lookback import forget, fork
 from slimpajama_hf.record import checkpoints, ledger
+from slimpajama_hf.record.columns import read_columns
 from slimpajama_hf.samples.stream import SHORT_TEXT_CHARACTERS, SampleStream
+from slimpajama_hf.views import charts, views
 from tests.conftest import (
     NANO,
     ROOT,
@@ -385,6 +388,14 @@ def test_what_the_first_refuses_is_said_once(two, corpus):
 
 
 @pytest.mark.slow
+def test_chart_and_report_say_how_many_documents_a_step_has(two):
+    record, columns = json.loads((two / "run.json").read_text()), read_columns(two / "ledger.jsonl")
+    assert views.caption_of(record)[1].endswith("2 documents a step")
+    counted = f"{len(documents(two)):,} documents"
+    assert charts.headline(columns, 30)[5][2] == counted
+    assert report.write(two).read_text().count(f"<span>{counted}</span>") == 1
+
+
 def test_a_step_of_several_documents_is_inspected_document_by_document(two):
     done = [run_command("inspect", str(two), "--step", "7", "--json", *more) for more in ([], ["--sample", "1"])]
     row = read_ledger(two)[7]
