@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,17 @@ def link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
+def copy_folder(source: Path, target: Path, copy: Callable[[str, str], Any] = shutil.copyfile) -> None:
+    """Copy a folder and what it holds, each file by `copy`. Raises the OSError of the first file that fails, where
+    `shutil.copytree` has an error without a number."""
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            copy_folder(path, target / path.name, copy)
+        else:
+            copy(str(path), str(target / path.name))
+
+
 def looks_local(name: str) -> bool:
     """Whether a name that does not exist here was meant as a file or folder, not as a Hub repository (`name` or
     `owner/name`). Examples are `./z`, `~/z`, `a/b/c`, `x/y.bin`, and `runs/z` if there is a folder `runs`."""
@@ -126,6 +137,14 @@ def strict_json(text: str | bytes) -> Any:
     """Parse strict JSON from text or from bytes of UTF-8. Raises ValueError if it is not strict JSON."""
     try:
         return _STRICT.decode(text.decode("utf-8", "surrogatepass") if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise ValueError("too many brackets, one in the other") from None
+
+
+def read_json(path: Path) -> Any:
+    """The JSON of a file, NaN and Infinity included. Raises OSError, and ValueError for what is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
     except RecursionError:
         raise ValueError("too many brackets, one in the other") from None
 

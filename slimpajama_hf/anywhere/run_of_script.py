@@ -55,6 +55,7 @@ def go_on(folder: RunFolder, stream: ExactStream, checkpoint: Path | None) -> Re
         screen.say(f"{folder.path}: the steps of an earlier start are dropped, because it saved no checkpoint")
     for left in folder.path.glob(f"{checkpoints.STAGING}.*"):
         shutil.rmtree(left, ignore_errors=True)
+    checkpoints.remove_halves(folder.path)
     point = resume.go_on(folder, checkpoint)
     # Single tokens are not recorded here.
     folder.surprisals.unlink(missing_ok=True)

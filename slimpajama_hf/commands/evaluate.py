@@ -63,12 +63,16 @@ def main(options: argparse.Namespace) -> int:
     }
     for domain, scores in (result["scores"] | averaged).items():
         lines.append(
-            f"{domain:<23}{scores['samples']:>10,}{scores['bits_per_byte']:>10.4f}"
-            + (f"{scores['whole_bits_per_byte']:>8.4f}" if options.whole else "")
-            + f"{scores['loss']:>8.4f}{scores['perplexity']:>12,.1f}{scores['accuracy']:>9.1%}"
+            f"{domain:<23}{scores['samples']:>10,}{_shown(scores['bits_per_byte'], '.4f'):>10}"
+            + (f"{_shown(scores['whole_bits_per_byte'], '.4f'):>8}" if options.whole else "")
+            + f"{_shown(scores['loss'], '.4f'):>8}{_shown(scores['perplexity'], ',.1f'):>12}{scores['accuracy']:>9.1%}"
         )
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
 
 
 def of_checkpoint(

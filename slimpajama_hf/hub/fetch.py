@@ -248,7 +248,7 @@ def _move(incoming: Path, folder: Path, repo: str, commit: str) -> Path:
 def _already(folder: Path, repo: str, commit: str) -> Path | None:
     """The checkpoint, if this commit was fetched into the folder already and no step was trained since; else None."""
     try:
-        fetched = json.loads((folder / _FETCHED).read_text(encoding="utf-8"))
+        fetched = files.read_json(folder / _FETCHED)
         same = (fetched["repo"], fetched["commit"]) == (repo, commit)
         if same and fetched["ledger"] == _sha1(folder / ledger.FILE_NAME):
             checkpoint = checkpoints.path_of(folder, fetched["step"])

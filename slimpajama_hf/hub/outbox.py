@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 import shutil
@@ -84,9 +83,10 @@ class Outbox:
     def pushed(self) -> dict[str, Any]:
         """What the Hub has: run_id, repo, revision, step, commit, url; empty before the first push."""
         try:
-            return json.loads((self.path / "pushed.json").read_text(encoding="utf-8"))
+            pushed = files.read_json(self.path / "pushed.json")
         except (OSError, ValueError):
             return {}
+        return pushed if isinstance(pushed, dict) else {}
 
     # ---- the uploader's side ----
 

@@ -25,7 +25,7 @@ import yaml
 
 from slimpajama_hf import files, report
 from slimpajama_hf.model import averaging
-from slimpajama_hf.record import checkpoints, ledger, run_folder
+from slimpajama_hf.record import checkpoints, evaluations, ledger, run_folder
 from slimpajama_hf.record.columns import read_columns
 from slimpajama_hf.record.run_folder import RunFolder
 from slimpajama_hf.training import saved_model
@@ -83,7 +83,7 @@ def prepare(
 
     The model card names `repo`. Raises NotOfThisRun, OSError, and UserError for a run folder that cannot be read.
     """
-    manifest = json.loads((checkpoint / checkpoints.MANIFEST).read_text(encoding="utf-8"))
+    manifest = files.read_json(checkpoint / checkpoints.MANIFEST)
     step, record = manifest["step"], run.read_record()
     if manifest.get("run_id") != record["run_id"]:
         raise NotOfThisRun(f"checkpoint-{step} is of another run than the one in {run.path}")
@@ -98,7 +98,7 @@ def prepare(
         files.write_whole(cut.config, _config_without_paths(run.config))
     trouble = _draw(cut, record)
     samples = views.read_samples(cut.samples)
-    evaluation = _last_evaluation(cut.evaluations)
+    evaluation = next(reversed(evaluations.read(cut.evaluations)), None)
     averaged = _average_is_better(evaluation, checkpoint)
     if evaluation is not None and averaged:
         evaluation |= {"scores": evaluation["averaged"]}
@@ -199,17 +199,10 @@ def _model_and_state(
 
 def _average_is_better(evaluation: dict[str, Any] | None, checkpoint: Path) -> bool:
     """Whether the averaged weights had the better held-out loss when both were last scored."""
-    if evaluation is None or "averaged" not in evaluation or not (checkpoint / averaging.FOLDER).is_dir():
+    if evaluation is None or not evaluation.get("averaged") or not (checkpoint / averaging.FOLDER).is_dir():
         return False
     raw, averaged = (evaluation[name]["all"]["loss"] for name in ("scores", "averaged"))
     return raw is not None and averaged is not None and averaged < raw
-
-
-def _last_evaluation(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return json.loads(lines[-1]) if lines else None
 
 
 # ---- paths of this machine -----------------------------------------------------------------------------------------

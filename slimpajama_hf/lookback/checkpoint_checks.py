@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slimpajama_hf import files
 from slimpajama_hf.lookback.findings import Finding, Problems
 from slimpajama_hf.lookback.run import checkpoint_problem
 from slimpajama_hf.record import checkpoints, ledger
@@ -79,7 +79,7 @@ def checkpoint_cursor(run: Run) -> Watch:
 
 def _cursor_problem(path: Path, row: Row, exact: bool, shuffled: bool) -> str | None:
     try:
-        cursor = json.loads(path.read_text(encoding="utf-8"))["cursor"]
+        cursor = files.read_json(path)["cursor"]
         shard, place = cursor["shard"], cursor["row"]
         used, size = cursor.get("used", 0), cursor.get("size", 0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from slimpajama_hf import files
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.samples import portable_tokenizer
 from slimpajama_hf.samples.tokenizer import AS_TRAINED
@@ -42,7 +43,7 @@ def write(folder: Path, target: Path) -> Written:
         raise UserError(
             "export --to gguf writes with the gguf package, which is not installed; type: python -m pip install gguf"
         ) from None
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = files.read_json(folder / "config.json")
     _refuse_another_model(folder, config)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.partial")
     writer = gguf.GGUFWriter(temporary, "gpt2")

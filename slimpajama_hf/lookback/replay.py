@@ -120,7 +120,7 @@ def _lay_out(run: Run, start: int, again: Path) -> None:
     again.mkdir()
     shutil.copyfile(run.folder.record, RunFolder(again).record)
     if run.folder.tokenizer.is_dir():
-        shutil.copytree(run.folder.tokenizer, RunFolder(again).tokenizer)
+        files.copy_folder(run.folder.tokenizer, RunFolder(again).tokenizer)
     if ownership.is_own(run.folder):
         ownership.sign(RunFolder(again))
     if not start:
@@ -128,8 +128,8 @@ def _lay_out(run: Run, start: int, again: Path) -> None:
         return
     with open(run.folder.ledger, "rb") as source, open(RunFolder(again).ledger, "wb") as copy:
         copy.writelines(itertools.islice(source, start))
-    shutil.copytree(
-        checkpoints.path_of(run.folder.path, start), checkpoints.path_of(again, start), copy_function=files.link_or_copy
+    files.copy_folder(
+        checkpoints.path_of(run.folder.path, start), checkpoints.path_of(again, start), files.link_or_copy
     )
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Sequence
@@ -255,7 +253,7 @@ def lay_out(run: Run, start: int, again: Path, about: dict[str, Any], alike: boo
     run_id = uuid.uuid4().hex
     files.write_json(new.record, run.record | {"run_id": run_id} | about, indent=1)
     if old.tokenizer.is_dir():
-        shutil.copytree(old.tokenizer, new.tokenizer)
+        files.copy_folder(old.tokenizer, new.tokenizer)
     if ownership.is_own(old):
         ownership.sign(new)
     if not start:
@@ -264,8 +262,8 @@ def lay_out(run: Run, start: int, again: Path, about: dict[str, Any], alike: boo
         return
     run_folder.cut_to(old, new, start)
     target = checkpoints.path_of(again, start)
-    shutil.copytree(checkpoints.path_of(old.path, start), target, copy_function=files.link_or_copy)
-    manifest = json.loads((target / checkpoints.MANIFEST).read_text(encoding="utf-8"))
+    files.copy_folder(checkpoints.path_of(old.path, start), target, files.link_or_copy)
+    manifest = files.read_json(target / checkpoints.MANIFEST)
     # Replaced by a new file: so far it is a link to the old run's manifest, which must not change.
     files.write_json(target / checkpoints.MANIFEST, manifest | {"run_id": run_id}, indent=1)
 

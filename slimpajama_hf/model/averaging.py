@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from slimpajama_hf import screen
+from slimpajama_hf import files, screen
 from slimpajama_hf.model import memory
 
 #: Folder inside a checkpoint. It holds a complete model for `from_pretrained`.
@@ -128,7 +128,7 @@ class WeightAverage:
             saved[name].to(parameter.device, parameter.dtype).clone()
             for name, parameter in self._model.named_parameters()
         ]
-        self._touches = json.loads((folder / _STATE).read_text(encoding="utf-8"))["touches"]
+        self._touches = files.read_json(folder / _STATE)["touches"]
         return True
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from slimpajama_hf import screen
+from slimpajama_hf import files, screen
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.model import causality, memory
 
@@ -169,7 +169,7 @@ def _read(path: str) -> tuple[dict[str, Any], str]:
     if not Path(path).is_file():
         raise UserError(f"--model {path}: no such file; expected a config.json or one of {', '.join(PRESETS)}")
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = files.read_json(Path(path))
         kind = values.pop("model_type")
         if kind not in CONFIG_MAPPING:
             raise ValueError(f"transformers knows no model_type {kind!r}")

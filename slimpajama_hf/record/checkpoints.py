@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slimpajama_hf import files
+from slimpajama_hf import files, screen
 from slimpajama_hf.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -19,6 +19,9 @@ DATA_STATE = "data_state.json"
 
 #: Folders with this prefix are being written or were set aside. Uploads and the search for checkpoints ignore them.
 STAGING = "_staging"
+
+#: A checkpoint that is being removed has this prefix in its name, so that half of one is never taken for a whole one.
+REMOVING = "_removing"
 
 
 def path_of(run: Path, step: int) -> Path:
@@ -160,12 +163,26 @@ def newest_before_trouble(run: Path) -> Path | None:
 
 
 def keep_newest(run: Path, limit: int | None, spared: Path | None = None) -> None:
-    """Remove all but the `limit` newest checkpoints, by step number, and `spared`."""
+    """Remove all but the `limit` newest checkpoints, by step number, and `spared`. One that cannot be removed is
+    reported and tried again by the next call."""
     if limit is None or limit <= 0:
         return
     for step in steps(run)[:-limit]:
         if path_of(run, step) != spared:
-            shutil.rmtree(path_of(run, step), ignore_errors=True)
+            try:
+                os.rename(path_of(run, step), run / f"{REMOVING}.{step}")
+            except OSError as error:
+                screen.say(f"{path_of(run, step)}: cannot be removed ({error.strerror}); the next save tries again")
+    remove_halves(run)
+
+
+def remove_halves(run: Path) -> None:
+    """Remove what is left of checkpoints that were being removed; what cannot be removed is reported."""
+    for going in sorted(run.glob(f"{REMOVING}.*")):
+        try:
+            shutil.rmtree(going)
+        except OSError as error:
+            screen.say(f"{going}: cannot be removed ({error.strerror}); the next save tries again")
 
 
 def resolve(place: str) -> Path:

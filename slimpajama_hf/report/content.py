@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slimpajama_hf import __version__, files
+from slimpajama_hf import __version__
 from slimpajama_hf.errors import UserError
-from slimpajama_hf.record import checkpoints, run_folder
+from slimpajama_hf.record import checkpoints, evaluations, run_folder
 from slimpajama_hf.report import documents, numbers
 from slimpajama_hf.report.texts import Texts, pack_passports, prompts_of, samples_of, unusual_documents, with_surprisals
 from slimpajama_hf.views import views
@@ -205,24 +205,21 @@ def _passed_over(rows: Columns) -> list[list[Any]]:
     return [[reason, count] for reason, count in sorted(total.items(), key=lambda pair: -pair[1])]
 
 
-_SCORES = ("loss", "accuracy", "bits_per_byte")
-
-
 def _evaluations(folder: RunFolder, steps: int) -> list[dict[str, Any]]:
     """Held-out scores of all domains together, by step: of the weights, and under `averaged` of the averaged ones."""
 
-    def whole(scores: Any) -> dict[str, Any] | None:
-        found = scores.get("all") if isinstance(scores, dict) else None
-        return {name: found.get(name) for name in _SCORES} if isinstance(found, dict) else None
+    def whole(scores: dict[str, Any]) -> dict[str, Any]:
+        return {name: scores["all"][name] for name in ("loss", "accuracy", "bits_per_byte")}
 
-    found = []
-    for _, entry in files.json_lines(folder.evaluations):
-        scores = whole(entry.get("scores"))
-        if scores is not None and isinstance(entry.get("step"), int) and entry["step"] <= steps:
-            samples = entry["scores"]["all"].get("samples")
-            averaged = whole(entry.get("averaged"))
-            found.append({"step": entry["step"], "documents": samples, **scores, "averaged": averaged})
-    return found[-MOST_EVENTS:]
+    return [
+        {
+            "step": entry["step"],
+            "documents": entry["scores"]["all"]["samples"],
+            **whole(entry["scores"]),
+            "averaged": whole(entry["averaged"]) if entry.get("averaged") else None,
+        }
+        for entry in evaluations.read(folder.evaluations, steps)[-MOST_EVENTS:]
+    ]
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------

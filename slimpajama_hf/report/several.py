@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from slimpajama_hf import files
+from slimpajama_hf.record import evaluations
 from slimpajama_hf.report import content, numbers
 
 if TYPE_CHECKING:
@@ -36,14 +36,12 @@ def together(runs: Sequence[LiveRun]) -> dict[str, Any]:
 
 def _one(run: LiveRun, rows: Columns, equal: int | None) -> dict[str, Any]:
     head = numbers.headline(rows)
-    held_out = [entry for _, entry in files.json_lines(run.folder.evaluations)]
-    scores = held_out[-1].get("scores") if held_out else None
-    whole = scores.get("all") if isinstance(scores, dict) else None
+    held_out = evaluations.read(run.folder.evaluations)
     means = _means(rows.loss)
     return {
         "name": run.name,
         **{name: head[name] for name in ("loss", "accuracy", "bits_per_byte", "tokens", "seconds", "throughput")},
-        "held_out": whole.get("loss") if isinstance(whole, dict) else None,
+        "held_out": held_out[-1]["scores"]["all"]["loss"] if held_out else None,
         "equal_loss": float(means[equal - 1]) if equal is not None and len(rows) >= equal else None,
         "state": run.state,
         "curve": _curve(rows, means),

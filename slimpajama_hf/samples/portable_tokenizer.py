@@ -13,6 +13,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from slimpajama_hf import files
 from slimpajama_hf.samples.tokenizer import AS_TRAINED, KEPT_AS_TRAINED
 
 #: The class name that both 4.57 and 5 know; 5 writes one that 4.57 does not know.
@@ -41,7 +42,7 @@ def files_for(folder: Path, positions: int | None) -> dict[str, bytes]:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return {}
-    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    before: dict[str, Any] = files.read_json(path)
     if AS_TRAINED in before:
         return {}
     config, changed = dict(before), dict[str, bytes]()

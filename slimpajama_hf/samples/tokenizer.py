@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimpajama_hf import ROOT
+from slimpajama_hf import ROOT, files
 from slimpajama_hf.corpus.sniffing import not_a_download
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.files import looks_local
@@ -145,7 +144,7 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
 def _as_trained(folder: Path) -> dict[str, Any]:
     """If a checkpoint's tokenizer was changed for other programs: the fields with which it was trained."""
     path = folder / "tokenizer_config.json"
-    was = json.loads(path.read_text(encoding="utf-8")).get(AS_TRAINED, {}) if path.is_file() else {}
+    was = files.read_json(path).get(AS_TRAINED, {}) if path.is_file() else {}
     return {name: was[name] for name in KEPT_AS_TRAINED if name in was}
 
 
@@ -180,7 +179,7 @@ def _refuse_renumbered(tokenizer: Any, path: Path) -> None:
     """Raise UserError if the `tokenizers` library gave an added token another id than its file says. It numbers added
     tokens on from the number of tokens, which is wrong if ids are missing."""
     try:
-        added = json.loads(path.read_bytes()).get("added_tokens") or []
+        added = files.read_json(path).get("added_tokens") or []
         wanted = {str(token["content"]): int(token["id"]) for token in added}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return

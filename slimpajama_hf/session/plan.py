@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from slimpajama_hf import devices, files, screen
+from slimpajama_hf import devices, screen
 from slimpajama_hf import precision as precisions
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.model import memory
 from slimpajama_hf.model.presets import checkpoint_bytes, vocabulary
-from slimpajama_hf.record import checkpoints, noise, teaching
+from slimpajama_hf.record import checkpoints, evaluations, noise, teaching
 from slimpajama_hf.record.columns import LAST_STEPS, mean_of_last, read_columns
 from slimpajama_hf.session import range_test_result
 from slimpajama_hf.training import range_test, schedule
@@ -183,18 +183,25 @@ def _documents(trainer: SlimPajamaTrainer) -> str:
 
 def _held_out_scores(folder: RunFolder, steps: int) -> list[str]:
     """Lines with the last held-out scores of a run, for its weights and for their average; none if there are none."""
-    entries = [entry for _, entry in files.json_lines(folder.evaluations) if entry["step"] <= steps]
+    entries = evaluations.read(folder.evaluations, steps)
     if not entries:
         return []
     entry = entries[-1]
-    raw, averaged = entry["scores"]["all"], (entry.get("averaged") or {}).get("all")
     when = "" if entry["step"] == steps else f" at step {entry['step']:,}"
-    words = f"{raw['bits_per_byte']:.4f} bits per byte, {raw['loss']:.4f} nats per token, {raw['accuracy']:.1%} right"
-    lines = [f"       held out  {words} ({raw['samples']:,} documents{when})"]
-    if averaged is not None:
-        words = f"{averaged['bits_per_byte']:.4f} bits per byte, {averaged['loss']:.4f} nats per token"
-        lines.append(f"       averaged  {words}, {averaged['accuracy']:.1%} right (the average of the weights)")
+    documents = f"{entry['scores']['all']['samples']:,} documents{when}"
+    lines = [f"       held out  {_in_words(entry['scores']['all'])} ({documents})"]
+    if entry.get("averaged"):
+        lines.append(f"       averaged  {_in_words(entry['averaged']['all'])} (the average of the weights)")
     return lines
+
+
+def _in_words(scores: dict[str, Any]) -> str:
+    if None in (scores["bits_per_byte"], scores["loss"], scores["accuracy"]):
+        return "a loss that is not finite"
+    return (
+        f"{scores['bits_per_byte']:.4f} bits per byte, {scores['loss']:.4f} nats per token, "
+        f"{scores['accuracy']:.1%} right"
+    )
 
 
 def _last_steps(values: Any) -> str:

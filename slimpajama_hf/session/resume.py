@@ -104,6 +104,7 @@ def _newest_good(run: Path) -> Path | None:
     for unfinished in run.glob(f"{checkpoints.STAGING}.*"):
         screen.say(f"removed {unfinished}: a save that was cut short; the checkpoint before it is whole")
         shutil.rmtree(unfinished, ignore_errors=True)
+    checkpoints.remove_halves(run)
     for step in reversed(checkpoints.steps(run)):
         folder = checkpoints.path_of(run, step)
         wrong = checkpoints.problem(folder) or _unloadable(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -171,13 +172,21 @@ class Session:
         gaps, skipped = (stream.gaps_at_end, stream.skipped_at_end) if ended else ([], {})
         trainer.skipped_records.update(skipped)
         self._note_in_record({"gaps_after_last_step": gaps, "skipped_after_last_step": skipped})
+        unmade: UserError | None = None
+        not_drawn = views.errors
         if watchers.draws:
+            before = len(views.errors)
             with screen.Waiting("drawing the last chart and the report"):
                 drawn = views.finish(steps)
-            if not drawn:
-                screen.say(f"the final chart was not drawn: {views.errors[-1]}")
             watchers.show_end()
-        for what, errors in (("chart", views.errors[:-1]), ("sample", watchers.samples.failures)):
+            if not drawn:
+                not_drawn = views.errors[:before]
+                unmade = UserError(
+                    f"the final chart was not drawn ({views.errors[-1]}), so charts and metrics are of an earlier step "
+                    "or missing; the run itself is saved: when this is mended, type python -m slimpajama_hf views "
+                    f"{shlex.quote(str(self.folder.path))}"
+                )
+        for what, errors in (("chart", not_drawn), ("sample", watchers.samples.failures)):
             if errors:
                 screen.say(f"{len(errors)} {what}s failed, the first at {errors[0]}")
         outcome = self._outcome(failure)
@@ -190,6 +199,8 @@ class Session:
 
             for line in range_test_result.conclude(self.folder, self.settings.training.max_steps):
                 screen.say(line)
+            if unmade is not None:
+                raise unmade
             # This test ends at rates that are far too high, so a loss that is not a number is no failure.
             return code
         for line in self.uploads.finish(done=outcome in ("done", "the corpus ended")):
@@ -198,11 +209,15 @@ class Session:
         if outcome != "done" and saved_whole and steps:
             screen.say(f"         go on  {run_folder.resume_command(self.folder.path, self.folder.read_record())}")
         if failure is not None:
+            if unmade is not None:
+                screen.say(str(unmade))
             raise failure
         if steps == 0:
             raise UserError(
                 f"{self.settings.data.dataset}: no document to learn from in this corpus{trainer.stream.why_nothing()}"
             )
+        if unmade is not None:
+            raise unmade
         return code
 
     def _note_in_record(self, at_end: dict[str, Any]) -> None:

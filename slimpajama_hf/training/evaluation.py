@@ -14,6 +14,7 @@ import torch
 
 from slimpajama_hf import bars, screen
 from slimpajama_hf.files import GrowingFile
+from slimpajama_hf.record import evaluations
 
 if TYPE_CHECKING:
     from slimpajama_hf.corpus.corpus import Corpus
@@ -67,15 +68,16 @@ class Scores:
         )["accuracy"]
 
     def to_dict(self, metric: Any) -> dict[str, Any]:
-        whole = {"whole_bits_per_byte": self.whole_bits_per_byte} if self.whole_bytes else {}
-        return {
+        """The scores of a domain as in `evaluations.jsonl`: numbers that are not finite are None, which JSON has."""
+        found = {
             "samples": self.samples,
             "tokens": self.predicted,
             "loss": self.loss,
             "perplexity": self.perplexity,
             "accuracy": self.accuracy(metric),
             "bits_per_byte": self.bits_per_byte,
-        } | whole
+        } | ({"whole_bits_per_byte": self.whole_bits_per_byte} if self.whole_bytes else {})
+        return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def next_token_accuracy() -> Any:
@@ -174,7 +176,8 @@ def nats_behind(model: Any, ids: Sequence[int], done: int, length: int) -> float
 
 def metrics_of(scores: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Metrics under Trainer's names, from scores by domain as in a line of `evaluations.jsonl`."""
-    return {f"eval_{name}": scores["all"][name] for name in ("loss", "perplexity", "accuracy", "bits_per_byte")}
+    whole = {name: scores["all"][name] for name in evaluations.NUMBERS}
+    return {f"eval_{name}": math.nan if value is None else value for name, value in whole.items()}
 
 
 class HeldOutScores:
@@ -203,7 +206,9 @@ class HeldOutScores:
                     averaged = self._table(model, lambda done: counting(len(self.samples) + done))
         if trainer.is_world_process_zero():
             entry = {"step": trainer.state.global_step, "corpus": self._documents.mirror, "scores": table}
-            self.file.append(entry | ({"averaged": averaged} if averaged is not None else {}))
+            problem = self.file.append(entry | ({"averaged": averaged} if averaged is not None else {}))
+            if problem is not None:
+                screen.say(f"not saved: the scores of step {entry['step']} ({problem}); the next ones try again")
         metrics = metrics_of(table)
         if averaged is not None:
             metrics |= {name.replace("eval_", "eval_averaged_"): value for name, value in metrics_of(averaged).items()}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from slimpajama_hf import files
 from slimpajama_hf.samples import portable_tokenizer
 
 _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -76,7 +77,7 @@ def complete(folder: Path) -> str | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return files.read_json(path) if path.is_file() else {}
 
 
 def _written(values: dict[str, Any]) -> bytes:

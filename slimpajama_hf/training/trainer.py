@@ -95,7 +95,7 @@ class SlimPajamaTrainer(Checkpointing):
         self.stream_ended = False
         self.steps_of_session, self.skipped_records = 0, Counter[str]()
         """Records passed over in this session, by reason."""
-        self._held_out = held_out
+        self.held_out = held_out
         self._correct = self._loss = torch.tensor(0.0)
         self._nats = torch.zeros(0)
         self._weight: Any = None
@@ -406,9 +406,9 @@ class SlimPajamaTrainer(Checkpointing):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Scores on held-out documents (`evaluation.py`), with the training clock paused."""
-        if self._held_out is None:
+        if self.held_out is None:
             raise ValueError("no held-out documents were given to this trainer")
-        scores, must = functools.partial(self._held_out, self), self.args.metric_for_best_model is not None
+        scores, must = functools.partial(self.held_out, self), self.args.metric_for_best_model is not None
 
         def scores_if_they_fit() -> dict[str, float]:
             return self.measuring.unless_out_of_memory(self.state.global_step, "evaluation", scores) or {}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
-import json
 import os
 import queue
 import threading
@@ -22,7 +21,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from slimpajama_hf import screen
 from slimpajama_hf.errors import one_line
-from slimpajama_hf.record import ledger
+from slimpajama_hf.record import evaluations, ledger
 from slimpajama_hf.training import evaluation
 
 if TYPE_CHECKING:
@@ -106,13 +105,11 @@ class Trackers(TrainerCallback):
 
     def _forgotten_scores(self) -> list[tuple[int, dict[str, float]]]:
         """The held-out scores of the checkpoint at the start of the session: TensorBoard removes them with its step."""
-        path = self._folder.evaluations
-        if not self._first_step or not path.is_file():
+        if not self._first_step:
             return []
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [
             (entry["step"], evaluation.metrics_of(entry["scores"]))
-            for entry in entries
+            for entry in evaluations.read(self._folder.evaluations)
             if entry["step"] == self._first_step
         ]
 

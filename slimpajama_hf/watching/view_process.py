@@ -76,7 +76,11 @@ class ViewProcess:
             self.waiting = 0
 
     def finish(self, steps: int, timeout: float = 300.0) -> bool:
-        """Draw the final views and end the process. Returns whether that succeeded."""
+        """Draw the final views, at the second try if the first fails, and end the process. Returns whether that
+        succeeded."""
+        return self._finish(steps, timeout) or self._finish(steps, timeout)
+
+    def _finish(self, steps: int, timeout: float) -> bool:
         before = len(self.errors)
         self.request(steps, final=True)
         deadline = time.monotonic() + timeout
@@ -85,10 +89,13 @@ class ViewProcess:
             self._come_forward()
             self._take(timeout=0.2)
         self.collect()
+        if self.waiting:
+            self.errors.append(f"step {steps}: the view process did not answer in {timeout:.0f} s")
+        drawn = len(self.errors) == before
         if self._child is not None:
             self._child.end(patience_seconds=10)
-            self._child = None
-        return len(self.errors) == before
+            self._child, self.waiting = None, 0
+        return drawn
 
     def _come_forward(self) -> None:
         if self._child is not None:

@@ -42,6 +42,7 @@ class Watchers:
         encoder: Encoder,
         record: dict[str, Any],
     ) -> None:
+        self._trainer = trainer
         run, typed = settings.run, settings.typed
         # `--lr_find` sets both intervals to 0, because only its curve is of interest.
         self._asks = not devices.is_sharded() and run.display_samples > 0
@@ -95,5 +96,6 @@ class Watchers:
     def flush(self) -> str | None:
         """End what is in progress and write what the disk has not taken. Returns why that failed, or None."""
         self.trackers.close()
-        problems = [each.file.flush() for each in (self.samples, self.passports, self.prompts)]
+        held_out = [self._trainer.held_out] if self._trainer.held_out is not None else []
+        problems = [each.file.flush() for each in (self.samples, self.passports, self.prompts, *held_out)]
         return next((problem for problem in problems if problem), None)
