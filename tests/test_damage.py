@@ -106,6 +106,11 @@ def mutate(seed: int, half: Path, finished: Path, place: Path) -> tuple[str, str
                 json.loads(line)
         after = run_command("verify", str(run))
         older = path.relative_to(run).parts[0] in ("checkpoint-10", "checkpoint-20")
+        failed = re.findall(r"^FAILED +(.+?)  ", after.stdout, re.M)
+        if path.name == "samples.jsonl" and failed:
+            # A sample of an earlier step cannot be made again: the resume and `verify` both name the file or its entry.
+            assert failed == ["sample accuracy"] and "samples.jsonl" in said, f"{where}\n{after.stdout}{said[-2000:]}"
+            older = True
         # A damaged older checkpoint is no reason not to go on, and is named.
         assert after.returncode == (1 if older else 0), (
             f"{where}: it does not verify\n{after.stdout[-2000:]}{said[-2000:]}"
@@ -225,6 +230,26 @@ def test_a_thousand_mutations(part, half, finished, tmp_path, fault_table: Calla
     for (name, outcome), count in sorted(outcomes.items()):
         fault_table(f"a file damaged, then {name}: {outcome}", count, bit_equal=True if name == "resume" else None)
     assert not failures, f"{len(failures)} of them:\n" + "\n\n".join(failures)
+
+
+DEEP = b"[" * 20_000
+
+
+@pytest.mark.parametrize(
+    "name, words, content, says",
+    [
+        ("checkpoint-30/data_state.json", ["verify"], DEEP, "checkpoint-30: no cursor can be read in data_state.json"),
+        ("_outbox/pushed.json", ["push"], b'"x"', "there is no Hub token"),
+        ("_outbox/pushed.json", ["push"], DEEP, "there is no Hub token"),
+    ],
+)
+def test_json_of_another_kind_is_a_sentence(half, tmp_path, name, words, content, says):
+    run = Path(shutil.copytree(half, tmp_path / "run"))
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).write_bytes(content)
+    done = run_command(*words, str(run))
+    assert done.returncode in (1, 2) and says in done.stdout + done.stderr, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_line_that_is_no_sample_is_left_out_and_said(half, tmp_path):

@@ -13,12 +13,14 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from slimpajama_hf.record import checkpoints, evaluations
 from tests.conftest import NANO, ROOT, environment, make_records, run_command, run_script, write_records
 from tests.fork_server import ForkServer
 from tests.hub.loopback_model_hub import LoopbackModelHub
@@ -189,6 +191,58 @@ def test_a_fault_at_a_write_is_a_sentence_and_nothing_is_lost(disk, place, tmp_p
     draw = random.Random(command)
     for way in ("ENOSPC from there on", "kill -9"):
         break_once(disk, place, tmp_path, command, way, draw)
+
+
+@pytest.mark.long
+def test_a_checkpoint_is_removed_whole_or_not_at_all(disk, place, tmp_path):
+    """Where a removal fails, that is said; no half of a checkpoint is left under its name."""
+    script, run = tmp_path / "remove.py", tmp_path / "run"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom slimpajama_hf.record import checkpoints\n"
+        "checkpoints.keep_newest(Path(sys.argv[1]), 1)\n"
+    )
+    for first in (1, 2, 3, 9):
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(place / "unbroken", run)
+        done, _, met = disk.run([str(script), str(run)], run, first, first, errno.EIO)
+        assert met and "cannot be removed (Input/output error); the next save tries again" in done.stderr, done.stderr
+        assert [checkpoints.problem(checkpoints.path_of(run, step)) for step in checkpoints.steps(run)] == [
+            None for _ in checkpoints.steps(run)
+        ]
+        done, _, _ = disk.run([str(script), str(run)], run)
+        assert not done.stderr and not list(run.glob("_removing*")) and checkpoints.steps(run) == [STEPS]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("until", [8, STEPS])
+def test_scores_that_the_disk_does_not_take_are_said_and_kept_for_later(place, tmp_path, until):
+    """A run whose scores cannot be written until step `until`: they are written later, or the end of the run is an
+    error."""
+    script, run = tmp_path / "train.py", tmp_path / "run"
+    source = (ROOT / "run_clm_slimpajama.py").read_text()
+    call = "        return run.train(trainer)\n"
+    assert source.count(call) == 1
+    script.write_text(source.replace(call, f"        trainer.add_callback(FullUntil(trainer))\n{call}").replace(
+        "def main(", "from pathlib import Path\nfrom transformers import TrainerCallback\n\n\n"
+        "class FullUntil(TrainerCallback):\n"
+        "    def __init__(self, trainer):\n"
+        "        self.file = trainer.held_out.file\n"
+        "        self.place, self.file.path = self.file.path, Path('/dev/full')\n\n"
+        "    def on_step_begin(self, args, state, control, **kwargs):\n"
+        f"        if state.global_step == {until}:\n"
+        "            self.file.path = self.place\n\n\n"
+        "def main("))  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(script), *flags_of(place, run)], env=environment(PYTHONPATH=str(ROOT)), cwd=tmp_path,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "not saved: the scores of step 4 (No space left on device); the next ones try again" in done.stderr
+    written = [entry["step"] for entry in evaluations.read(run / "evaluations.jsonl")]
+    if until == STEPS:
+        assert done.returncode == 1 and written == [], done.stderr
+        assert "error: the end of the run is not saved (No space left on device)" in done.stderr
+    else:
+        assert done.returncode == 0 and written == [4, 8, 12], done.stderr
 
 
 @pytest.mark.slow

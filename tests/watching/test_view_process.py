@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -64,6 +65,22 @@ def test_one_that_is_started_for_the_end_never_stands_back(finished):
     views._come_forward = lambda: None  # type: ignore[method-assign]
     assert views.finish(40)
     assert seen == {os.SCHED_OTHER}
+
+
+def test_final_views_come_at_the_second_try(finished):
+    """The process that draws may be killed, as when memory is short."""
+    views = ViewProcess(RunFolder(finished), "a run", "", 40)
+    take, killed = views._take, []
+
+    def killed_once(timeout):
+        if views._child is not None and not killed:
+            killed.append(views._child.pid)
+            os.kill(views._child.pid, signal.SIGKILL)
+        return take(timeout)
+
+    views._take = killed_once  # type: ignore[method-assign]
+    assert views.finish(40) and killed
+    assert views.errors == ["the view process ended with 1 charts undrawn"]
 
 
 def test_it_ends_with_the_process_that_started_it(finished, tmp_path):
