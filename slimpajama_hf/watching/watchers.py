@@ -96,6 +96,8 @@ class Watchers:
     def flush(self) -> str | None:
         """End what is in progress and write what the disk has not taken. Returns why that failed, or None."""
         self.trackers.close()
-        held_out = [self._trainer.held_out] if self._trainer.held_out is not None else []
-        problems = [each.file.flush() for each in (self.samples, self.passports, self.prompts, *held_out)]
+        growing = [self.samples.file, self.passports.file, self.prompts.file]
+        if self._trainer.held_out is not None:
+            growing.append(self._trainer.held_out.file)
+        problems = [file.flush() for file in growing]
         return next((problem for problem in problems if problem), None)
