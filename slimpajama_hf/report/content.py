@@ -165,7 +165,7 @@ def _caption(record: dict[str, Any], folder: RunFolder) -> dict[str, str]:
     try:
         title, subtitle = views.caption_of(record)
     except (KeyError, TypeError, ValueError):
-        title, subtitle = folder.path.resolve().name, "one document a step"
+        title, subtitle = folder.path.resolve().name, "run.json does not describe this run"
     return {
         "title": _without_home(title),
         "subtitle": _without_home(subtitle),

@@ -102,8 +102,9 @@ def _refuse_model_alone(folder: Path) -> None:
 
 def _newest_good(run: Path) -> Path | None:
     for unfinished in run.glob(f"{checkpoints.STAGING}.*"):
-        screen.say(f"removed {unfinished}: a save that was cut short; the checkpoint before it is whole")
         shutil.rmtree(unfinished, ignore_errors=True)
+        done = "cannot be removed" if unfinished.exists() else "removed"
+        screen.say(f"{unfinished}: {done}; it is a save that was cut short, and the checkpoint before it is whole")
     checkpoints.remove_halves(run)
     for step in reversed(checkpoints.steps(run)):
         folder = checkpoints.path_of(run, step)
