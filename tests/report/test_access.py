@@ -59,11 +59,11 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with held-out scores, a readable document, and a model that writes white space."""
     folder = make_run(tmp_path_factory.mktemp("runs") / "run", 120)
-    scores = {"loss": 4.905, "accuracy": 0.241, "bits_per_byte": 1.93, "samples": 1200}
-    better = scores | {"loss": 4.758, "bits_per_byte": 1.871}
+    scores = {"loss": 4.905, "perplexity": 135.0, "accuracy": 0.241, "bits_per_byte": 1.93, "samples": 1200}
+    better = scores | {"loss": 4.758, "perplexity": 116.5, "bits_per_byte": 1.871}
     _write_lines(folder / "evaluations.jsonl", [
-        {"step": 60, "scores": {"all": scores | {"loss": 6.1}}},
-        {"step": 120, "scores": {"all": scores}, "averaged": {"all": better}}])  # fmt: skip
+        {"step": 60, "corpus": "local", "scores": {"all": scores | {"loss": 6.1}}},
+        {"step": 120, "corpus": "local", "scores": {"all": scores}, "averaged": {"all": better}}])  # fmt: skip
     with open(folder / "prompts.jsonl", "a") as file:
         file.write(json.dumps({"step": 119, "texts": [{"prompt": "In 1815", "output": " \n" * 80}]}) + "\n")
     with open(folder / "samples.jsonl", "a") as file:
