@@ -72,7 +72,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _shown(value: float | None, form: str) -> str:
-    return "not finite" if value is None else format(value, form)
+    return "nan/inf" if value is None else format(value, form)
 
 
 def of_checkpoint(

@@ -192,6 +192,10 @@ class Session:
         outcome = self._outcome(failure)
         # Read now: Ctrl-C while the last push is waited for is not a Ctrl-C of the run.
         code = self.signals.exit_code
+        if unmade is not None and (failure is not None or code):
+            # The exit code is that of what came first.
+            screen.say(str(unmade))
+            unmade = None
         for line in plan.summary(self.folder, trainer, outcome, watchers.seconds, self.settings.run.lr_find):
             screen.say(line)
         if self.settings.run.lr_find:
@@ -209,8 +213,6 @@ class Session:
         if outcome != "done" and saved_whole and steps:
             screen.say(f"         go on  {run_folder.resume_command(self.folder.path, self.folder.read_record())}")
         if failure is not None:
-            if unmade is not None:
-                screen.say(str(unmade))
             raise failure
         if steps == 0:
             raise UserError(

@@ -511,6 +511,7 @@ def test_a_run_draws_under_a_foreign_backend_and_the_summary_names_what_is_there
     (other / "report.html").unlink()
     (other / "training_viz/metrics_history.json/in the way").mkdir(parents=True)
     done = run_script("--output_dir", str(other), "--resume_from_checkpoint", "true", "--max_steps", "3")
-    assert "the final chart was not drawn" in done.stderr, done.stderr
+    assert done.returncode == 1 and "error: the final chart was not drawn" in done.stderr, done.stderr
+    assert f"type python -m slimpajama_hf views {other}" in done.stderr
     named = re.findall(r"^ +(chart|report|metrics|samples|ledger)  (.*)$", done.stderr, re.M)
     assert [name for name, _ in named] == ["ledger"]
