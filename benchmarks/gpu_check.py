@@ -45,6 +45,7 @@ from slimpajama_hf.model import (  # noqa: E402
     optimization,
 )
 from slimpajama_hf.model import presets as models  # noqa: E402
+from slimpajama_hf.settings.update_rules import UpdateRules  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Largest error of a gradient, relative to autograd's in float64, that a precision may have.
@@ -118,7 +119,7 @@ class Bench:
     def optimizer(self, network: Any, precision_: str, **adamw: Any) -> optimization.AdamWWithMuon:
         plain = torch.optim.AdamW(network.parameters(), **{"lr": 1e-4, "weight_decay": 0.0, "fused": True} | adamw)
         dtype = torch.float32 if precision_ == "float32" else torch.bfloat16
-        return optimization.AdamWWithMuon.of(plain, network, 0.2, dtype)
+        return optimization.AdamWWithMuon.of(plain, network, 0.2, dtype, by_row=True)
 
     def step(self, network: Any, precision_: str, length: int = 0, **more: Any) -> gpt2_step.GPT2Step:
         scale = torch.full((), SCALE, device=self.device) if precision_ == "float16" else None
@@ -677,7 +678,7 @@ def memory(bench: Bench) -> dict[str, Any]:
     found[f"{bench.words:,} words, float32, with the buffer for noise"] = {
         "allocated": held, "reserved": torch.cuda.max_memory_reserved() if bench.on_cuda else None,
         "weights, gradients, moments, average, noise": sum(p.numel() for p in network.parameters()) * 4 * 4
-        + optimization.moments_bytes(network, "muon"),
+        + optimization.moments_bytes(network, UpdateRules()),
     }  # fmt: skip
     del noise_buffer, average
     return found

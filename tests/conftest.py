@@ -273,3 +273,10 @@ def fault_table(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]
                 file.write(json.dumps(row) + "\n")
 
     return add
+
+
+def without_sum(run: Path) -> None:
+    """Leave out of `run.json` what older versions did not write: the sum of the flags in `run_config.yaml`."""
+    record = json.loads((run / "run.json").read_text())
+    del record["config_sha256"]
+    (run / "run.json").write_text(json.dumps(record))

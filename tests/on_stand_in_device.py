@@ -251,7 +251,7 @@ def optimizers_the_average_and_clipping_wait_for_nothing(device: StandIn) -> Non
     optimizers, averages = [], []
     for each in models_of_both:
         adamw = torch.optim.AdamW(each.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
-        optimizers.append(optimization.AdamWWithMuon.of(adamw, each, 0.2, torch.float32))
+        optimizers.append(optimization.AdamWWithMuon.of(adamw, each, 0.2, torch.float32, by_row=True))
         averages.append(averaging.WeightAverage(each, 4))
     steps = [GPT2Step(each, "float32", 64) for each in models_of_both]
     with stand_in_device.like_cuda():

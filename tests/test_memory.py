@@ -18,6 +18,7 @@ from slimpajama_hf.errors import UserError
 from slimpajama_hf.model import averaging, gpt2_step, memory, optimization, products
 from slimpajama_hf.model import presets as models
 from slimpajama_hf.record import noise, teaching
+from slimpajama_hf.settings.update_rules import UpdateRules
 from slimpajama_hf.training import saving
 from tests.conftest import NANO, ROOT, environment, make_records, read_ledger, write_records
 from tests.test_faults import make_trainer
@@ -84,7 +85,7 @@ def count(size: str, precision: str) -> float:
         counted.note(weight)
     with counted:
         adamw = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
-        optimizer = optimization.AdamWWithMuon.of(adamw, network, 0.2, torch.float32)
+        optimizer = optimization.AdamWWithMuon.of(adamw, network, 0.2, torch.float32, by_row=True)
         step = gpt2_step.GPT2Step(network, precision, 256, print, optimizer.matrices)
         step._record = None  # captured or not, as many are alive
         average = averaging.WeightAverage(network, 0.06)
@@ -92,14 +93,14 @@ def count(size: str, precision: str) -> float:
         step(torch.zeros(256, dtype=torch.long, device=network.device))
         del average, others
     # Made at the first update: the moments. That they are as many is tested where they are (test_optimization.py).
-    return counted.peak + optimization.moments_bytes(network, "muon")
+    return counted.peak + optimization.moments_bytes(network, UpdateRules())
 
 
 def planned(size: str, precision: str, device: str) -> memory.Needs:
     with torch.device("meta"):
         network = gpt2(size)
     return memory.needs(
-        network, 256, precision, True, "muon", written_out=True, measures_noise=True, device=device
+        network, 256, precision, True, UpdateRules(), written_out=True, measures_noise=True, device=device
     )  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def test_the_plan_is_what_the_tensors_of_a_cpu_take(monkeypatch, size, precision
     need = planned(size, precision, "cpu")
     if precision == "bfloat16":
         with torch.device("meta"):
-            counted += 2 * optimization.learn_by_muon(gpt2(size), "muon")
+            counted += 2 * optimization.elements_by_muon(gpt2(size), UpdateRules())
     assert need.total_bytes == pytest.approx(counted, rel=0.01)
 
 
@@ -129,19 +130,24 @@ def test_the_plan_is_what_the_tensors_of_a_gpu_take(size, precision):
     assert counted * 0.97 < need.total_bytes < counted * 1.005
 
 
+BY_ROW = UpdateRules()
+
+
 def test_what_is_not_asked_for_is_not_counted():
     with torch.device("meta"):
         network = gpt2("small")
     count = network.num_parameters()
     assert count == sum(weight.numel() for weight in network.parameters())
 
-    def total(averaged=True, how="muon", **more):
+    def total(averaged=True, how=BY_ROW, **more):
         more = {"written_out": True, "measures_noise": True, "device": "cuda"} | more
         return memory.needs(network, 256, "float32", averaged, how, **more).total_bytes
 
-    muon = optimization.learn_by_muon(network, "muon")
+    muon = optimization.elements_by_muon(network, UpdateRules())
+    by_element, adamw = UpdateRules(embedding_moment="element"), UpdateRules("adamw", 0.1, "element")
     assert total() - total(averaged=False) == 4 * count
-    assert total(how="adamw") - total() == 4 * muon
+    assert total(how=adamw) - total(how=by_element) == 4 * muon
+    assert total(how=by_element) - total() == 4 * 50257 * (network.config.n_embd - 1)
     # Without it the most beside the steps is a passport.
     assert total() - total(measures_noise=False) == 4 * count - 8 * 256 * 50257
     assert total(processes=2, written_out=False) - total(written_out=False) == 4 * count

@@ -87,14 +87,12 @@ def _estimate(run: Run, window: Window, candidates: list[Candidate], text: list[
     """Fill in what the gradients at the end of the window estimate."""
     from slimpajama_hf.model import influence_estimate
     from slimpajama_hf.session.command_line import parse
-    from slimpajama_hf.settings.arguments import HIDDEN_RATES
 
     settings = parse(["--output_dir", str(checkpoint.parent), "--resume_from_checkpoint", "true"])
-    optim, rate = settings.model.hidden_optim, settings.model.hidden_rate
     with bars.Counting("Gradients of the documents", 2 * len(candidates)) as counting:
         found = influence_estimate.estimate(
-            _load(checkpoint), text, [each.ids for each in candidates], optim,
-            HIDDEN_RATES[optim] if rate is None else rate, settings.training.max_grad_norm, counting,
+            _load(checkpoint), text, [each.ids for each in candidates], settings.rules,
+            settings.training.max_grad_norm, counting,
         )  # fmt: skip
     for each, value in zip(candidates, found, strict=True):
         each.estimate = value

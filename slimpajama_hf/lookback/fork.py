@@ -34,7 +34,9 @@ _OF_THE_DOCUMENTS = frozenset(
     }
 )  # fmt: skip
 #: Flags that cannot change once there are weights and an optimizer state.
-_AT_THE_START_ONLY = frozenset({"model", "config_overrides", "init_embeddings", "hidden_optim", "optim"})
+_AT_THE_START_ONLY = frozenset(
+    {"model", "config_overrides", "init_embeddings", "hidden_optim", "embedding_moment", "optim"}
+)
 #: Flags that fork sets itself.
 _NOT_YOURS = frozenset({"output_dir", "resume_from_checkpoint", "max_steps", "overwrite_output_dir", "push_to_hub"})
 

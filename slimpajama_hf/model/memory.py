@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from slimpajama_hf.settings.update_rules import UpdateRules
+
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.screen import format_bytes
 
@@ -92,8 +94,8 @@ def needs(
     model: PreTrainedModel,
     max_length: int,
     precision: str,
-    averaged: bool = False,
-    hidden_optim: str = "adamw",
+    averaged: bool,
+    rules: UpdateRules,
     *,
     written_out: bool = False,
     measures_noise: bool = False,
@@ -114,8 +116,8 @@ def needs(
     device = device or model.device.type
     parameters = model.num_parameters()
     low = precision != "float32"
-    muon = optimization.learn_by_muon(model, hidden_optim)
-    state = (12 if averaged else 8) * parameters + optimization.moments_bytes(model, hidden_optim)
+    muon = optimization.elements_by_muon(model, rules)
+    state = (12 if averaged else 8) * parameters + optimization.moments_bytes(model, rules)
     if processes > 1:
         # DDP's buckets hold the gradients once more. A sharded model and its state are divided among the processes.
         state = state // processes if sharded else state + 4 * parameters

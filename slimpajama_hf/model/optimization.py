@@ -9,6 +9,10 @@ however rarely documents point there.
 Doing this at every document costs more than forward and backward. But the average hardly changes from one document to
 the next: an update every 32nd document at 32 times the rate learned nearly as much. Then Muon costs about as much as
 Adam's second moment, which it does not need. docs/recipe.md has the figures.
+
+Beside Muon, the embeddings of tokens (and the output head) learn by AdamW with one second moment for each row, a token,
+instead of one for each element (`--embedding_moment`). At one document a step a row has few gradients that are not
+small, and the mean of its elements' squares is known better than each of them.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from slimpajama_hf.model import shared_turns
-from slimpajama_hf.settings.arguments import HIDDEN_RATES
+from slimpajama_hf.settings.update_rules import UpdateRules
 
 #: Weight of the old average when the gradient of a document is added: a half-life of 69 documents.
 MOMENTUM = 0.99
@@ -31,6 +35,9 @@ UPDATE_RMS = 0.2
 #: Documents from one update of a matrix to its next. If its shorter side is above 512, a sixteenth of that side: the
 #: wider a matrix, the larger the share of its update in the arithmetic of a document.
 DOCUMENTS_BETWEEN = 32
+#: How far the second moment of a token is moved towards the mean of all tokens, as a share of the way in logarithms.
+#: 0: each token by its own alone; 1: one second moment for all.
+TOWARDS_ALL_TOKENS = 0.25
 
 #: The polynomial a x + b x^3 + c x^5 that brings singular values towards 1, and how often it is applied (5 times by
 #: Jordan et al.). Singular values above 0.004 of the largest end between 0.5 and 1.2, which does as well as 1.
@@ -61,14 +68,25 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.ndim >= 2 and id(parameter) not in outside]
 
 
-def learn_by_muon(model: Any, hidden_optim: str) -> int:
+def token_embeddings(model: nn.Module) -> list[nn.Parameter]:
+    """The embedding of the tokens and the output head, each (V, D); one parameter if they are tied."""
+    modules = (getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings"))
+    weights = (getattr(module, "weight", None) for module in modules)
+    found = {id(weight): weight for weight in weights if isinstance(weight, nn.Parameter) and weight.ndim == 2}
+    return list(found.values())
+
+
+def elements_by_muon(model: nn.Module, rules: UpdateRules) -> int:
     """How many parameters (elements) learn by Muon."""
-    return sum(each.numel() for each in hidden_matrices(model) if each.ndim == 2) if hidden_optim == "muon" else 0
+    return sum(each.numel() for each in hidden_matrices(model) if each.ndim == 2) if rules.by_muon else 0
 
 
-def moments_bytes(model: Any, hidden_optim: str) -> int:
-    """Bytes of the optimizer's state: two moments for AdamW, one for matrices that learn by Muon."""
-    return 8 * model.num_parameters() - 4 * learn_by_muon(model, hidden_optim)
+def moments_bytes(model: Any, rules: UpdateRules) -> int:
+    """Bytes of the optimizer's state: two moments for AdamW, one for matrices that learn by Muon; of embeddings with a
+    second moment a row one and a number for each row."""
+    by_row = token_embeddings(model) if rules.by_row else []
+    saved = elements_by_muon(model, rules) + sum(each.numel() - each.shape[0] for each in by_row)
+    return int(8 * model.num_parameters() - 4 * saved)
 
 
 def set_apart(optimizer: torch.optim.Optimizer, which: list[nn.Parameter], rate: float, **options: Any) -> None:
@@ -82,41 +100,28 @@ def set_apart(optimizer: torch.optim.Optimizer, which: list[nn.Parameter], rate:
             optimizer.add_param_group(same | options | {"params": moved, "lr": group["lr"] * rate})
 
 
-def of_hidden_matrices(optim: str, hidden_optim: str, rate: float | None) -> tuple[str, float]:
-    """The optimizer of hidden matrices (`muon`, `adamw`, or another `--optim`), and their rate as a share of the
-    learning rate. `hidden_optim` and `rate`: what the user asked for; `rate` None: the default."""
-    if optim not in ("adamw_torch", "adamw_torch_fused"):
-        return optim, 1.0
-    return hidden_optim, HIDDEN_RATES[hidden_optim] if rate is None else rate
-
-
-def with_hidden_matrices(
-    optimizer: Any,
-    model: nn.Module,
-    hidden_optim: str,
-    rate: float,
-    product_dtype: torch.dtype,
-    documents: int,
-    processes: int,
+def with_rules(
+    optimizer: Any, model: nn.Module, rules: UpdateRules, product_dtype: torch.dtype, documents: int, processes: int
 ) -> Any:
-    """The optimizer of a run: `optimizer`, changed so that the hidden matrices learn as `--hidden_optim` says, at
-    `rate` times its rate. `optimizer` must not have made a step. The other parameters: see `AdamWWithMuon`."""
-    if hidden_optim == "muon":
+    """The optimizer of a run: `optimizer`, changed so that hidden matrices and embeddings learn by `rules`. It must not
+    have made a step. The other parameters: see `AdamWWithMuon`."""
+    if rules.by_muon:
         assert isinstance(optimizer, torch.optim.AdamW)
-        return AdamWWithMuon.of(optimizer, model, rate, product_dtype, documents, processes)
-    if hidden_optim == "adamw" and rate != 1.0:
-        set_apart(optimizer, hidden_matrices(model), rate)
+        return AdamWWithMuon.of(optimizer, model, rules.hidden_rate, product_dtype, documents, processes, rules.by_row)
+    if rules.hidden_rate != 1.0:
+        set_apart(optimizer, hidden_matrices(model), rules.hidden_rate)
     return optimizer
 
 
 class AdamWWithMuon(torch.optim.AdamW):
-    """AdamW, with Muon for the groups that say `muon`; all parameters of these are matrices.
+    """AdamW, with Muon for the groups that say `muon`, and one second moment a row for those that say `rows`; all
+    parameters of both are matrices.
 
-    Each matrix has an exponential average of its gradients (4 bytes per parameter; AdamW has 8). Every `steps_between`
-    steps the matrix moves by that average, made orthogonal. The length comes to `UPDATE_RMS` of the group's rate per
-    step. Matrices take turns. `product_dtype`: in what the orthogonal matrix is computed. `documents`: how many a step
-    has. `processes`: how many share the work (`shared_turns.py`), with equal gradients or with shards of them. With
-    `fused`, `grad_scale` and `found_inf` work as in AdamW, without waiting for the device.
+    Each matrix of Muon has an exponential average of its gradients (4 bytes per parameter; AdamW has 8). Every
+    `steps_between` steps the matrix moves by that average, made orthogonal. The length comes to `UPDATE_RMS` of the
+    group's rate per step. Matrices take turns. `product_dtype`: in what the orthogonal matrix is computed. `documents`:
+    how many a step has. `processes`: how many share the work (`shared_turns.py`), with equal gradients or with shards
+    of them. With `fused`, `grad_scale` and `found_inf` work as in AdamW, without waiting for the device.
     """
 
     def __init__(
@@ -140,9 +145,10 @@ class AdamWWithMuon(torch.optim.AdamW):
         product_dtype: torch.dtype,
         documents: int = 1,
         processes: int = 1,
+        by_row: bool = False,
     ) -> AdamWWithMuon:
         """Replaces `adamw`, which must not have made a step: hidden matrices of `model` learn by Muon at `rate` times
-        its rate, all else as before."""
+        its rate, embeddings of tokens with a second moment for each row if `by_row`, all else as before."""
         # This default makes Adam an AdamW; the constructor of AdamW does not take it.
         options = {name: value for name, value in adamw.defaults.items() if name != "decoupled_weight_decay"}
         optimizer = cls(adamw.param_groups, product_dtype, documents, processes, **options)
@@ -156,33 +162,75 @@ class AdamWWithMuon(torch.optim.AdamW):
         set_apart(optimizer, matrices, rate, muon=True, steps=0, **together)
         # Parameters that hold the matrices of several experts stay with AdamW.
         set_apart(optimizer, [each for each in hidden if each.ndim > 2], rate)
+        if by_row:
+            set_apart(optimizer, token_embeddings(model), 1.0, rows=True)
         return optimizer
 
     @property
     def matrices(self) -> list[nn.Parameter]:
         """The matrices that learn by Muon. Each changes only at the steps of its turn."""
-        return [matrix for group in self._groups(muon=True) for matrix in group["params"]]
+        return [matrix for group in self._groups("muon") for matrix in group["params"]]
 
-    def _groups(self, muon: bool) -> list[dict[str, Any]]:
-        return [group for group in self.param_groups if group.get("muon", False) == muon]
+    def _groups(self, kind: str) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if _kind(group) == kind]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Adam's method reads state of every parameter that parameters of Muon do not have.
+        # Adam's method reads state of every parameter that parameters of the other kinds do not have.
         groups = state["param_groups"]
-        super().__setstate__(state | {"param_groups": [group for group in groups if not group.get("muon", False)]})
+        super().__setstate__(state | {"param_groups": [group for group in groups if _kind(group) == "adamw"]})
         self.param_groups = groups
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update everything by one step; of the matrices only those whose turn it is."""
+        """Update everything by one step; of Muon's matrices only those whose turn it is."""
         groups = self.param_groups
-        self.param_groups = self._groups(muon=False)
+        self.param_groups = self._groups("adamw")
         try:
             loss = super().step(closure)
         finally:
             self.param_groups = groups
-        for group in self._groups(muon=True):
+        for group in self._groups("rows"):
+            self._step_rows(group)
+        for group in self._groups("muon"):
             self._step_matrices(group)
         return loss
+
+    @torch.no_grad()
+    def _step_rows(self, group: dict[str, Any]) -> None:
+        """AdamW, with a second moment for each row: the mean of the squares of its gradient, moved towards the mean of
+        all rows."""
+        beta1, beta2 = group["betas"]
+        grad_scale, found_inf = self._told("grad_scale"), self._told("found_inf")
+        for embedding in group["params"]:
+            if embedding.grad is None:
+                continue
+            average, moment, steps = self._state_of_rows(embedding)
+            # 0 if the step is to be skipped, as below. A tensor in any case, so that the rounding is the same.
+            made = torch.ones_like(steps) if found_inf is None else 1.0 - found_inf
+            gradient, own = _local(embedding.grad), _local(moment)
+            squares = torch.linalg.vector_norm(gradient, dim=1, keepdim=True).square() / gradient.shape[1]
+            if grad_scale is not None:
+                squares = squares / grad_scale**2
+            if found_inf is not None:
+                squares = torch.where(found_inf == 0, squares, own)
+            # After the squares: on a GPU its kernel writes the unscaled gradient back.
+            self._take_in([_local(average)], [gradient], 1.0 - beta1)
+            own.lerp_(squares, 1.0 - beta2)
+            steps += made
+            of_all = _sum(moment) / embedding.shape[0]
+            second = own ** (1.0 - TOWARDS_ALL_TOKENS) * of_all**TOWARDS_ALL_TOKENS / (1.0 - beta2**steps)
+            if group["weight_decay"]:
+                _local(embedding).mul_(1.0 - made * (group["lr"] * group["weight_decay"]))
+            length = made * group["lr"] / (1.0 - beta1**steps)
+            _local(embedding).addcmul_(_local(average), -length / (second.sqrt() + group["eps"]))
+
+    def _state_of_rows(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The average of its gradients, the second moment of each row (V, 1), and the steps that it made."""
+        state = self.state[embedding]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(embedding)
+            state["row_moment"] = _column_of(embedding)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=embedding.device)
+        return state["exp_avg"], state["row_moment"], state["step"]
 
     @torch.no_grad()
     def _step_matrices(self, group: dict[str, Any]) -> None:
@@ -273,6 +321,26 @@ def _turns(shapes: Sequence[torch.Size], together: int) -> list[int]:
     for position, place in enumerate(by_cost):
         turns[place] = position // together
     return turns
+
+
+def _kind(group: dict[str, Any]) -> str:
+    """By what the parameters of a group learn."""
+    return "muon" if group.get("muon", False) else "rows" if group.get("rows", False) else "adamw"
+
+
+def _column_of(matrix: torch.Tensor) -> torch.Tensor:
+    """Zeros, one for each row of a matrix, (rows, 1); sharded like it."""
+    zeros = torch.zeros_like(_local(matrix)[:, :1])
+    if not isinstance(matrix, DTensor):
+        return zeros
+    shape = torch.Size((matrix.shape[0], 1))
+    return DTensor.from_local(zeros, matrix.device_mesh, matrix.placements, shape=shape, stride=(1, 1))
+
+
+def _sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of all elements, over all processes if the tensor is sharded."""
+    total = tensor.sum()
+    return total.full_tensor() if isinstance(total, DTensor) else total
 
 
 def _local(tensor: Any) -> torch.Tensor:

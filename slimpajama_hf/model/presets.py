@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from slimpajama_hf.settings.update_rules import UpdateRules
+
 from slimpajama_hf import files, screen
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.model import causality, memory
@@ -349,9 +351,9 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def checkpoint_bytes(model: PreTrainedModel, averaged: bool, hidden_optim: str) -> int:
+def checkpoint_bytes(model: PreTrainedModel, averaged: bool, rules: UpdateRules) -> int:
     """Bytes of a checkpoint: weights, their average if there is one, and the optimizer's state."""
     from slimpajama_hf.model import optimization
 
     weights = 4 * model.num_parameters()
-    return (2 if averaged else 1) * weights + optimization.moments_bytes(model, hidden_optim)
+    return (2 if averaged else 1) * weights + optimization.moments_bytes(model, rules)

@@ -90,7 +90,7 @@ def _copied(settings: Settings, model: Any, trainer: SlimPajamaTrainer) -> str:
     """Memory that a checkpoint takes while it is written beside training."""
     if trainer.args.save_strategy == "no" or trainer.args.save_only_model or devices.is_sharded():
         return ""
-    copies = checkpoint_bytes(model, settings.model.average_weights > 0, trainer.hidden_optim)
+    copies = checkpoint_bytes(model, settings.model.average_weights > 0, trainer.rules)
     return f", and {screen.format_bytes(copies)} of the machine's while a checkpoint is written"
 
 
@@ -108,7 +108,7 @@ def _needs(settings: Settings, trainer: SlimPajamaTrainer, precision: str) -> me
         settings.data.max_seq_length,
         precision,
         settings.model.average_weights > 0 and not sharded,
-        trainer.hidden_optim,
+        trainer.rules,
         written_out=written_out,
         measures_noise=written_out and args.max_steps >= noise.STEPS_BETWEEN,
         device=args.device.type,
@@ -164,9 +164,11 @@ def _emulated(name: str, device: Any) -> str:
 
 def _matrices(trainer: SlimPajamaTrainer) -> str:
     """How the matrices in the blocks learn, if they learn differently from the rest."""
-    if trainer.hidden_optim == "muon":
-        return f", matrices by Muon at {trainer.hidden_rate:g} of it"
-    return f", matrices at {trainer.hidden_rate:g} of it" if trainer.hidden_rate != 1.0 else ""
+    rules = trainer.rules
+    if rules.by_muon:
+        by_row = ", embeddings with one second moment a token" if rules.by_row else ""
+        return f", matrices by Muon at {rules.hidden_rate:g} of it{by_row}"
+    return f", matrices at {rules.hidden_rate:g} of it" if rules.hidden_rate != 1.0 else ""
 
 
 def _documents(trainer: SlimPajamaTrainer) -> str:

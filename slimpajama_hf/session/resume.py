@@ -153,7 +153,12 @@ def flags_of_run(config: Mapping[str, Any], folder: RunFolder) -> list[str]:
     """
     from slimpajama_hf.settings.flags import config_to_argv
 
+    if "embedding_moment" not in config and not str(config.get("optim", "adamw_torch")).startswith("adamw_torch"):
+        # It had no effect beside another optimizer, and is refused now.
+        config = {name: value for name, value in config.items() if name != "hidden_rate"}
     flags = config_to_argv(dict(config), str(folder.config))
+    if "embedding_moment" not in config:
+        flags = ["--embedding_moment", "element", *flags]
     if "init_embeddings" not in config:
         flags = ["--init_embeddings", "random", *flags]
     if "hidden_optim" in config:
@@ -171,9 +176,11 @@ def refuse_changes(settings: Settings, recorded: Settings) -> None:
     changes = []
     for name in WHAT_MATTERS:
         before, now = recorded.value(name), settings.value(name)
-        if before != now and name == "hidden_optim":
+        if name == "embedding_moment":
+            before, now = recorded.rules.embedding_moment, settings.rules.embedding_moment
+        if before != now and name in ("hidden_optim", "embedding_moment"):
             raise UserError(
-                f"--hidden_optim {now}: this run was begun with {before}, and what that has kept of the gradients is "
+                f"--{name} {now}: this run was begun with {before}, and what that has kept of the gradients is "
                 "of no use to another; leave it out to go on, or start a run in another --output_dir"
             )
         if before != now and name == "init_embeddings":

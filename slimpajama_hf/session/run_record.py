@@ -145,7 +145,7 @@ def _model(settings: Settings, model: Any, precision: str) -> dict[str, Any]:
         "name": settings.model.model,
         "architecture": model.config.model_type,
         "parameters": model.num_parameters(),
-        "checkpoint_bytes": checkpoint_bytes(model, settings.model.average_weights > 0, settings.model.hidden_optim),
+        "checkpoint_bytes": checkpoint_bytes(model, settings.model.average_weights > 0, settings.rules),
         "vocab_size": model.config.vocab_size,
         "precision": precision,
         # Filled in when training begins.

@@ -139,6 +139,12 @@ class ModelArguments:
         None,
         "rate of those matrices as a share of --learning_rate; default: 0.2 for muon, 0.1 for adamw; 1: the same rate",
     )
+    embedding_moment: str = _knob(
+        "auto",
+        "second moment of the embeddings: row (one a token), element (one a number, AdamW's own); auto: row with "
+        "--hidden_optim muon",
+        choices=("auto", "row", "element"),
+    )
     average_weights: float = _knob(
         0.06, "half-life of an average of the weights that is saved too: steps, or below 1 a share of the run; 0: none"
     )
@@ -242,7 +248,8 @@ def help_text(
         f"usage: {usage}",
         f"{what} Defaults < config files in order < flags.",
         "  --config FILE.yaml           flags written down; may be given several times (see configs/)",
-        "  --help                       this page",
+        "  --help                       this page; of other commands: python -m slimpajama_hf --help; flags of "
+        "train_slimpajama.py: docs/migrating.md",
     ]
 
     def add(name: str, default: Any, text: str) -> None:
@@ -259,9 +266,6 @@ def help_text(
     for name, (default, text) in TRAINING_DEFAULTS.items():
         if text is not None:
             add(name, default, text)
-    lines += [
-        "Other commands: python -m slimpajama_hf --help. Flags of train_slimpajama.py: docs/migrating.md",
-    ]
     return "\n".join(lines)
 
 

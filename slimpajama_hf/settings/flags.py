@@ -198,6 +198,7 @@ def complete(settings: Settings) -> Settings:
         completed["output_dir"] = TEST_FOLDER if settings.run.test else named
     chosen = precision.asked(settings.model.precision, flags)
     settings = settings.changed(model={"precision": chosen}, training=completed)
+    _ = settings.rules  # refuses what would have no effect
     if settings.run.lr_find:
         settings = _range_test(settings)
     # A fraction of the steps becomes a number now: a resume with more steps must not warm up again.

@@ -6,6 +6,8 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
+from slimpajama_hf.settings.update_rules import UpdateRules
+
 if TYPE_CHECKING:
     from slimpajama_hf.settings.arguments import DataArguments, ModelArguments, RunArguments
     from slimpajama_hf.settings.training_arguments import SlimPajamaTrainingArguments
@@ -60,6 +62,13 @@ class Settings:
                 value = getattr(group, name)
                 return getattr(value, "value", value)
         return None
+
+    @property
+    def rules(self) -> UpdateRules:
+        """How hidden matrices and embeddings learn. Raises UsageError for `--embedding_moment row`
+        where it would have no effect."""
+        asked = self.model
+        return UpdateRules.of(self.value("optim"), asked.hidden_optim, asked.hidden_rate, asked.embedding_moment)
 
     @property
     def output_dir(self) -> str:

@@ -12,7 +12,7 @@ WHAT_MATTERS = (
     "dataset", "dataset_config_name", "dataset_revision", "dataset_split", "text_column", "sample_mode",
     "max_seq_length", "shuffle_buffer", "leave_out", "model", "config_overrides", "tokenizer", "precision",
     "learning_rate", "warmup_steps", "seed", "backward", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "max_grad_norm", "optim", "gradient_accumulation_steps", "hidden_optim", "hidden_rate",
+    "max_grad_norm", "optim", "gradient_accumulation_steps", "hidden_optim", "hidden_rate", "embedding_moment",
     "txt_documents", "eval_fraction", "init_embeddings",
 )  # fmt: skip
 

@@ -17,6 +17,7 @@ from slimpajama_hf.training.host_copies import HostCopies
 
 if TYPE_CHECKING:
     from slimpajama_hf.corpus.documents import Cursor
+    from slimpajama_hf.settings.update_rules import UpdateRules
     from slimpajama_hf.training.clock import TrainingClock
     from slimpajama_hf.training.processes import Processes
     from slimpajama_hf.training.saving import Saving
@@ -35,6 +36,7 @@ class Checkpointing(Trainer):
     cursor: Cursor
     clock: TrainingClock
     team: Processes
+    rules: UpdateRules
     run_path: Path
     _updating: bool
     _copies: HostCopies | None = None
@@ -88,7 +90,7 @@ class Checkpointing(Trainer):
             return False
         if self._copies_fit is None:
             model = self.accelerator.unwrap_model(self.model)
-            copies = presets.checkpoint_bytes(model, self.average is not None, getattr(self, "hidden_optim", ""))
+            copies = presets.checkpoint_bytes(model, self.average is not None, self.rules)
             free = memory.free_bytes(torch.device("cpu"))
             self._copies_fit = free is None or free > 1.25 * copies
             if not self._copies_fit:

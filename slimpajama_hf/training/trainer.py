@@ -19,6 +19,7 @@ from slimpajama_hf import precision
 from slimpajama_hf.errors import SaidByTheFirst, UserError
 from slimpajama_hf.model import averaging, memory, optimization
 from slimpajama_hf.record import noise
+from slimpajama_hf.settings.update_rules import UpdateRules
 from slimpajama_hf.training import loss_scale, range_test, schedule, step_numbers, stopping
 from slimpajama_hf.training.backward import why_autograd, write_out
 from slimpajama_hf.training.batches import Batches, collate
@@ -75,8 +76,7 @@ class SlimPajamaTrainer(Checkpointing):
         held_out: HeldOutScores | None = None,
         backward: str = "auto",
         average_half_life: float = 0.0,
-        hidden_optim: str = "muon",
-        hidden_rate: float | None = None,
+        rules: UpdateRules | None = None,
         news: News | None = None,
         lr_find: bool = False,
         reduce_dtype: str = "float32",
@@ -139,9 +139,7 @@ class SlimPajamaTrainer(Checkpointing):
         if self.args.fp16 and self.args.device.type == "cpu" and self.accelerator.scaler is None:
             # Without a scaler the Trainer would silently compute in float32 here.
             self.accelerator.scaler, self.accelerator.native_amp = loss_scale.for_a_cpu(), True
-        self.hidden_optim, self.hidden_rate = optimization.of_hidden_matrices(
-            self.args.optim, hidden_optim, hidden_rate
-        )
+        self.rules = rules or UpdateRules()
         self.remove_callback(PrinterCallback)  # we print our own bar and lines
         self.run_path = Path(str(self.args.output_dir))
         self._parameters: int = self.accelerator.unwrap_model(self.model).num_parameters(exclude_embeddings=True)
@@ -175,7 +173,7 @@ class SlimPajamaTrainer(Checkpointing):
     # ---- the step ----
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As in transformers, except that hidden matrices learn in their own way (`optimization.py`)."""
+        """As in transformers, except that hidden matrices and embeddings learn in their own way (`optimization.py`)."""
         there = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         if there:
@@ -183,11 +181,10 @@ class SlimPajamaTrainer(Checkpointing):
         # Muon's matrices are only orthogonal up to a factor of 2: `--precision float32` need not make them exact.
         fast = precision.choose("auto", self.args.device)
         network: Any = model if model is not None else self.model
-        self.optimizer = optimization.with_hidden_matrices(
+        self.optimizer = optimization.with_rules(
             optimizer,
             network,
-            self.hidden_optim,
-            self.hidden_rate,
+            self.rules,
             torch.bfloat16 if fast == "bfloat16" else torch.float32,
             self.args.world_size * self.args.gradient_accumulation_steps,
             self.args.world_size,

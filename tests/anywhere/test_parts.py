@@ -57,7 +57,7 @@ def test_turned_muon_is_the_optimizer_of_our_own_runs():
         {"params": [each for each in models[0].parameters() if each.ndim >= 2], "weight_decay": 0.1},
         {"params": [each for each in models[0].parameters() if each.ndim < 2], "weight_decay": 0.0},
     ]
-    own = AdamWWithMuon.of(torch.optim.AdamW(groups, lr=1e-2), models[0], 0.5, torch.float32)
+    own = AdamWWithMuon.of(torch.optim.AdamW(groups, lr=1e-2), models[0], 0.5, torch.float32, by_row=True)
     theirs = TurnedMuon(models[1], lr=1e-2, weight_decay=0.1, hidden_rate=0.5)
     for _ in range(40):
         for model, optimizer in zip(models, (own, theirs), strict=True):

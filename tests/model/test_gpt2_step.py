@@ -246,7 +246,7 @@ def test_what_is_seldom_changed_is_cast_when_it_has_changed_and_only_then(tokeni
         monkeypatch.setattr(Weights, "refresh", counted)
         groups = [{"params": list(model.parameters())}]
         adamw = torch.optim.AdamW(groups, lr=1e-2, fused=True)
-        optimizer = optimization.AdamWWithMuon.of(adamw, model, 0.5, torch.float32)
+        optimizer = optimization.AdamWWithMuon.of(adamw, model, 0.5, torch.float32, by_row=True)
         step = GPT2Step(model, "bfloat16", 64, seldom_changed=optimizer.matrices if which else ())
         average = WeightAverage(model, 1)
         begun = {name: weight.clone() for name, weight in model.state_dict().items()}

@@ -11,8 +11,9 @@ from slimpajama_hf.model import optimization, shared_turns
 from slimpajama_hf.model import presets as models
 from slimpajama_hf.model.optimization import AdamWWithMuon, hidden_matrices, orthogonal, set_apart
 from slimpajama_hf.samples.tokenizer import load_tokenizer
+from slimpajama_hf.settings.update_rules import UpdateRules
 from slimpajama_hf.settings.yaml_file import read_config
-from tests.conftest import run_command, run_script
+from tests.conftest import run_command, run_script, without_sum
 
 WIDE = ["--model", "tiny", "--config_overrides", "n_layer=1,n_embd=64,n_head=2", "--tokenizer", "builtin"]
 
@@ -47,12 +48,13 @@ def test_groups_keep_their_options_and_every_parameter_stands_in_one(tokenizer):
     assert sorted(placed) == sorted(map(id, model.parameters()))
 
 
-def with_muon(model, rate=0.5, **adamw):
+def with_muon(model, rate=0.5, by_row=False, **adamw):
     groups = [
         {"params": [parameter for parameter in model.parameters() if parameter.ndim == 2], "weight_decay": 0.1},
         {"params": [parameter for parameter in model.parameters() if parameter.ndim == 1], "weight_decay": 0.0},
     ]
-    return AdamWWithMuon.of(torch.optim.AdamW(groups, lr=1e-3, fused=True, **adamw), model, rate, torch.float32)
+    adamw = torch.optim.AdamW(groups, lr=1e-3, fused=True, **adamw)
+    return AdamWWithMuon.of(adamw, model, rate, torch.float32, by_row=by_row)
 
 
 def tiny(tokenizer, seed=1):
@@ -178,13 +180,15 @@ def test_a_matrix_without_a_gradient_so_far_stays_as_it_is(tokenizer, monkeypatc
 def test_a_step_that_is_skipped_moves_nothing(tokenizer):
     """Told as a GPU is told: by a flag on the device, which is not read."""
     model = tiny(tokenizer)
-    optimizer = with_muon(model)
+    optimizer = with_muon(model, by_row=True)
     for step in range(4):
         set_gradients(model, step)
         optimizer.step()
     assert optimizer.state
     before = [each.detach().clone() for each in model.parameters()]
     averages = [optimizer.state[each]["momentum_buffer"].clone() for each in hidden_matrices(model)]
+    rows = {name: value.clone() for name, value in optimizer.state[model.transformer.wte.weight].items()}
+    assert sorted(rows) == ["exp_avg", "row_moment", "step"]
     for _ in range(optimization.DOCUMENTS_BETWEEN):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, float("nan"))
@@ -195,13 +199,15 @@ def test_a_step_that_is_skipped_moves_nothing(tokenizer):
         torch.equal(optimizer.state[each]["momentum_buffer"], was)
         for each, was in zip(hidden_matrices(model), averages, strict=True)
     )
+    kept = optimizer.state[model.transformer.wte.weight]
+    assert all(torch.equal(kept[name], was) for name, was in rows.items())
 
 
 def test_turns_come_alike_whether_a_step_is_skipped_by_a_flag_or_by_having_no_gradients(tokenizer, monkeypatch):
     """On a device by `found_inf`, which is not read, on a CPU by no gradients: to the bit, at a matrix' turn too."""
     monkeypatch.setattr(optimization, "DOCUMENTS_BETWEEN", 4)
     models_of_both = tiny(tokenizer), tiny(tokenizer)
-    optimizers = [with_muon(each) for each in models_of_both]
+    optimizers = [with_muon(each, by_row=True) for each in models_of_both]
     for step in range(14):
         bad = step in (1, 2, 7, 8)
         for model in models_of_both:
@@ -240,20 +246,20 @@ def test_a_count_of_turns_goes_on_from_that_of_an_older_checkpoint(tokenizer):
 def test_its_state_is_saved_and_goes_on_to_the_bit(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(optimization, "DOCUMENTS_BETWEEN", 4)
     whole, cut = tiny(tokenizer), tiny(tokenizer)
-    optimizers = [with_muon(whole), with_muon(cut)]
+    optimizers = [with_muon(whole, by_row=True), with_muon(cut, by_row=True)]
     for step in range(7):
         if step == 4:
             torch.save(optimizers[1].state_dict(), tmp_path / "optimizer.pt")
             again = tiny(tokenizer, seed=2)
             again.load_state_dict(cut.state_dict())
-            cut, optimizers[1] = again, with_muon(again)
+            cut, optimizers[1] = again, with_muon(again, by_row=True)
             optimizers[1].load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
         for model, optimizer in zip((whole, cut), optimizers, strict=True):
             set_gradients(model, step)
             optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters(), strict=True))
     kept = sum(value.numel() for state in optimizers[0].state.values() for value in state.values() if value.ndim)
-    assert 4 * kept == optimization.moments_bytes(whole, "muon") < optimization.moments_bytes(whole, "adamw")
+    assert 4 * kept == optimization.moments_bytes(whole, UpdateRules())
 
 
 @pytest.mark.long
@@ -327,12 +333,15 @@ def test_a_run_begun_before_there_was_a_choice_goes_on_as_it_was(shards, tmp_pat
     assert done.returncode == 0, done.stderr
     config = run / "run_config.yaml"
     lines = config.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if not line.startswith("hidden_")]
-    assert len(kept) == len(lines) - 2
+    kept = [line for line in lines if not line.startswith(("hidden_", "embedding_moment"))]
+    assert len(kept) == len(lines) - 3
     config.write_text("".join(kept))
-    done = run_script("--resume_from_checkpoint", "true", "--output_dir", str(run), "--max_steps", "8")
+    without_sum(run)
+    # It is not known any more as a run of this user, so its files are named again.
+    on = ["--resume_from_checkpoint", "true", "--dataset", f"{shards}/*.jsonl.zst"]
+    done = run_script(*on, "--output_dir", str(run), "--max_steps", "8")
     assert done.returncode == 0, done.stderr
-    assert "matrices" not in done.stderr, "as all the rest, in one plain AdamW"
+    assert "matrices" not in done.stderr and "second moment" not in done.stderr, "as all the rest, in one plain AdamW"
     assert read_config(str(config))["hidden_optim"] == "adamw" and read_config(str(config))["hidden_rate"] == 1
 
 

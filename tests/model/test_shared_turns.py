@@ -33,8 +33,9 @@ def trained(network: torch.nn.Module, processes: int, sharded: bool) -> torch.nn
         fully_shard(network)
     groups = [{"params": list(network.parameters()), "weight_decay": 0.1}]
     optimizer = AdamWWithMuon.of(
-        torch.optim.AdamW(groups, lr=1e-2, fused=True), network, 0.5, torch.bfloat16, documents=8, processes=processes
-    )
+        torch.optim.AdamW(groups, lr=1e-2, fused=True), network, 0.5, torch.bfloat16, documents=8, processes=processes,
+        by_row=True,
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     for _ in range(STEPS):
         for parameter in network.parameters():
