@@ -122,8 +122,6 @@ class TrainingRun:
                 self.settings, self._corpus, self._encoder, self._tokenizer_name, self._folder, model, self._resuming,
                 self._team, self._waiting,
             )  # fmt: skip
-            if self._embeddings is not None:
-                self._embeddings.put_into(model)
         return model
 
     def open_stream(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> SampleStream:

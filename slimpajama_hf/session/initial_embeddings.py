@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 
 from slimpajama_hf import files, screen
 from slimpajama_hf.errors import UserError, one_line
-from slimpajama_hf.model import cooccurrence
+from slimpajama_hf.model import cooccurrence, final_norm
 from slimpajama_hf.session.own_tokenizer import FirstTexts
 from slimpajama_hf.settings.arguments import corpus_vocabulary
 
@@ -28,12 +28,18 @@ if TYPE_CHECKING:
     from slimpajama_hf.settings.settings import Settings
     from slimpajama_hf.training.processes import Processes
 
+#: Where the weight of the last norm begins beside embeddings from counts, which are long; 1 is usual (docs/recipe.md).
+FINAL_NORM = 0.25
+
 
 class InitialEmbeddings:
-    """Embeddings made from counts. `rows`: (tokens, width), bfloat16; those that were `counted`, (tokens,), count."""
+    """Embeddings made from counts. `rows`: (tokens, width), bfloat16; those that were `counted`, (tokens,), count.
+    `final_norm`: where the weight of the last norm begins, as a share of what is usual."""
 
-    def __init__(self, rows: torch.Tensor, counted: torch.Tensor, described: dict[str, Any] | None = None) -> None:
-        self.rows, self.counted = rows, counted
+    def __init__(
+        self, rows: torch.Tensor, counted: torch.Tensor, final_norm: float, described: dict[str, Any] | None = None
+    ) -> None:
+        self.rows, self.counted, self.final_norm = rows, counted, final_norm
         self.described = described
         """What `run.json` says of them; None if it says it already."""
 
@@ -42,6 +48,10 @@ class InitialEmbeddings:
         weight = model.get_input_embeddings().weight
         with torch.no_grad():
             weight[: len(self.rows)][self.counted] = self.rows[self.counted].to(weight)
+        if self.final_norm != 1.0 and not final_norm.begin_at(model, self.final_norm):
+            self.final_norm = 1.0
+        if self.described is not None:
+            self.described["final_norm"] = self.final_norm
 
     def keep(self, folder: RunFolder) -> None:
         """Save them in the folder of the run."""
@@ -64,7 +74,7 @@ def of_run(
     team: Processes,
     waiting: Callable[[str], None],
 ) -> InitialEmbeddings | None:
-    """The embeddings for `model`, of a run that begins or goes on from its very start; None if drawn at random.
+    """Give `model` its embeddings, if a run begins or goes on from its very start; None if they stay drawn at random.
 
     Raises UserError if there is no text to count.
     """
@@ -74,25 +84,36 @@ def of_run(
     width = model.get_input_embeddings().weight.shape[1]
 
     def made() -> InitialEmbeddings:
-        kept = _kept(folder) if resuming else None
-        return kept or _counted(settings, FirstTexts(corpus, settings.data), encoder, width, corpus.name)
+        recorded = folder.read_record().get("initial_embeddings") if resuming and folder.record.is_file() else None
+        # Older runs began with the usual last norm.
+        strength = FINAL_NORM if recorded is None else recorded.get("final_norm", 1.0)
+        kept = _kept(folder, strength) if recorded is not None else None
+        return kept or _counted(settings, FirstTexts(corpus, settings.data), encoder, width, corpus.name, strength)
 
-    return team.first_does(made)
+    found = team.first_does(made)
+    asked = found.final_norm
+    found.put_into(model)
+    if team.is_first and found.final_norm != asked:
+        screen.say(
+            f"the last norm of {type(model).__name__} begins as usual, not at {asked:g}: that is for models whose head is "
+            "their embedding and reads one norm"
+        )
+    return found
 
 
-def _kept(folder: RunFolder) -> InitialEmbeddings | None:
-    """Those of the run in `folder`; None if it has none, or none that can be read."""
-    if not folder.record.is_file() or "initial_embeddings" not in folder.read_record():
-        return None
+def _kept(folder: RunFolder, strength: float) -> InitialEmbeddings | None:
+    """Those of the run in `folder`; None if they cannot be read."""
     try:
         kept = load_file(folder.initial_embeddings)
-        return InitialEmbeddings(kept["rows"], kept["counted"])
+        return InitialEmbeddings(kept["rows"], kept["counted"], strength)
     except (OSError, SafetensorError, KeyError) as error:
         screen.say(f"{folder.initial_embeddings}: cannot be read ({one_line(error)}); it is counted anew")
         return None
 
 
-def _counted(settings: Settings, texts: FirstTexts, encoder: Encoder, width: int, name: str) -> InitialEmbeddings:
+def _counted(
+    settings: Settings, texts: FirstTexts, encoder: Encoder, width: int, name: str, strength: float
+) -> InitialEmbeddings:
     began = time.monotonic()
     length = settings.data.max_seq_length
     counts = cooccurrence.count((encoder.opening(text, length).ids for text in texts), encoder.size)
@@ -106,4 +127,4 @@ def _counted(settings: Settings, texts: FirstTexts, encoder: Encoder, width: int
         "stand there and begin at random"
     )
     described = {"from": "cooccurrence", "documents": texts.documents, "neighbours": tokens}
-    return InitialEmbeddings(rows.bfloat16(), counted, described)
+    return InitialEmbeddings(rows.bfloat16(), counted, strength, described)

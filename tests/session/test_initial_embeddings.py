@@ -51,6 +51,8 @@ def test_the_model_begins_with_them_and_it_is_said(whole):
     assert 100 < counted.sum() < len(counted)
     torch.testing.assert_close(saved[: len(counted)][counted], kept["rows"][counted].float())
     assert saved[: len(counted)][~counted].std().item() == pytest.approx(0.02, rel=0.1)
+    norm = load_file(run / "checkpoint-12" / WEIGHTS)["transformer.ln_f.weight"]
+    assert torch.allclose(norm, torch.full_like(norm, found["final_norm"])) and found["final_norm"] == 0.25
     meta, _ = content.gather(RunFolder(run), Reader(run / "ledger.jsonl"))
     assert any("were counted for the initial embeddings" in note for note in meta["notes"])
 
@@ -86,6 +88,22 @@ def test_a_run_that_lost_its_checkpoints_and_a_replay_begin_with_the_same(shards
     assert (
         other.returncode == 1 and "--init_embeddings random: this run has begun, with cooccurrence" in other.stderr
     ), other.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_older_run_begins_again_with_the_usual_last_norm(whole, tmp_path, damaged):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run, ignore=shutil.ignore_patterns("checkpoint-*"))
+    found = record(run)
+    del found["initial_embeddings"]["final_norm"]
+    (run / "run.json").write_text(json.dumps(found))
+    if damaged:
+        (run / FILE).unlink()
+    again = run_script("--output_dir", str(run), "--resume_from_checkpoint", "true")
+    assert again.returncode == 0 and "last norm" not in again.stderr, again.stderr
+    norm = load_file(run / "checkpoint-12" / WEIGHTS)["transformer.ln_f.weight"]
+    assert torch.allclose(norm, torch.ones_like(norm))
 
 
 @pytest.mark.long
