@@ -95,8 +95,8 @@ def of_run(
     found.put_into(model)
     if team.is_first and found.final_norm != asked:
         screen.say(
-            f"the last norm of {type(model).__name__} begins as usual, not at {asked:g}: that is for a head that is the "
-            "embedding and reads one norm"
+            f"the last norm of {type(model).__name__} begins as usual, not at {asked:g}: that is for a head that "
+            "is the embedding and reads one norm"
         )
     return found
 
