@@ -9,7 +9,7 @@ CLIENTS ?= $(VENV)/clients
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: help install test-run test test-long test-faults test-clients test-all check lint types wheel audit bench speedrun docs gpu-check train clean
+.PHONY: help install test-run test test-long test-faults test-slow test-clients test-all check lint types wheel audit bench speedrun docs gpu-check train clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ test-faults: $(DEV_STAMP) ## the long version of the faults (kills, full disks, 
 	@rm -f $(VENV)/faults.jsonl
 	@FAULT_TABLE=$(VENV)/faults.jsonl $(BIN)/python -m pytest -m "" $(FAULT_TESTS)
 	@$(BIN)/python -m tests.fault_table $(VENV)/faults.jsonl
+
+test-slow: $(DEV_STAMP) ## the tests of minutes that are no faults
+	@$(BIN)/python -m pytest -m slow $(FAULT_TESTS:%=--ignore=%) --ignore=tests/anywhere/test_wheel.py
 
 test-clients: $(DEV_STAMP) ## what a run leaves, in programs of others (transformers 4.57, llama.cpp, DuckDB, ...); minutes, needs the package index
 	@$(BIN)/python -m tests.clients $(CLIENTS)
