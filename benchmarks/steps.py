@@ -367,6 +367,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="these rows only [all]")
     parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.steps <= WARM_UP:
+        parser.error(f"--steps {options.steps}: the first {WARM_UP} are not counted; type more than {WARM_UP}")
     if options.row:
         measured = measure(options, started)
         if os.environ.get("RANK", "0") == "0":

@@ -93,10 +93,11 @@ def test_the_whole_check_of_a_gpu_dry(tmp_path):
 def test_a_row_of_the_table_of_steps_is_measured(row):
     """It looks into the program, which may change without it."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "steps.py"), "--row", row, "--steps", "4", "--precision", "float32"],
+        [sys.executable, str(ROOT / "benchmarks" / "steps.py"), "--row", row, "--steps", "14", "--precision", "float32"],
         capture_output=True, text=True, timeout=200, env=environment(), cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["ms_per_step"] > 0
 
 
 def test_simulated_processes_learn_what_one_learns_each_document_in_its_place(shards):
