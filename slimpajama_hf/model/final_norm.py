@@ -31,7 +31,7 @@ def begin_at(model: Any, factor: float) -> bool:
     return False
 
 
-def _last_norm(model: Any, head: nn.Module) -> tuple[Any, torch.Tensor]:
+def _last_norm(model: Any, head: Any) -> tuple[Any, torch.Tensor]:
     """The module whose output the head reads, if its weight is a vector, else None; and what the head reads."""
     made: list[tuple[nn.Module, torch.Tensor]] = []
     read: list[torch.Tensor] = []
