@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from slimpajama_hf import __main__
 from slimpajama_hf.errors import UserError
 from slimpajama_hf.model import influence_estimate
-from slimpajama_hf.model.optimization import hidden_matrices
+from slimpajama_hf.model.optimization import hidden_matrices, token_embeddings
 from slimpajama_hf.samples.tokenizer import load_tokenizer
+from slimpajama_hf.settings.update_rules import UpdateRules
 from tests.conftest import read_ledger, run_command
 
 TEXT = "The function returns the number of items in a list, and nothing else."
@@ -34,15 +35,20 @@ def loss_of(model, tokens):
         return model(input_ids=torch.tensor([tokens]), labels=torch.tensor([tokens])).loss.double().item()
 
 
-@pytest.mark.parametrize("optim", ["adamw", "muon"])
-def test_an_estimate_is_the_first_order_of_what_an_update_does(optim):
+@pytest.mark.parametrize(
+    "rules",
+    [UpdateRules("adamw", 0.2, "element"), UpdateRules("muon", 0.2, "element"), UpdateRules("muon", 0.2, "row")],
+    ids=["adamw", "muon", "muon, embeddings by row"],
+)
+def test_an_estimate_is_the_first_order_of_what_an_update_does(rules):
     """One document alone: P is made of its own gradient, so its update is known."""
     model, text, document = network(), ids(1), ids(2)
-    (found,) = influence_estimate.estimate(model, text, [document], optim, 0.2, 0.0)
+    (found,) = influence_estimate.estimate(model, text, [document], rules, 0.0)
     tokens = torch.tensor([document])
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(model(input_ids=tokens, labels=tokens).loss, parameters)
-    by_muon = {id(each) for each in hidden_matrices(model)} if optim == "muon" else set()
+    by_muon = {id(each) for each in hidden_matrices(model)} if rules.by_muon else set()
+    by_row = {id(each) for each in token_embeddings(model)} if rules.by_row else set()
     small, before = 1e-4, loss_of(model, text)
     with torch.no_grad():
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -50,6 +56,9 @@ def test_an_estimate_is_the_first_order_of_what_an_update_does(optim):
                 u, s, vh = torch.linalg.svd(gradient, full_matrices=False)
                 values = s / (s**2 + 1e-3 * s.max() ** 2 + 1e-20).sqrt()
                 update = u @ torch.diag(values) @ vh * 0.2 * influence_estimate.UPDATE_RMS * max(parameter.shape) ** 0.5
+            elif id(parameter) in by_row:
+                rows = gradient.square().mean(1, keepdim=True)
+                update = gradient / ((rows**0.75 * rows.mean() ** 0.25).sqrt() + 1e-8)
             else:
                 update = gradient / (gradient.abs() + 1e-8)
             parameter -= small * update
@@ -59,9 +68,9 @@ def test_an_estimate_is_the_first_order_of_what_an_update_does(optim):
 def test_the_text_itself_helps_most_and_the_order_of_documents_does_not_matter():
     model, text = network(), ids(1)
     documents = [ids(seed) for seed in range(2, 8)]
-    found = influence_estimate.estimate(model, text, [*documents, text], "muon", 0.2, 1.0)
+    found = influence_estimate.estimate(model, text, [*documents, text], UpdateRules(), 1.0)
     assert max(found) == found[-1] > 0
-    again = influence_estimate.estimate(model, text, [text, *documents], "muon", 0.2, 1.0)
+    again = influence_estimate.estimate(model, text, [text, *documents], UpdateRules(), 1.0)
     assert [*again[1:], again[0]] == pytest.approx(found, rel=1e-3)
 
 
