@@ -85,20 +85,32 @@ def of_run(
 
     def made() -> InitialEmbeddings:
         recorded = folder.read_record().get("initial_embeddings") if resuming and folder.record.is_file() else None
-        # Older runs began with the usual last norm.
-        strength = FINAL_NORM if recorded is None else recorded.get("final_norm", 1.0)
+        strength = FINAL_NORM if recorded is None else _recorded_norm(recorded, folder)
         kept = _kept(folder, strength) if recorded is not None else None
         return kept or _counted(settings, FirstTexts(corpus, settings.data), encoder, width, corpus.name, strength)
 
     found = team.first_does(made)
     asked = found.final_norm
     found.put_into(model)
+    if team.is_first and found.described is not None and found.final_norm != 1.0:
+        screen.say(f"the weight of the last norm begins at {found.final_norm:g} of what is usual")
     if team.is_first and found.final_norm != asked:
         screen.say(
             f"the last norm of {type(model).__name__} begins as usual, not at {asked:g}: that is for a head that "
             "is the embedding and reads one norm"
         )
     return found
+
+
+def _recorded_norm(recorded: Any, folder: RunFolder) -> float:
+    """Where the last norm of a run began. Older runs began with the usual one. Raises UserError for anything else."""
+    strength = recorded.get("final_norm", 1.0) if isinstance(recorded, dict) else None
+    if isinstance(strength, int | float) and 0 < strength <= 1:
+        return float(strength)
+    raise UserError(
+        f"{folder.record}: what it says of initial_embeddings is damaged; expected a final_norm above 0 and at most 1; "
+        "put the file back, or start a run in another --output_dir"
+    )
 
 
 def _kept(folder: RunFolder, strength: float) -> InitialEmbeddings | None:

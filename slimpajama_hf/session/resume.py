@@ -18,6 +18,7 @@ from slimpajama_hf.hub import stranger
 from slimpajama_hf.record import checkpoints, ledger, run_folder
 from slimpajama_hf.record.run_folder import RunFolder, put_aside
 from slimpajama_hf.session import held_out_documents
+from slimpajama_hf.settings.update_rules import ADAMW
 from slimpajama_hf.settings.what_matters import WHAT_MATTERS
 
 if TYPE_CHECKING:
@@ -153,8 +154,8 @@ def flags_of_run(config: Mapping[str, Any], folder: RunFolder) -> list[str]:
     """
     from slimpajama_hf.settings.flags import config_to_argv
 
-    if "embedding_moment" not in config and not str(config.get("optim", "adamw_torch")).startswith("adamw_torch"):
-        # It had no effect beside another optimizer, and is refused now.
+    if "embedding_moment" not in config and config.get("optim", ADAMW[0]) not in ADAMW:
+        # Beside another optimizer it had no effect then.
         config = {name: value for name, value in config.items() if name != "hidden_rate"}
     flags = config_to_argv(dict(config), str(folder.config))
     if "embedding_moment" not in config:

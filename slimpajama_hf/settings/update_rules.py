@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from slimpajama_hf.errors import UsageError
 from slimpajama_hf.settings.arguments import HIDDEN_RATES
 
+#: Values of `--optim` beside which hidden matrices and embeddings can learn in ways of their own.
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+
 
 @dataclass(frozen=True)
 class UpdateRules:
@@ -23,7 +26,7 @@ class UpdateRules:
     def of(cls, optim: str, hidden_optim: str, rate: float | None, embedding_moment: str) -> UpdateRules:
         """The rules that `--optim`, `--hidden_optim`, `--hidden_rate` (None: its default, 1 for optimizers that are not
         AdamW) and `--embedding_moment` ask for. Raises UsageError for rows that nothing would have."""
-        is_adamw = optim in ("adamw_torch", "adamw_torch_fused")
+        is_adamw = optim in ADAMW
         by_muon = is_adamw and hidden_optim == "muon"
         if embedding_moment == "row" and not by_muon:
             other = f"--hidden_optim {hidden_optim}" if is_adamw else f"--optim {optim}"

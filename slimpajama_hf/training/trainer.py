@@ -139,7 +139,7 @@ class SlimPajamaTrainer(Checkpointing):
         if self.args.fp16 and self.args.device.type == "cpu" and self.accelerator.scaler is None:
             # Without a scaler the Trainer would silently compute in float32 here.
             self.accelerator.scaler, self.accelerator.native_amp = loss_scale.for_a_cpu(), True
-        self.rules = rules or UpdateRules()
+        self.rules = rules or UpdateRules.of(self.args.optim, "muon", None, "auto")
         self.remove_callback(PrinterCallback)  # we print our own bar and lines
         self.run_path = Path(str(self.args.output_dir))
         self._parameters: int = self.accelerator.unwrap_model(self.model).num_parameters(exclude_embeddings=True)

@@ -45,6 +45,7 @@ def test_the_model_begins_with_them_and_it_is_said(whole):
     found = record(run)["initial_embeddings"]
     assert found["from"] == "cooccurrence" and found["documents"] == 90
     assert f"embeddings made from {found['neighbours']:,} neighbours in the first 90 documents" in said
+    assert "the weight of the last norm begins at 0.25 of what is usual" in said
     assert "documents scored before learned; neighbours in the first 90 were counted before)" in said
     saved = load_file(run / "checkpoint-12" / WEIGHTS)["transformer.wte.weight"]
     counted = kept["counted"]
@@ -104,6 +105,16 @@ def test_an_older_run_begins_again_with_the_usual_last_norm(whole, tmp_path, dam
     assert again.returncode == 0 and "last norm" not in again.stderr, again.stderr
     norm = load_file(run / "checkpoint-12" / WEIGHTS)["transformer.ln_f.weight"]
     assert torch.allclose(norm, torch.ones_like(norm))
+
+
+@pytest.mark.parametrize("told", [{"final_norm": "much"}, {"final_norm": 0}, {"final_norm": 1e30}, []])
+def test_a_last_norm_that_is_none_is_one_sentence(whole, tmp_path, told):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run, ignore=shutil.ignore_patterns("checkpoint-*"))
+    (run / "run.json").write_text(json.dumps(record(run) | {"initial_embeddings": told}))
+    again = run_script("--output_dir", str(run), "--resume_from_checkpoint", "true")
+    assert again.returncode == 1 and "initial_embeddings is damaged" in again.stderr, again.stderr
+    assert "Traceback" not in again.stderr
 
 
 @pytest.mark.long
